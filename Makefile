@@ -1,0 +1,42 @@
+# Everything happens in .venv, made on first use. ARGS= passes overrides on: make train ARGS="model=small device=mps"
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test lint check tensorboard clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
+
+$(VENV)/.core: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+install: $(VENV)/.dev ## everything for development
+
+train: $(VENV)/.core ## train on input.txt; ARGS= are overrides
+	$(BIN)/python -m gpt_lightning.train $(ARGS)
+
+test: $(VENV)/.dev ## run the tests; ARGS= go to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test ## lint and test
+
+tensorboard: $(VENV)/.core ## curves of all runs under outputs/
+	$(BIN)/tensorboard --logdir outputs $(ARGS)
+
+clean: ## remove the environment and what tools left; runs in outputs/ stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
