@@ -1,0 +1,305 @@
+"""GPT-2 in one file, with torch as its only dependency.
+
+B batch, T time (positions in one forward), C n_embd, H heads, D head size, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE = -100  # a target with this id does not count in the loss (F.cross_entropy's default)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """The shape of a GPT.
+
+    Args:
+        vocab_size: Ids that the tokenizer can produce.
+        block_size: Longest sequence the model sees at once, in tokens.
+        n_layer: Transformer blocks.
+        n_head: Attention heads in each block; divides n_embd.
+        n_embd: Width of the residual stream.
+        n_inner: Width of the feed-forward layer; None is 4 * n_embd, as in GPT-2.
+        dropout: Probability that an activation is dropped in training.
+        bias: Whether linear layers and LayerNorms have a bias, as in GPT-2.
+        qkv_bias: The same for the query, key and value projection alone; None follows `bias`.
+        tie_weights: Whether the output head shares the token embedding's matrix.
+        vocab_multiple: The embedding is padded to a multiple of this many rows, which matrix
+            kernels like; padded ids have probability zero.
+
+    Raises:
+        ValueError: If a value is out of its range; names the key, the value and the remedy.
+    """
+
+    vocab_size: int
+    block_size: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_inner: int | None = None
+    dropout: float = 0.0
+    bias: bool = True
+    qkv_bias: bool | None = None
+    tie_weights: bool = True
+    vocab_multiple: int = 64
+
+    def __post_init__(self) -> None:
+        for key in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_inner", "vocab_multiple"):
+            value = getattr(self, key)
+            if key == "n_inner" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"model.{key}={value!r} must be a whole number of at least 1")
+        for key in ("bias", "qkv_bias", "tie_weights"):
+            value = getattr(self, key)
+            if not isinstance(value, bool) and not (key == "qkv_bias" and value is None):
+                raise ValueError(f"model.{key}={value!r} must be true or false")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)):
+            raise ValueError(f"model.dropout={self.dropout!r} must be a number in [0, 1)")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout={self.dropout} must lie in [0, 1)")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; "
+                f"choose model.n_embd={self.n_head * max(1, round(self.n_embd / self.n_head))}"
+            )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: vocab_size rounded up to a multiple of vocab_multiple."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+class KVCache:
+    """Keys and values of sequences of different lengths, in one buffer of fixed size.
+
+    Row b of the buffer holds the positions of sequence b from 0 on. `seek` says where the tokens of
+    the next forward belong: several per row fill it from position 0, one per row continues it.
+
+    Args:
+        config: Shape of the model.
+        batch_size: Rows, B.
+        size: Positions of a row that will be used; config.block_size if that is less.
+        device: Where the buffer lives.
+        dtype: Its type, the one in which the attention gets its keys and values.
+    """
+
+    def __init__(
+        self, config: GPTConfig, batch_size: int, *, size: int, device: torch.device, dtype: torch.dtype
+    ):
+        size = min(size, config.block_size)
+        shape = (config.n_layer, batch_size, 2, config.n_head, size, config.n_embd // config.n_head)
+        self.buffer = torch.zeros(shape, device=device, dtype=dtype)
+
+    def seek(self, rows: Tensor, positions: Tensor, *, whole: bool = False) -> None:
+        """Aim the next forward at `positions` (B, T) of `rows` (B,), which are all rows if T is 1.
+
+        `whole` reads rows to their end under a mask, so that shapes stay the same from token to token.
+        """
+        heads, size = 2 * self.buffer.size(3), self.buffer.size(4)
+        head = torch.arange(heads, device=rows.device)
+        self.positions = positions
+        self.index = ((rows.view(-1, 1, 1) * heads + head) * size + positions.unsqueeze(-1)).flatten()
+        self.length = size if whole else int(positions.max()) + 1
+        seen = torch.arange(self.length, device=rows.device) <= positions[:, -1:]  # (B, length)
+        self.mask = seen[:, None, None] if whole or not seen.all() else None  # (B, 1, 1, length)
+
+    def update(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values (B, T, 2, H, D) of one layer, return all of its rows' (B, H, length, D)."""
+        buffer = self.buffer[layer]
+        buffer.view(-1, buffer.size(-1)).index_copy_(0, self.index, kv.reshape(-1, buffer.size(-1)))
+        return buffer[:, 0, :, : self.length], buffer[:, 1, :, : self.length]
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a position sees itself and those before it."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=qkv_bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
+        mask = None
+        if cache is not None:
+            keys, values = cache.update(self.layer, qkv[:, :, 1:])
+            if T == 1:  # else the row begins here: its keys are those of this forward
+                k, v, mask = keys, values, cache.mask
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1
+        )
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Position-wise feed-forward layer with the tanh form of GELU that GPT-2 was trained with."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        n_inner = config.n_inner or 4 * config.n_embd
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, n_inner, bias=config.bias)
+        self.c_proj = nn.Linear(n_inner, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then feed-forward, each added to the stream."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """Embeddings, blocks and the final LayerNorm: from token ids to the vectors the head reads."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.dropout = config.dropout
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) ids to (B, T, C), at positions 0 to T - 1 or where the cache was told to seek."""
+        positions = torch.arange(idx.size(1), device=idx.device) if cache is None else cache.positions
+        x = F.dropout(self.wte(idx) + self.wpe(positions), self.dropout, self.training)
+        for block in self.h:
+            x = block(x, cache)
+        return self.ln_f(x)
+
+
+class Head(nn.Linear):
+    """From C to logits, (..., V), that are -inf at padded ids: those are never produced."""
+
+    padding: Tensor | None
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config.n_embd, config.padded_vocab_size, bias=False)
+        padding = None
+        if config.padded_vocab_size > config.vocab_size:
+            padding = torch.zeros(config.padded_vocab_size)
+            padding[config.vocab_size :] = -math.inf
+        self.register_buffer("padding", padding, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.padding)
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer with GPT-2's architecture and parameter names.
+
+    Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.lm_head = Head(config)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+        self.apply(self._init_weights)
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # residual init, GPT-2 paper section 2.3
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)  # GPT-2's initializer_range
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
+        """Logits of the next token at every position, or the loss against `targets`.
+
+        Args:
+            idx: Token ids, (B, T) int64, T at most block_size.
+            targets: The tokens that follow, (B, T); IGNORE where a position does not count.
+            reduction: "mean", "sum" or "none", as in F.cross_entropy.
+
+        Returns:
+            (B, T, V) logits, -inf at padded ids, or the loss in nats: () or, for "none", (B, T).
+
+        Raises:
+            ValueError: If there are more positions than block_size.
+        """
+        if idx.size(1) > self.config.block_size:
+            raise ValueError(
+                f"the input has {idx.size(1)} tokens but block_size={self.config.block_size}; "
+                "crop it or train with a larger model.block_size"
+            )
+        logits = self.lm_head(self.transformer(idx))  # (B, T, V)
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction=reduction
+        )
+        return loss.view_as(targets) if reduction == "none" else loss
+
+    def num_parameters(self, *, embeddings: bool = True) -> int:
+        """Trainable numbers, tied ones counted once; without the position and token tables if asked."""
+        total = sum(p.numel() for p in self.parameters())
+        if not embeddings:
+            total -= self.transformer.wpe.weight.numel()
+            total -= 0 if self.config.tie_weights else self.transformer.wte.weight.numel()
+        return total
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations per token of a training step, forward and backward.
+
+        6 for each parameter in a matrix product (the head among them) and 12 * C * T per layer for
+        attention's scores, counted without the causal half, as in the PaLM paper, appendix B.
+        """
+        config = self.config
+        return (
+            6 * self.num_parameters(embeddings=False)
+            + 12 * config.n_layer * config.n_embd * config.block_size
+        )
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> Sequence[dict[str, object]]:
+    """Optimizer groups in which only matrices decay; biases and LayerNorm gains do not.
+
+    Args:
+        module: Holder of the parameters; those with requires_grad=False are left out.
+        weight_decay: Decay of the parameters with two or more dimensions.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def build_gpt(**options: Any) -> GPT:
+    """A GPT from the fields of `GPTConfig` as keywords, for configuration files."""
+    return GPT(GPTConfig(**options))

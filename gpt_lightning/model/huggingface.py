@@ -1,0 +1,243 @@
+"""GPT-2 weights in the Hugging Face layout, read into a GPT and written back.
+
+A folder holds config.json and model.safetensors (or the shards that its index names). Its linear
+layers are "Conv1D": stored (in, out), the transpose of nn.Linear's.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt_lightning.model.gpt import GPT, GPTConfig
+
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# Settings of config.json that change what is computed, with the values that mean what GPT computes;
+# the first is what a missing key means.
+COMPUTATION: dict[str, tuple[object, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+# Fields of GPTConfig that a GPT-2 folder can express; a field added later needs its default.
+EXPRESSIBLE = {"vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_inner", "dropout"}
+EXPRESSIBLE |= {"bias", "qkv_bias", "tie_weights", "vocab_multiple"}
+
+
+@torch.no_grad()
+def load_gpt2(source: str | Path, **overrides: Any) -> GPT:
+    """A GPT in float32 with the weights of a Hugging Face GPT-2.
+
+    Args:
+        source: A folder, or a name on the hub such as "gpt2" or "gpt2-medium".
+        overrides: Values of GPTConfig. `dropout` and `vocab_multiple` are free, `block_size` may be
+            smaller (the first positions are kept), others must agree with the source.
+
+    Raises:
+        OSError: If the folder is incomplete or the hub cannot be reached.
+        ValueError: If the source is not a GPT-2, or an override contradicts it.
+    """
+    folder = Path(source) if Path(source).is_dir() else download(str(source))
+    net = GPT(_read_config(folder, overrides))
+    weights = _read_weights(folder)
+    if net.config.tie_weights:
+        weights.pop("lm_head.weight", None)  # the same matrix as wte.weight
+    for name, parameter in net.named_parameters():
+        weight = weights.pop(name.removeprefix("transformer."), None)
+        if weight is None:
+            raise ValueError(f"{folder} has no weight {name!r}, which its config.json asks for")
+        weight = weight.t() if name.endswith(CONV1D) else weight
+        weight = weight[: net.config.block_size] if name.endswith("wpe.weight") else weight
+        is_token_table = name.endswith(("wte.weight", "lm_head.weight"))
+        rows = net.config.vocab_size if is_token_table else len(parameter)
+        if weight.shape != (rows, *parameter.shape[1:]):
+            raise ValueError(
+                f"{folder}: weight {name!r} has shape {tuple(weight.shape)} where its config.json "
+                f"asks for {(rows, *parameter.shape[1:])}; take both files from the same model"
+            )
+        parameter[:rows] = weight
+        parameter[rows:] = 0.0
+    if weights:
+        raise ValueError(
+            f"{folder} has weights that GPT-2 does not, such as {min(weights)!r}; load another model"
+        )
+    return net
+
+
+def to_gpt2(net: GPT, *, end_of_text: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The model as contents of config.json and model.safetensors; the vocabulary loses its padding.
+
+    Args:
+        net: The model. Missing biases become zeros, which is the same function.
+        end_of_text: Id at which `transformers` should begin and stop texts.
+
+    Raises:
+        ValueError: If the model has an option that GPT-2 cannot express.
+    """
+    config = net.config
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in EXPRESSIBLE and value != field.default:
+            raise ValueError(
+                f"model.{field.name}={value!r} does not exist in GPT-2; export format=weights instead"
+            )
+    weights: dict[str, Tensor] = {}
+    for name, parameter in net.named_parameters():
+        weight = parameter.detach().float().cpu()
+        if name.endswith(("wte.weight", "lm_head.weight")):
+            weight = weight[: config.vocab_size]
+        weights[name] = (weight.t() if name.endswith(CONV1D) else weight).contiguous()
+    for name, weight in list(weights.items()):  # a bias beside each gain and matrix of the blocks and ln_f
+        if name.endswith(".weight") and (".h." in name or ".ln_f." in name):
+            weights.setdefault(name.removesuffix("weight") + "bias", torch.zeros(weight.shape[-1]))
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_inner": config.n_inner,
+        "tie_word_embeddings": config.tie_weights,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
+        **{key: values[0] for key, values in COMPUTATION.items()},
+        "initializer_range": 0.02,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "dtype": "float32",
+    }, weights
+
+
+def save_gpt2(net: GPT, folder: str | Path, *, end_of_text: int | None = None) -> None:
+    """Write config.json and model.safetensors, which `transformers` loads without this package.
+
+    Raises:
+        OSError: If the folder cannot be written.
+        ValueError: If GPT-2 cannot express the model, or safetensors is not installed.
+    """
+    config, weights = to_gpt2(net, end_of_text=end_of_text)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_safetensors(weights, folder / "model.safetensors")
+
+
+def write_safetensors(weights: dict[str, Tensor], path: Path) -> None:
+    """Write tensors to a file.
+
+    Raises:
+        OSError: If it cannot be written.
+        ValueError: If safetensors is not installed.
+    """
+    _safetensors().save_file(weights, path, metadata={"format": "pt"})
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, by name.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged, or safetensors is not installed.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; pickled weights (.bin) are not read, save the model as safetensors"
+        )
+    load_file = _safetensors().load_file
+    try:
+        return load_file(path)
+    except Exception as error:  # SafetensorError derives from Exception alone
+        raise ValueError(f"{path} is damaged ({error}); download it again") from error
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ValueError(
+            "GPT-2 weights need the package safetensors; pip install 'gpt-lightning[hf]'"
+        ) from error
+    return safetensors.torch
+
+
+def download(name: str) -> Path:
+    """The folder of a model's files from the hub, or from the hub's cache where they are there.
+
+    Raises:
+        OSError: If the hub does not provide them.
+        ValueError: If huggingface_hub is not installed.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+
+        files = ["config.json", "tokenizer.json"]
+        files += ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+        return Path(snapshot_download(name, allow_patterns=files))
+    except ImportError as error:
+        raise ValueError(
+            f"{name!r} is not a folder, and the hub needs huggingface_hub; pip install 'gpt-lightning[hf]'"
+        ) from error
+    except (OSError, ValueError) as error:  # no network, no such model, not a valid name
+        raise OSError(
+            f"{name!r} is not a folder and the Hugging Face hub did not provide it "
+            f"({type(error).__name__}); check the name and the network, or give a local folder"
+        ) from error
+
+
+def _read_config(folder: Path, overrides: dict[str, Any]) -> GPTConfig:
+    path = folder / "config.json"
+    try:
+        source = json.loads(path.read_text(encoding="utf-8"))
+        if source.get("model_type") != "gpt2":
+            raise ValueError(f"{path}: model_type={source.get('model_type')!r} is not 'gpt2'; load a GPT-2")
+        stored = {key: source[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} does not exist; give a folder with config.json and weights"
+        ) from error
+    except (json.JSONDecodeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not the configuration of a GPT-2 ({error!r}); download it again"
+        ) from error
+    for key, values in COMPUTATION.items():
+        if source.get(key, values[0]) not in values:
+            raise ValueError(
+                f"{path}: {key}={source[key]!r} is not supported, only {values[0]!r}; load another model"
+            )
+    stored |= {
+        "block_size": source.get("n_positions", 1024),
+        "n_inner": source.get("n_inner") or 4 * stored["n_embd"],
+        "tie_weights": source.get("tie_word_embeddings", True),
+        "bias": True,
+        "qkv_bias": True,
+    }
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    for key in stored.keys() & overrides.keys():
+        smaller_block = key == "block_size" and overrides[key] < stored[key]
+        if overrides[key] != stored[key] and not smaller_block:
+            raise ValueError(
+                f"model.{key}={overrides[key]!r} but the weights in {folder} have {stored[key]!r}; "
+                "leave the key out"
+            )
+    return GPTConfig(**{**stored, "dropout": source.get("resid_pdrop", 0.1), **overrides})
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """Tensors by GPT's names, without `transformer.`; old files have no such prefix."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    weights: dict[str, Tensor] = {}
+    for name in sorted(names):
+        weights |= read_safetensors(folder / Path(name).name)  # a name from the network stays in the folder
+    masks = (".attn.bias", ".attn.masked_bias")  # causal masks, stored in old files
+    return {name.removeprefix("transformer."): w for name, w in weights.items() if not name.endswith(masks)}
