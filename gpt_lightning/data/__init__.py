@@ -1,0 +1,1 @@
+"""The way of the data: text, documents, token ids, a file of them, windows."""

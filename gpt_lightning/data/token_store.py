@@ -1,0 +1,427 @@
+"""Token files: a corpus tokenized once, then memory-mapped by every run.
+
+A store is a folder with train.bin and val.bin (raw little-endian token ids), tokenizer.json, and meta.json,
+which says what they hold. A corpus with documents is laid out as E d1 E d2 E … dN E, where E is the
+end-of-text token, so that each document is predicted from an E and its end is predicted; a text without
+documents has no E.
+"""
+
+import contextlib
+import itertools
+import json
+import logging
+import math
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import filelock
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+from gpt_lightning.data import tokenizer as tokenizers
+from gpt_lightning.data.corpus import Corpus, Split, TokenBins, file_sha256
+from gpt_lightning.data.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+SPLITS: tuple[Split, Split] = ("train", "val")
+GROUP = 1 << 19  # characters per task of a thread
+VERIFY_BELOW = 64 << 20  # bytes; larger files are checked by their size alone when opened
+
+
+@dataclass(frozen=True)
+class SplitMeta:
+    """What a .bin file holds; bytes are of UTF-8 text, without separators."""
+
+    tokens: int
+    bytes: int
+    documents: int
+    floor_bits: float | None
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StoreMeta:
+    """The content of meta.json."""
+
+    version: int
+    dtype: str
+    n_vocab: int
+    corpus_digest: str
+    tokenizer_digest: str
+    splits: dict[Split, SplitMeta]
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Both splits of a tokenized corpus; cheap to pickle, since files are mapped where they are used."""
+
+    folder: Path
+    tokenizer: tiktoken.Encoding
+    meta: StoreMeta
+
+    @property
+    def n_vocab(self) -> int:
+        return self.meta.n_vocab
+
+    @property
+    def corpus_digest(self) -> str:
+        return self.meta.corpus_digest
+
+    @property
+    def tokenizer_digest(self) -> str:
+        return self.meta.tokenizer_digest
+
+    def tokens(self, split: Split) -> np.ndarray:
+        """Token ids of a split, shape (tokens,), uint16 or uint32, mapped read-only."""
+        return np.memmap(self.folder / f"{split}.bin", dtype=self.meta.dtype, mode="r")
+
+    def floor_bits_per_byte(self, split: Split) -> float | None:
+        """The least bits per byte that any model can reach on a split; None where the corpus knows it not."""
+        meta = self.meta.splits[split]
+        return None if meta.floor_bits is None else meta.floor_bits / meta.bytes
+
+
+def prepare(
+    corpus: Corpus, tokenizer: Tokenizer, cache: Path, *, threads: int | None = None, progress: bool = True
+) -> TokenStore:
+    """The token store of a corpus, from the cache if it is there and whole, else built.
+
+    Args:
+        corpus: The text, or token files that are used where they are.
+        tokenizer: Which tokenizer; one that is learned is kept in cache/tokenizers.
+        cache: Folder of stores; made if needed.
+        threads: Threads that encode; by default one per core.
+        progress: Show a bar, if standard error is a terminal.
+    Raises:
+        ValueError: If the corpus or the tokenizer cannot be used as they are.
+        OSError: If something cannot be read, reached, or written to the cache.
+    """
+    if isinstance(corpus, TokenBins):
+        return _open_bins(corpus, tokenizer)
+    job = _Job(corpus, tokenizer, Path(cache), threads or os.cpu_count() or 1, progress)
+    if (store := job.reopen(warn=False)) is not None:
+        return store
+    with _locked(job.folder):
+        if (store := job.reopen(warn=True)) is None:  # else another process has built it meanwhile
+            with _replacing(job.folder) as partial:
+                groups = {split: job.tokenize(split, partial) for split in SPLITS}
+                job.finish(partial, groups)
+            store = job.open()
+    return store
+
+
+def prepare_shard(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    cache: Path,
+    *,
+    shard: int,
+    shards: int,
+    threads: int | None = None,
+    progress: bool = True,
+) -> TokenStore | None:
+    """Tokenizes one of several parts; the process that completes them merges them, the others return None.
+
+    Run it once for each shard 0 … shards - 1, on one or several machines that share the cache folder. The
+    store has the very bytes of `prepare`. Each process reads all of the corpus, the smaller part of the work.
+
+    Raises:
+        ValueError: If shard is out of range, or as `prepare`.
+        OSError: As `prepare`.
+    """
+    if not 0 <= shard < shards:
+        raise ValueError(f"shard={shard} must lie in 0 … {shards - 1}, since shards={shards}")
+    if isinstance(corpus, TokenBins):
+        raise ValueError(f"data.path={corpus.path} is tokenized already; use it without shards")
+    job = _Job(corpus, tokenizer, Path(cache), threads or os.cpu_count() or 1, progress)
+    parts = [job.folder.with_name(f"{job.folder.name}.part-{i}-of-{shards}") for i in range(shards)]
+    if (store := job.reopen(warn=False)) is not None:
+        return store
+    with _locked(parts[shard]):
+        if not parts[shard].is_dir():
+            with _replacing(parts[shard]) as partial:
+                groups = {split: job.tokenize(split, partial, shard, shards) for split in SPLITS}
+                _write_json(partial / "groups.json", groups)
+    with _locked(job.folder):
+        if (store := job.reopen(warn=True)) is None and all(part.is_dir() for part in parts):
+            with _replacing(job.folder) as partial:
+                job.finish(partial, {split: _merge(parts, split, partial, job.dtype) for split in SPLITS})
+            store = job.open()
+            for part in parts:
+                shutil.rmtree(part)
+    return store
+
+
+class _Group(NamedTuple):
+    """A run of documents that a thread encodes at once; bytes are those of the text."""
+
+    tokens: int
+    bytes: int
+    documents: int
+    floor_bits: float | None
+
+
+class _Job:
+    """A corpus and a tokenizer on their way to a store."""
+
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, cache: Path, threads: int, progress: bool):
+        self.corpus, self.threads, self.progress = corpus, threads, progress
+        self.corpus_digest = corpus.digest()
+        self.encoding = _build_tokenizer(corpus, self.corpus_digest, tokenizer, cache)
+        self.tokenizer_digest = tokenizers.digest(self.encoding)
+        self.dtype = "<u2" if self.encoding.n_vocab <= 1 << 16 else "<u4"
+        self.folder = cache / f"{self.corpus_digest[:16]}-{self.tokenizer_digest[:16]}"
+
+    def reopen(self, warn: bool) -> TokenStore | None:
+        """The store if it is there and whole."""
+        if not self.folder.exists():
+            return None
+        try:
+            return self.open()
+        except ValueError as error:
+            if warn:
+                log.warning("%s; building it again", error)
+            return None
+
+    def open(self) -> TokenStore:
+        """The store, checked.
+
+        Raises:
+            ValueError: If it is damaged or belongs to another corpus or tokenizer.
+        """
+        try:
+            content = json.loads((self.folder / "meta.json").read_bytes())
+            found = content.pop("splits")
+            splits = {split: SplitMeta(**found[split]) for split in SPLITS}
+            meta = StoreMeta(**content, splits=splits)
+            if meta != self.meta(splits):
+                raise ValueError("it was made by another version, or from another corpus or tokenizer")
+            for split in SPLITS:
+                _check_file(self.folder / f"{split}.bin", splits[split], np.dtype(self.dtype).itemsize)
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"the token cache {self.folder} cannot be used ({reason})") from error
+        return TokenStore(self.folder, self.encoding, meta)
+
+    def meta(self, splits: dict[Split, SplitMeta]) -> StoreMeta:
+        n_vocab = self.encoding.n_vocab
+        return StoreMeta(1, self.dtype, n_vocab, self.corpus_digest, self.tokenizer_digest, splits)
+
+    def finish(self, folder: Path, groups: dict[Split, list[_Group]]) -> None:
+        """Writes what stands beside the token files; meta.json comes last."""
+        splits = {}
+        for split in SPLITS:
+            tokens, size, documents, floors = zip(*groups[split], strict=True)
+            floor = None if None in floors else math.fsum(floors)
+            sha = file_sha256(folder / f"{split}.bin")
+            count = sum(documents) if self.corpus.separated else 1
+            splits[split] = SplitMeta(sum(tokens), sum(size), count, floor, sha)
+        with _writing(folder):
+            tokenizers.save(self.encoding, folder / "tokenizer.json")
+        _write_json(folder / "meta.json", asdict(self.meta(splits)))
+
+    def tokenize(self, split: Split, folder: Path, shard: int = 0, shards: int = 1) -> list[_Group]:
+        """Writes the token file of a split, or every `shards`-th group of it; returns what the groups are."""
+        log.info("tokenizing the %s split into %s", split, self.folder)
+        done: list[_Group] = []
+        pending: deque[Future[tuple[np.ndarray, _Group]]] = deque()
+        hide = None if self.progress else True  # None: hide it unless standard error is a terminal
+        bar = tqdm(desc=f"tokenizing {split}", unit="B", unit_scale=True, disable=hide)
+        with _output(folder / f"{split}.bin") as write, ThreadPoolExecutor(self.threads) as pool, bar:
+
+            def write_next() -> None:
+                ids, group = pending.popleft().result()
+                write(ids.tobytes())
+                bar.update(group.bytes)
+                done.append(group)
+
+            for index, texts in enumerate(_groups(self.corpus.documents(split))):
+                if index % shards == shard:
+                    pending.append(pool.submit(self._encode, texts, index == 0))
+                if len(pending) > 2 * self.threads:  # which bounds the memory
+                    write_next()
+            while pending:
+                write_next()
+        return done
+
+    def _encode(self, texts: list[str], is_first: bool) -> tuple[np.ndarray, _Group]:
+        separated = self.corpus.separated
+        end = np.array([tokenizers.end_of_text(self.encoding)], dtype=self.dtype)
+        arrays = [end] if separated and is_first else []
+        for text in texts:
+            arrays.append(tokenizers.encode_array(self.encoding, text).astype(self.dtype))
+            if separated:
+                arrays.append(end)
+        ids = np.concatenate(arrays)
+        floors = [self.corpus.floor_bits(text) for text in texts]
+        floor = None if None in floors else math.fsum(f for f in floors if f is not None)
+        return ids, _Group(len(ids), sum(len(text.encode()) for text in texts), len(texts), floor)
+
+
+def _build_tokenizer(corpus: Corpus, digest: str, tokenizer: Tokenizer, cache: Path) -> tiktoken.Encoding:
+    """The encoding; a learned one is loaded if an earlier run has saved it."""
+    if not tokenizer.trained:
+        return tokenizer.build(corpus.documents)
+    path = cache / "tokenizers" / f"{tokenizer.key()}-{digest[:16]}.json"
+    if path.is_file():
+        with contextlib.suppress(ValueError):
+            return tokenizers.load(path)
+    with _locked(path):
+        if path.is_file():  # another process may have saved it meanwhile
+            try:
+                return tokenizers.load(path)
+            except ValueError as error:
+                log.warning("%s; learning it again", error)
+        encoding = tokenizer.build(corpus.documents)
+        with _writing(path.parent):
+            tokenizers.save(encoding, path)
+    return encoding
+
+
+def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Runs of documents of at least GROUP characters; they depend on nothing but the documents."""
+    group: list[str] = []
+    size = 0
+    for document in documents:
+        group.append(document)
+        size += len(document)
+        if size >= GROUP:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _merge(parts: list[Path], split: Split, folder: Path, dtype: str) -> list[_Group]:
+    """Joins the token files of all shards, group by group in the order of the corpus."""
+    listed = [iter(json.loads((part / "groups.json").read_bytes())[split]) for part in parts]
+    merged: list[_Group] = []
+    with contextlib.ExitStack() as stack, _output(folder / f"{split}.bin") as write:
+        sources = [stack.enter_context((part / f"{split}.bin").open("rb")) for part in parts]
+        for source, groups in itertools.cycle(zip(sources, listed, strict=True)):
+            if (found := next(groups, None)) is None:  # groups were dealt in turn: the first lack is the end
+                break
+            group = _Group(*found)
+            write(source.read(group.tokens * np.dtype(dtype).itemsize))
+            merged.append(group)
+    return merged
+
+
+def _open_bins(corpus: TokenBins, tokenizer: Tokenizer) -> TokenStore:
+    """A store that is a folder of token files from elsewhere."""
+    encoding = tokenizer.build(corpus.documents)
+    lengths = tokenizers.token_bytes(encoding)
+    splits = {}
+    for split in SPLITS:
+        file = corpus.file(split)
+        ids = np.memmap(file, dtype="<u2", mode="r")
+        counts = np.zeros(1 << 16, dtype=np.int64)
+        for start in range(0, len(ids), 1 << 22):
+            counts += np.bincount(ids[start : start + (1 << 22)], minlength=1 << 16)
+        largest = int(counts.nonzero()[0][-1])
+        if largest >= encoding.n_vocab:
+            raise ValueError(
+                f"{file} has the token id {largest}, but tokenizer={encoding.name} has {encoding.n_vocab}; "
+                "choose the tokenizer that made it"
+            )
+        size = int(counts[: encoding.n_vocab] @ lengths[: 1 << 16])
+        documents = int(counts[tokenizers.end_of_text(encoding)])
+        splits[split] = SplitMeta(len(ids), size, documents, None, "")
+    meta = StoreMeta(1, "<u2", encoding.n_vocab, corpus.digest(), tokenizers.digest(encoding), splits)
+    return TokenStore(Path(corpus.path).expanduser(), encoding, meta)
+
+
+# -- files -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"cannot write to the token cache {folder} ({error.strerror or error}); "
+            "make room or give the right to write there, or set paths.cache= to another folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds the lock of a path against other processes, on this machine and others that share the folder."""
+    lock = filelock.FileLock(f"{path}.lock")
+    with _writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            log.info("waiting for another process that prepares %s", path)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when it is complete, and vanishes if that fails.
+
+    The caller holds the lock of `folder`, so a temporary folder that is there was left by a killed process.
+    """
+    partial, old = (folder.with_name(folder.name + ending) for ending in (".tmp", ".old"))
+    with _writing(folder.parent):
+        for left_over in (partial, old):
+            if left_over.exists():
+                shutil.rmtree(left_over)
+        partial.mkdir()
+    try:
+        yield partial
+        with _writing(folder.parent):
+            if folder.exists():
+                folder.rename(old)
+            partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _output(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """What writes to a new file, which is on the disk when the context ends."""
+    with _writing(path.parent):
+        file = path.open("wb")
+
+    def write(data: bytes) -> None:
+        with _writing(path.parent):
+            file.write(data)
+
+    try:
+        yield write
+        with _writing(path.parent):
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        with _writing(path.parent):
+            file.close()
+
+
+def _write_json(path: Path, content: object) -> None:
+    with _output(path) as write:
+        write(json.dumps(content, indent=1).encode())
+
+
+def _check_file(path: Path, meta: SplitMeta, itemsize: int) -> None:
+    size = path.stat().st_size
+    if size != meta.tokens * itemsize:
+        raise ValueError(f"{path.name} has {size} bytes instead of {meta.tokens * itemsize}")
+    if size < VERIFY_BELOW and file_sha256(path) != meta.sha256:
+        raise ValueError(f"the checksum of {path.name} differs")

@@ -1,0 +1,294 @@
+"""Tokenizers: every one is a `tiktoken.Encoding`, and the dataclasses here say which and build it."""
+
+import base64
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import tiktoken
+
+from gpt_lightning.data.corpus import END_OF_TEXT, Split
+
+log = logging.getLogger(__name__)
+
+Documents: TypeAlias = Callable[[Split], Iterator[str]]
+
+# GPT-2's split into words, https://github.com/openai/gpt-2/blob/master/src/encoder.py; the one of every BPE
+# here, so that the export to Hugging Face's GPT-2 tokenizer is exact.
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+MAX_VOCAB = 1 << 24  # more is surely a mistake, and would fill the memory before it shows
+
+# The regular expressions of tiktoken and rustbpe overflow on a million white space characters in a row.
+_LONG_SPACE = re.compile(r"\s{500000}")
+_PART = 400_000  # characters
+
+
+class Tokenizer(Protocol):
+    """What the `tokenizer` group of the configuration builds."""
+
+    @property
+    def trained(self) -> bool:
+        """True if the encoding depends on the corpus, and is therefore saved for later runs."""
+
+    def key(self) -> str:
+        """Identity for file names."""
+
+    def build(self, documents: Documents) -> tiktoken.Encoding:
+        """The encoding; `documents` reads a split of the corpus."""
+
+
+@dataclass(frozen=True)
+class BPE:
+    """Byte-pair encoding learned from the training split.
+
+    Args:
+        vocab_size: Size of the whole vocabulary: 256 bytes, merges, and <|endoftext|> as the last id.
+    Raises:
+        ValueError: If vocab_size is below 257.
+    """
+
+    vocab_size: int = 1024
+
+    trained = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.vocab_size, int) or not 257 <= self.vocab_size <= MAX_VOCAB:
+            raise ValueError(
+                f"tokenizer.vocab_size={self.vocab_size!r} must be a whole number from 257 (256 bytes and "
+                f"{END_OF_TEXT}) to {MAX_VOCAB}; 1024 suits a small corpus"
+            )
+
+    def key(self) -> str:
+        return f"bpe-{self.vocab_size}"
+
+    def build(self, documents: Documents) -> tiktoken.Encoding:
+        import rustbpe
+
+        logging.getLogger("rustbpe").setLevel(logging.WARNING)  # it reports every percent
+        log.info("learning a vocabulary of %d tokens", self.vocab_size)
+        trainer = rustbpe.Tokenizer()
+        texts = (part for document in documents("train") for part in _parts(document))
+        size = self.vocab_size - 1  # all but the special token
+        # the buffer counts texts, and the pieces of a text without documents have 1 MB
+        trainer.train_from_iterator(texts, vocab_size=size, buffer_size=64, pattern=GPT2_PATTERN)
+        ranks: dict[bytes, int] = {}
+        for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1]):
+            ranks.setdefault(bytes(token), len(ranks))  # two merges may give the same bytes
+        if len(ranks) + 1 < self.vocab_size:
+            found = len(ranks) + 1
+            log.warning(
+                "tokenizer.vocab_size=%d, but the corpus gives only %d tokens", self.vocab_size, found
+            )
+        return _encoding(self.key(), GPT2_PATTERN, ranks)
+
+
+@dataclass(frozen=True)
+class GPT2:
+    """GPT-2's vocabulary of 50,257 tokens, downloaded by tiktoken on first use.
+
+    Raises:
+        OSError: When built, if it is not in tiktoken's cache and cannot be downloaded.
+    """
+
+    trained = False
+
+    def key(self) -> str:
+        return "gpt2"
+
+    def build(self, documents: Documents) -> tiktoken.Encoding:
+        try:
+            ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+        except (OSError, ValueError) as error:
+            raise OSError(
+                "the GPT-2 vocabulary is not in tiktoken's cache and cannot be downloaded "
+                f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that has it, "
+                "or choose tokenizer=bpe"
+            ) from error
+        return _encoding("gpt2", GPT2_PATTERN, ranks)  # the pattern differs between versions of tiktoken
+
+
+@dataclass(frozen=True)
+class Byte:
+    """One token per UTF-8 byte."""
+
+    trained = False
+
+    def key(self) -> str:
+        return "byte"
+
+    def build(self, documents: Documents) -> tiktoken.Encoding:
+        return _encoding("byte", r"(?s:.{1,64})", {bytes([i]): i for i in range(256)})  # 64 is fastest
+
+
+@dataclass(frozen=True)
+class Char:
+    """One token per character; the vocabulary is the sorted characters of both splits, as in nanoGPT."""
+
+    trained = True
+
+    def key(self) -> str:
+        return "char"
+
+    def build(self, documents: Documents) -> tiktoken.Encoding:
+        characters: set[str] = set()
+        for split in ("train", "val"):
+            for document in documents(split):
+                characters.update(document)
+        return _encoding("char", r"(?s:.)", {c.encode(): i for i, c in enumerate(sorted(characters))})
+
+
+@dataclass(frozen=True)
+class Given:
+    """A tokenizer that exists already, such as a checkpoint's."""
+
+    encoding: tiktoken.Encoding
+
+    trained = False
+
+    def key(self) -> str:
+        return f"given-{digest(self.encoding)[:16]}"
+
+    def build(self, documents: Documents) -> tiktoken.Encoding:
+        return self.encoding
+
+
+def _encoding(name: str, pattern: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
+    special = {END_OF_TEXT: len(ranks)}
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+# -- use ---------------------------------------------------------------------------------------------
+
+
+def encode_array(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+    """Token ids of a text, shape (T,), uint32; <|endoftext|> in it is ordinary text.
+
+    Raises:
+        ValueError: If the text has a character that the vocabulary lacks, or half of a surrogate pair.
+    """
+    unknown = _unknown(encoding)
+    if unknown and (found := unknown.search(text)):  # tiktoken would panic
+        character = found.group()
+        raise ValueError(
+            f"tokenizer={encoding.name} has no token for {character!r} (U+{ord(character):04X}), not in "
+            "the corpus that it was made from; leave it out, or choose tokenizer=byte or bpe"
+        )
+    try:
+        arrays = [encoding.encode_to_numpy(part, disallowed_special=()) for part in _parts(text)]
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"character {error.start} of the text is half a surrogate pair; remove it"
+        ) from error
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def encode(encoding: tiktoken.Encoding, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+    """Token ids of several texts, as `encode_array`, in parallel."""
+    with ThreadPoolExecutor(threads) as pool:
+        return [ids.tolist() for ids in pool.map(lambda text: encode_array(encoding, text), texts)]
+
+
+@functools.lru_cache(maxsize=16)
+def _unknown(encoding: tiktoken.Encoding) -> re.Pattern[str] | None:
+    """Matches a character that has no token; None for a vocabulary with every byte."""
+    ranks = encoding._mergeable_ranks
+    if all(bytes([i]) in ranks for i in range(256)):
+        return None
+    return re.compile("[^" + re.escape(b"".join(ranks).decode(errors="replace")) + "]")
+
+
+def _parts(text: str) -> list[str]:
+    """The text, in parts if it has more white space in a row than the regular expressions stand."""
+    if len(text) < 500_000 or not _LONG_SPACE.search(text):
+        return [text]
+    return [text[i : i + _PART] for i in range(0, len(text), _PART)]
+
+
+def end_of_text(encoding: tiktoken.Encoding) -> int:
+    """Id of <|endoftext|>."""
+    return encoding._special_tokens[END_OF_TEXT]
+
+
+def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
+    """UTF-8 bytes of each token, shape (n_vocab,), int64; 0 for special and unused ids."""
+    lengths = np.zeros(encoding.n_vocab, dtype=np.int64)
+    for token, rank in encoding._mergeable_ranks.items():
+        lengths[rank] = len(token)
+    return lengths
+
+
+# -- state -------------------------------------------------------------------------------------------
+
+
+def to_state(encoding: tiktoken.Encoding) -> dict[str, Any]:
+    """Everything that makes the encoding, as str and int: for JSON and `torch.load(weights_only=True)`.
+
+    `tokens` has a line per token, its bytes in base64 and its id, as tiktoken's own files do.
+    """
+    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
+    return {
+        "version": 1,
+        "name": encoding.name,
+        "pattern": encoding._pat_str,
+        "tokens": "\n".join(f"{base64.b64encode(token).decode()} {rank}" for token, rank in ranks),
+        "special_tokens": dict(encoding._special_tokens),
+    }
+
+
+def from_state(state: Any) -> tiktoken.Encoding:
+    """The encoding that `to_state` described.
+
+    Raises:
+        ValueError: If the state is not one that `to_state` gives.
+    """
+    try:
+        name, pattern, special = state["name"], state["pattern"], dict(state["special_tokens"])
+        lines = [line.split(" ") for line in state["tokens"].split("\n")]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        ids = [*ranks.values(), *special.values()]
+        if state["version"] != 1 or not isinstance(name, str) or END_OF_TEXT not in special:
+            raise ValueError("wrong version, name or special tokens")
+        if b"" in ranks or len(lines) != len(ranks) or len(set(ids)) != len(ids):
+            raise ValueError("a token is empty, or a token or an id is there twice")
+        if not all(type(i) is int and 0 <= i < MAX_VOCAB for i in ids):
+            raise ValueError("an id is out of range")
+        return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"no tokenizer state of version 1 ({type(error).__name__}: {error})") from error
+
+
+def digest(encoding: tiktoken.Encoding) -> str:
+    """SHA-256 of the state, hexadecimal."""
+    return hashlib.sha256(json.dumps(to_state(encoding), sort_keys=True).encode()).hexdigest()
+
+
+def save(encoding: tiktoken.Encoding, path: Path) -> None:
+    """Writes the state as JSON, under a temporary name first."""
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(to_state(encoding), file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load(path: Path) -> tiktoken.Encoding:
+    """Reads what `save` wrote.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    try:
+        return from_state(json.loads(path.read_bytes()))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a saved tokenizer: {error}") from error
