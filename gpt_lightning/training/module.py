@@ -1,0 +1,156 @@
+"""The LightningModule: a language model, its loss, its optimizer and its learning-rate schedule.
+
+B sequences of a micro-batch, T block_size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import tiktoken
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from gpt_lightning.data import tokenizer as tokenizers
+from gpt_lightning.model.gpt import IGNORE
+from gpt_lightning.training.optimizers import OptimizerFactory, decay_groups
+
+Schedule = Callable[[int], float]  # optimizer steps done -> factor of the peak learning rate
+
+
+class LanguageModel(pl.LightningModule):
+    """Trains a network to predict the next token.
+
+    Args:
+        net: Called as `net(idx, targets, reduction=...)`, returns a loss in nats.
+        optimizer: Builds the optimizer from parameter groups.
+        schedule: Factor of the learning rate for each optimizer step.
+        tokenizer: Saved in every checkpoint, measures bits per byte.
+        config: The run's resolved configuration in plain containers, saved in every checkpoint.
+        clip_norm: Largest gradient norm of a step; None does not clip.
+
+    Attributes:
+        train_loss: Mean loss of the last optimizer step's micro-batches on this rank, () nats.
+        grad_norm: Gradient norm of the last optimizer step before clipping, ().
+        lr: Learning rate of the last optimizer step.
+        look: Called before each optimizer step, when its loss and gradient are known and not yet clipped.
+        metrics: What the last validation measured.
+        best_val_loss: Lowest validation loss so far, in nats per token.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        optimizer: OptimizerFactory,
+        schedule: Schedule,
+        tokenizer: tiktoken.Encoding,
+        config: Mapping[str, Any],
+        clip_norm: float | None = 1.0,
+    ):
+        super().__init__()
+        if clip_norm is not None and clip_norm <= 0:
+            raise ValueError(f"trainer.clip_norm={clip_norm} must be positive, or null for no clipping")
+        self.net, self.optimizer, self.schedule, self.clip_norm = net, optimizer, schedule, clip_norm
+        self.tokenizer = tokenizer
+        self.save_hyperparameters(dict(config))
+        self.register_buffer(
+            "token_bytes", torch.from_numpy(np.asarray(tokenizers.token_bytes(tokenizer))), persistent=False
+        )
+        self.register_buffer("_loss_sum", torch.zeros(()), persistent=False)
+        self.train_loss, self.grad_norm = torch.tensor(math.nan), torch.tensor(math.nan)
+        self.lr = math.nan
+        self.look: Callable[[], None] = lambda: None
+        self.metrics: dict[str, float] = {}
+        self.best_val_loss = math.inf
+        self._sums: Tensor | None = None
+
+    token_bytes: Tensor
+    _loss_sum: Tensor
+
+    def on_train_start(self) -> None:
+        if self.global_rank > 0:  # the ranks began with one seed for the weights; their dropout must differ
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss = self.net(*batch)
+        self._loss_sum += loss.detach()
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.train_loss = self._loss_sum / self.trainer.accumulate_grad_batches
+        self._loss_sum = torch.zeros_like(self._loss_sum)
+        self.lr = optimizer.param_groups[0]["lr"]
+
+    def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
+        limit = math.inf if self.clip_norm is None else self.clip_norm  # an infinite limit only measures
+        root: Any = self.trainer.strategy.model
+        if hasattr(root, "clip_grad_norm_"):  # a sharded model has one of its own
+            self.grad_norm = root.clip_grad_norm_(limit)
+            self.look()
+            return
+        self.grad_norm = nn.utils.get_total_norm(p.grad for p in self.parameters() if p.grad is not None)
+        self.look()
+        if self.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters(), limit, self.grad_norm)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(decay_groups(self.net))
+        scheduler = LambdaLR(optimizer, self.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def flops_per_batch(self) -> int:
+        """Floating-point operations of one micro-batch, forward and backward, for Lightning's monitor."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        tokens = data.tokens_per_step // (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        return tokens * self.net.flops_per_token()  # type: ignore[operator]
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = torch.zeros(3, dtype=torch.float64 if self.device.type != "mps" else torch.float32).to(
+            self.device
+        )
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        idx, targets = batch
+        nats = self.net(idx, targets, reduction="none")  # (B, T)
+        counted = targets != IGNORE
+        n_bytes = self.token_bytes[targets.clamp(min=0)] * counted  # (B, T)
+        assert self._sums is not None
+        self._sums += torch.stack([nats.double().sum(), counted.sum(), n_bytes.sum()]).to(self._sums)
+
+    def on_validation_epoch_end(self) -> None:
+        assert self._sums is not None
+        nats, tokens, n_bytes = self.trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
+        loss = nats / tokens
+        self.metrics = {
+            "val/loss": loss,
+            "val/perplexity": math.exp(min(loss, 700.0)),  # beyond it a float overflows
+            "val/bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else math.nan,
+        }
+        self.best_val_loss = min(self.best_val_loss, loss)
+        self.log_dict(self.metrics, logger=False, sync_dist=False, rank_zero_only=False)
+        if not self.trainer.sanity_checking:
+            for logger in self.trainer.loggers:
+                logger.log_metrics(self.metrics, step=self.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tokenizer"] = tokenizers.to_state(self.tokenizer)
+        checkpoint["progress"] = {
+            "step": self.global_step,
+            "train_loss": float(self.train_loss),
+            "best_val_loss": self.best_val_loss,
+            "lr": self.lr,
+            "metrics": dict(self.metrics),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        progress = checkpoint["progress"]
+        self.train_loss, self.lr = torch.tensor(progress["train_loss"]), progress["lr"]
+        self.best_val_loss, self.metrics = progress["best_val_loss"], dict(progress["metrics"])

@@ -1,0 +1,61 @@
+"""Optimizers. Any class of torch.optim, or of a package, does as well: it receives parameter groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+ParamGroups = list[dict[str, Any]]
+OptimizerFactory = Callable[[ParamGroups], Optimizer]
+
+
+def decay_groups(module: nn.Module) -> ParamGroups:
+    """Two parameter groups: matrices, which decay as the optimizer says, and the rest, which never does.
+
+    Parameters with requires_grad=False are left out.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups: ParamGroups = [
+        {"params": [p for p in parameters if p.dim() >= 2]},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},  # biases, LayerNorm gains
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(
+    params: ParamGroups | Iterable[torch.Tensor],
+    *,
+    lr: float,
+    betas: Sequence[float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    fused: bool = True,
+) -> Optimizer:
+    """AdamW with one kernel for all parameters where the device has one.
+
+    Args:
+        params: Groups, or parameters.
+        lr: Peak learning rate; the schedule multiplies it.
+        betas: Decay of the mean and of the squared mean of the gradient.
+        eps: Added to the denominator.
+        weight_decay: Share of the learning rate by which matrices shrink in a step.
+        fused: Whether to use the fused kernel; Lightning does not clip with it in 16-bit-mixed precision.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019).
+    """
+    if lr <= 0:
+        raise ValueError(f"optimizer.lr={lr} must be positive")
+    if weight_decay < 0:
+        raise ValueError(f"optimizer.weight_decay={weight_decay} must not be negative")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"optimizer.betas={list(betas)} must be two numbers in [0, 1)")
+    return torch.optim.AdamW(
+        params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=fused
+    )
