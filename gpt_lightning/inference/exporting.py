@@ -1,0 +1,123 @@
+"""A model as a folder that other programs load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from gpt_lightning.data import tokenizer as tokenizers
+from gpt_lightning.data.huggingface_tokenizer import save_tokenizer
+from gpt_lightning.inference.pretrained import CARD, WEIGHTS_FORMAT
+from gpt_lightning.inference.space import write_app
+from gpt_lightning.inference.text import TextGenerator
+from gpt_lightning.model.huggingface import save_gpt2, write_safetensors
+
+
+def write_huggingface(model: TextGenerator, folder: Path) -> None:
+    """config.json, model.safetensors and tokenizer files for transformers' AutoModelForCausalLM.
+
+    Raises:
+        ValueError: If the model has an option that GPT-2 cannot express.
+    """
+    spare = model.net.config.vocab_size - model.tokenizer.n_vocab
+    if spare:
+        raise ValueError(
+            f"model.vocab_size={model.net.config.vocab_size} has {spare} ids that the tokenizer lacks, so "
+            "transformers could produce what it cannot decode; export format=weights instead"
+        )
+    save_gpt2(model.net, folder, end_of_text=tokenizers.end_of_text(model.tokenizer))
+    save_tokenizer(model.tokenizer, folder, block_size=model.net.config.block_size)
+    (folder / "README.md").write_text(card(model), encoding="utf-8")
+
+
+def write_weights(model: TextGenerator, folder: Path) -> None:
+    """The parameters as they are, the fields of GPTConfig, and the tokenizer, for `gpt_lightning.load`."""
+    config = {**WEIGHTS_FORMAT, "model": asdict(model.net.config)}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    weights = {name: parameter.detach().contiguous() for name, parameter in model.net.named_parameters()}
+    write_safetensors(weights, folder / "model.safetensors")  # a tied head is the token table, once
+    tokenizers.save(model.tokenizer, folder / "tokenizer.json")
+
+
+def write_space(model: TextGenerator, folder: Path) -> None:
+    """The bare weights, and what makes a Hugging Face Space of them."""
+    write_weights(model, folder)
+    write_app(model.info, folder)
+
+
+FORMATS: dict[str, Callable[[TextGenerator, Path], None]] = {
+    "huggingface": write_huggingface,
+    "weights": write_weights,
+    "space": write_space,
+}
+
+
+def export(model: TextGenerator, output: str | Path, *, format: str, overwrite: bool = False) -> Path:
+    """Write a model to a folder, which appears when it is complete.
+
+    Args:
+        model: As from `gpt_lightning.inference.pretrained.read_model`.
+        output: The folder.
+        format: A key of FORMATS.
+        overwrite: Whether an earlier export may be there; nothing else is ever replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OSError: If the folder cannot be written.
+        ValueError: If the format does not exist or cannot express the model.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} does not exist; use {', '.join(FORMATS)}")
+    folder = Path(output).expanduser().absolute()
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output={output} is a file; give the name of a folder")
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / CARD).is_file():
+            raise FileExistsError(f"output={output} is a folder with other files; give another one")
+        if not overwrite:
+            raise FileExistsError(f"output={output} holds an export; add overwrite=true to replace it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        new = partial / "new"
+        new.mkdir()  # with the user's usual permissions, which mkdtemp does not give
+        FORMATS[format](model, new)
+        (new / CARD).write_text(json.dumps(model.info, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            folder.rename(partial / "old")
+        new.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def card(model: TextGenerator) -> str:
+    """What a reader of the folder should know of the model, as Markdown."""
+    info = {key: value for key, value in model.info.items() if value is not None}
+    rows = "\n".join(f"| {key} | {value} |" for key, value in info.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {info.get("name", "model")}
+
+A language model with GPT-2's architecture, trained with gpt_lightning. Losses are in nats per token.
+
+| | |
+| --- | --- |
+{rows}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
+ids = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=100, do_sample=True)[0]))
+```
+"""
