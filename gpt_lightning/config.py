@@ -1,0 +1,379 @@
+"""Where the configuration is, what must hold between its parts, and how a user's mistake ends."""
+
+from __future__ import annotations
+
+import ctypes
+import difflib
+import errno
+import functools
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import platform
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import hydra
+import hydra._internal.utils
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+log = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).resolve().parent
+# a checkout has conf/ and input.txt beside the package, a wheel carries them inside it
+ROOT = PACKAGE.parent if (PACKAGE.parent / "conf" / "train.yaml").exists() else PACKAGE
+CONF = ROOT / "conf"
+
+
+def detect_device() -> str:
+    """`cuda`, `mps` or `cpu`, found without importing torch, which takes longer than all of Hydra."""
+    spec = importlib.util.find_spec("torch")
+    version = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
+    built_for_cuda = bool(version and version.exists() and runpy.run_path(str(version)).get("cuda"))
+    if built_for_cuda:
+        try:
+            driver = ctypes.CDLL("libcuda.so.1")
+            count = ctypes.c_int(0)
+            if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value:
+                return "cuda"
+        except OSError:
+            pass  # no driver
+    return "mps" if platform.system() == "Darwin" and platform.machine() == "arm64" else "cpu"
+
+
+def user_cache() -> str:
+    """Folder for what can be computed again, as the XDG base directory specification has it."""
+    return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt_lightning")
+
+
+OmegaConf.register_new_resolver("detect_device", detect_device, replace=True)
+OmegaConf.register_new_resolver("user_cache", user_cache, replace=True)
+OmegaConf.register_new_resolver("bundled", lambda name: str(ROOT / name), replace=True)
+
+
+class ConfigError(ValueError):
+    """A wrong value in the configuration; the text is the one line that the user reads."""
+
+
+def _number(
+    kind: type, *, least: float | None = None, above: float | None = None, optional: bool = False
+) -> Callable[[str, Any], str | None]:
+    """A check that returns what is wrong with a value, or None."""
+    bound = f" of at least {least}" if least is not None else f" above {above}" if above is not None else ""
+    expected = ("a whole number" if kind is int else "a number") + bound + (" or null" if optional else "")
+
+    def check(key: str, value: Any) -> str | None:
+        if value is None and optional:
+            return None
+        good = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+        good = good and (least is None or value >= least) and (above is None or value > above)
+        return None if good else f"{key}={value!r} must be {expected}"
+
+    return check
+
+
+def _one_of(*choices: Any) -> Callable[[str, Any], str | None]:
+    def check(key: str, value: Any) -> str | None:
+        return None if value in choices else f"{key}={value!r} must be one of {', '.join(map(str, choices))}"
+
+    return check
+
+
+def duration(limit: str | int) -> float:
+    """Seconds of a time limit: "HH:MM:SS", "D-HH:MM:SS" as SLURM has it, or seconds.
+
+    Raises:
+        ConfigError: If it is none of these, or nothing.
+    """
+    # YAML reads an unquoted 1:30:00 as the number of seconds, 5400
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d)|(\d+)", str(limit))
+    days, hours, minutes, seconds, plain_seconds = map(int, found.groups("0")) if found else (0,) * 5
+    total = 86400 * days + 3600 * hours + 60 * minutes + seconds + plain_seconds
+    if total <= 0:
+        raise ConfigError(f"time_limit={limit!r} must be HH:MM:SS, such as 23:50:00 or 1-12:00:00")
+    return float(total)
+
+
+_AT_LEAST_ONE = _number(int, least=1, optional=True)
+
+# Keys that no single class reads alone. Everything else is checked by the class that takes it.
+RULES: dict[str, Callable[[str, Any], str | None]] = {
+    "seed": _number(int, least=0),
+    "target_loss": _number(float, above=0, optional=True),
+    "data.batch_size": _number(int, least=1),
+    "data.stride": _number(int, least=1, optional=True),
+    "data.sequence_length": _number(int, least=1, optional=True),
+    "data.random_offset": _one_of(True, False),
+    "data.num_workers": _number(int, least=0),
+    "data.shuffle": _one_of(True, False),
+    "data.drop_last": _one_of(True, False),
+    "device.micro_batch_size": lambda key, value: (value != "auto" and _AT_LEAST_ONE(key, value)) or None,
+    "device.compile": _one_of(True, False),
+    "device.pin_memory": _one_of(True, False),
+    "device.matmul_precision": _one_of("highest", "high", "medium"),
+    "trainer.max_steps": _number(int, least=1, optional=True),
+    "trainer.max_epochs": _number(int, least=1, optional=True),
+    "trainer.val_every_steps": _number(int, least=1),
+    "trainer.val_batches": _number(int, least=1, optional=True),
+    "trainer.log_every_steps": _number(int, least=1),
+    "trainer.save_every_steps": _number(int, least=1),
+    "trainer.keep_last": _number(int, least=1),
+    "trainer.snapshot_every_steps": _number(int, least=1, optional=True),
+    "trainer.clip_norm": _number(float, above=0, optional=True),
+    "trainer.num_nodes": _number(int, least=1),
+}
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what cannot work before anything expensive begins.
+
+    Raises:
+        ConfigError: The first thing that is wrong, with the remedy.
+    """
+    for key, rule in RULES.items():
+        problem = rule(key, OmegaConf.select(cfg, key))
+        if problem:
+            raise ConfigError(problem)
+    if not re.fullmatch(r"[\w.,=+-]+(/[\w.,=+-]+)*", str(cfg.name)) or ".." in str(cfg.name):
+        raise ConfigError(f"name={cfg.name!r} names a folder; use letters, digits, and . _ - only")
+    if cfg.trainer.max_steps is None and cfg.trainer.max_epochs is None:
+        raise ConfigError("trainer.max_steps and trainer.max_epochs are both null; set one of them")
+    if cfg.time_limit is not None and duration(cfg.time_limit) and cfg.callbacks.get("last") is None:
+        raise ConfigError("time_limit= needs the checkpoints of callbacks.last; do not set that to null")
+    if cfg.resume is not None and cfg.init_from is not None:
+        raise ConfigError(
+            f"resume={cfg.resume} and init_from={cfg.init_from} exclude each other; resume continues a run "
+            "exactly, init_from begins a new one from weights"
+        )
+    device, precision = cfg.device, str(cfg.device.precision)
+    if device.accelerator == "mps":
+        if device.devices not in (1, "auto", "1"):
+            raise ConfigError(
+                f"device.devices={device.devices}: Apple's GPU is one device; use device.devices=1"
+            )
+        if device.compile:
+            raise ConfigError("device.compile=true does not work on mps; use device.compile=false")
+    if precision.startswith("16") and device.accelerator != "cuda":
+        raise ConfigError(
+            f"device.precision={precision} needs a CUDA GPU; use device.precision=32-true or bf16-mixed"
+        )
+    fused = OmegaConf.select(cfg, "optimizer.fused")
+    if precision == "16-mixed" and fused and cfg.trainer.clip_norm is not None:
+        raise ConfigError(
+            "device.precision=16-mixed cannot clip under a fused optimizer; add optimizer.fused=false"
+        )
+
+
+def explicit(cfg: DictConfig, group: str) -> dict[str, Any]:
+    """The values below `group` that the command line sets one by one, as in model.dropout=0.1."""
+    keys = (override.split("=", 1)[0].lstrip("+") for override in HydraConfig.get().overrides.task)
+    names = [key.removeprefix(f"{group}.") for key in keys if key.startswith(f"{group}.")]
+    return {name: cfg[group][name] for name in names if name in cfg[group]}
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration in dicts, lists and scalars."""
+    container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    return cast(dict[str, Any], container)
+
+
+def build(node: DictConfig | Mapping[str, Any], /, **kwargs: Any) -> Any:
+    """Instantiate a node of the configuration; errors of the class itself come out as they are."""
+    try:
+        return hydra.utils.instantiate(node, **kwargs)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
+            raise ConfigError(f"{cause}; it was given by {error_key(error)}") from error
+        if cause is not None:
+            raise cause from error
+        raise ConfigError(str(error).replace("\n", " ")) from error
+
+
+def error_key(error: InstantiationException) -> str:
+    """The configuration key that Hydra says it was instantiating."""
+    found = re.search(r"full_key: (\S+)", str(error))
+    return found[1] if found else "the configuration"
+
+
+def _user_errors() -> tuple[type[BaseException], ...]:
+    errors: tuple[type[BaseException], ...] = (
+        ValueError,
+        OSError,
+        ModuleNotFoundError,
+        OmegaConfBaseException,
+        HydraException,
+    )
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # only if the run came that far
+    if lightning is not None:
+        errors += (lightning.MisconfigurationException,)
+    return errors
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether torch could not get the memory that it asked for."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and re.search("out of memory|can't allocate memory", str(error)) is not None
+    )
+
+
+# what helps where the system refuses
+REMEDIES = {
+    errno.ENOSPC: "make room on the disk, then go on with resume=",
+    errno.EDQUOT: "make room on the disk, then go on with resume=",
+    errno.EACCES: "give the right to it, or name another place",
+    errno.EPERM: "give the right to it, or name another place",
+    errno.EROFS: "name a place that can be written to",
+    errno.ENOENT: "it is needed and not there; was it deleted?",
+    errno.ENOTDIR: "name a place below a folder",
+}
+
+
+def one_line(error: BaseException) -> str:
+    """What a user reads of an error that is theirs to mend."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        extra = {"datasets": "hf", "transformers": "hf", "safetensors": "hf", "huggingface_hub": "hf"}
+        extra |= {"sacrebleu": "eval", **dict.fromkeys(("fastapi", "gradio", "uvicorn"), "demo")}
+        package = error.name.split(".")[0]
+        name = extra.get(package, package if package in ("wandb", "mlflow") else None)
+        remedy = f"pip install 'gpt-lightning[{name}]'" if name else f"pip install {package}"
+        return f"the package {package} is not installed; {remedy}"
+    cause = error.__cause__
+    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.full_key:
+        close = difflib.get_close_matches(str(cause.key), map(str, cause.parent_node or ()), 1)
+        return f"there is no key {cause.full_key}; " + (
+            f"did you mean {close[0]}?" if close else "--cfg job shows all keys"
+        )
+    text = str(error).strip()
+    if missing := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{missing[1]}= must be given"
+    if lacks_memory(error):
+        return f"out of memory ({text.splitlines()[0] if text else 'Python'}); use a smaller model"
+    if text.startswith("Caught ") and "Traceback" in text:  # a loader's worker sends all of its traceback
+        text = text.splitlines()[-1]
+    if isinstance(error, OSError) and error.errno in REMEDIES and text.startswith("[Errno"):
+        where = f"{error.filename}: " if error.filename else ""
+        text = f"{where}{error.strerror}; {REMEDIES[error.errno]}"
+    return re.sub(r"\s*\n\s*", " ", text) or type(error).__name__
+
+
+def entry_point(
+    config_name: str, *, arguments: Callable[[list[str]], list[str]] | None = None
+) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
+    """Make a function of a configuration a command: Hydra in front, one line for a user's mistake behind.
+
+    Args:
+        config_name: File in conf/ to compose.
+        arguments: Rewrites the command line before Hydra reads it.
+    """
+
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], Any]:
+        @functools.wraps(task)
+        def guarded(cfg: DictConfig) -> Any:
+            try:
+                if missing := OmegaConf.missing_keys(cfg):
+                    raise MissingMandatoryValue(f"Missing mandatory value: {min(missing)}")
+                return task(cfg)
+            except Exception as error:
+                _to_log_files(error)
+                _fail(error)  # here, because outside, Hydra adds a line of its own
+
+        command = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)
+
+        @functools.wraps(task)
+        def main() -> Any:
+            logging.raiseExceptions = False  # a log on a full disk is not worth a traceback per line
+            hydra._internal.utils.run_and_report = lambda func: func()  # which prints several lines
+            try:
+                if arguments is not None:
+                    sys.argv[1:] = arguments(sys.argv[1:])
+                return command()
+            except KeyboardInterrupt:
+                raise SystemExit(130) from None  # as a shell has it
+            except Exception as error:
+                _fail(error)
+
+        return main
+
+    return decorate
+
+
+def verbatim(*keys: str) -> Callable[[list[str]], list[str]]:
+    """For `entry_point`: the values of these keys are text as it stands, not Hydra's language of values.
+
+    Only null, and what is quoted for Hydra already, is left to it.
+    """
+
+    def quote(argument: str) -> str:
+        key, _, value = argument.partition("=")
+        if key not in keys or value == "null" or re.fullmatch(r"'.*'|\".*\"", value, re.DOTALL):
+            return argument
+        value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # not an interpolation
+        # within Hydra's quotes, backslashes count only before a quote
+        value = re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + (m[2] and r"\'"), value)
+        return f"{key}='{value}'"
+
+    return lambda arguments: [quote(argument) for argument in arguments]
+
+
+def _fail(error: Exception) -> NoReturn:
+    """End with one line for what a user can mend, with the traceback for everything else."""
+    users = isinstance(error, _user_errors()) or lacks_memory(error)
+    if os.environ.get("HYDRA_FULL_ERROR") or not users:
+        raise error
+    print(f"error: {one_line(error)}", file=sys.stderr)
+    raise SystemExit(1) from None
+
+
+def _to_log_files(error: Exception) -> None:
+    """The traceback is for whoever looks into the run directory."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            record = log.makeRecord(
+                log.name,
+                logging.ERROR,
+                __file__,
+                0,
+                "%s",
+                (error,),
+                (type(error), error, error.__traceback__),
+            )
+            handler.emit(record)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a run computes."""
+    packages = ("gpt-lightning", "torch", "lightning", "hydra-core", "omegaconf", "tiktoken", "numpy")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> str | None:
+    """Commit of the checkout that the package runs from, with a + where files differ from it."""
+    if ROOT == PACKAGE:
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

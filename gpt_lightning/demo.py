@@ -1,0 +1,57 @@
+"""A web page and a completion server for a trained model: `python -m gpt_lightning.demo checkpoint=…`."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+import gpt_lightning
+from gpt_lightning.config import ConfigError, entry_point, verbatim
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that waits for clients.
+
+    Raises:
+        ConfigError: If the address is not this machine's, or something else listens there.
+    """
+    if not isinstance(port, int) or not 0 <= port < 2**16:
+        raise ConfigError(f"port={port!r} must be a whole number from 0 to 65535, where 0 is any free one")
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        reason = str(error.strerror).split(" (")[0]  # Python adds the address in brackets
+        raise ConfigError(f"host={host} port={port}: {reason}; choose another port or host") from error
+
+
+def find_curves(checkpoint: str) -> Path | None:
+    """The picture of the run that a checkpoint is from, if it is there."""
+    path = Path(checkpoint).expanduser().absolute()
+    folder = path.parent if path.is_file() else path
+    curves = (folder.parent if folder.name == "checkpoints" else folder) / "curves.png"
+    return curves if curves.is_file() else None
+
+
+@entry_point("demo", arguments=verbatim("checkpoint"))
+def main(cfg: DictConfig) -> None:
+    if cfg.checkpoint is None:
+        raise ConfigError("checkpoint= is missing; give a checkpoint, a run directory or an exported folder")
+    with contextlib.suppress(KeyboardInterrupt), listen(str(cfg.host), cfg.port) as listener:
+        from gpt_lightning.inference.server import Site, run
+
+        model = gpt_lightning.load(cfg.checkpoint, cfg.device.accelerator, cfg.dtype)
+        limits = {key: cfg[key] for key in ("max_prompt_chars", "max_new_tokens", "queue")}
+        site = Site(model, curves=find_curves(cfg.checkpoint), **limits)
+        host = f"[{cfg.host}]" if ":" in str(cfg.host) else cfg.host
+        address = f"http://{host}:{listener.getsockname()[1]}"
+        print(f"page: {address}\ncompletions: {address}/v1\nCtrl-C stops the server", flush=True)
+        run(site, listener)
+    print("stopped")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""A checkpoint for other programs: `python -m gpt_lightning.export checkpoint=… output=DIR`."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from gpt_lightning.config import ConfigError, entry_point, verbatim
+
+
+@entry_point("export", arguments=verbatim("checkpoint", "output"))
+def main(cfg: DictConfig) -> None:
+    for key in ("checkpoint", "output"):
+        if cfg[key] is None:
+            raise ConfigError(f"{key}= is missing; give checkpoint=CHECKPOINT output=FOLDER")
+    if not isinstance(cfg.overwrite, bool):
+        raise ConfigError(f"overwrite={cfg.overwrite!r} must be true or false")
+    from gpt_lightning.inference.exporting import export
+    from gpt_lightning.inference.pretrained import read_model
+
+    model = read_model(cfg.checkpoint)
+    folder = export(model, cfg.output, format=cfg.format, overwrite=cfg.overwrite)
+    for path in sorted(folder.iterdir()):
+        print(f"{path.stat().st_size:>12,} bytes  {path.name}")
+    print(folder)
+
+
+if __name__ == "__main__":
+    main()

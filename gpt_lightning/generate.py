@@ -1,0 +1,131 @@
+"""Text from a trained model: `python -m gpt_lightning.generate checkpoint=… prompt=…`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from gpt_lightning.config import ConfigError, entry_point, plain, verbatim
+
+if TYPE_CHECKING:
+    from gpt_lightning.inference.session import Session
+    from gpt_lightning.inference.text import TextGenerator
+
+log = logging.getLogger(__name__)
+
+SETTINGS = ["max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"]
+SETTINGS += ["num_samples", "seed", "stop"]
+
+
+def read_prompts(cfg: DictConfig) -> list[str]:
+    """The prompts that the configuration names, by whichever of its keys."""
+    if cfg.prompt_file is None:
+        return list(cfg.default_prompts) if cfg.prompt is None else [str(cfg.prompt)]
+    try:
+        text = Path(cfg.prompt_file).expanduser().read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"prompt_file={cfg.prompt_file} is not UTF-8 text ({error.reason})") from error
+    if not text:
+        raise ConfigError(f"prompt_file={cfg.prompt_file} is empty; write one prompt a line")
+    return text.removesuffix("\n").split("\n")
+
+
+def show(model: TextGenerator, prompts: list[str], settings: dict[str, Any]) -> None:
+    """Every prompt with its continuation, which streams to the terminal."""
+    shown, tokens, started = -1, 0, time.monotonic()
+    for number, piece in model.in_order(prompts, **settings):
+        if number != shown:
+            heading = f"--- {number + 1} of {len(prompts)}\n" if len(prompts) > 1 else ""
+            print(heading + prompts[number], end="")
+        shown = number
+        print(piece.text, end="\n" if piece.finish else "", flush=True)
+        tokens += piece.tokens if piece.finish else 0
+    seconds = time.monotonic() - started
+    log.info("%d tokens in %.1f s (%.0f tokens/s)", tokens, seconds, tokens / max(seconds, 1e-9))
+
+
+def write(model: TextGenerator, prompts: list[str], settings: dict[str, Any], output: Path | None) -> None:
+    """A line of JSON for every prompt, as each is complete."""
+    with contextlib.ExitStack() as stack:
+        file = sys.stdout
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(output.open("w", encoding="utf-8"))
+        text = ""
+        for number, piece in model.in_order(prompts, **settings):
+            text += piece.text
+            if piece.finish:
+                answer: dict[str, Any] = {"prompt": prompts[number], "text": text}
+                answer |= {"tokens": piece.tokens, "finish": piece.finish}
+                print(json.dumps(answer, ensure_ascii=False), file=file, flush=True)
+                text = ""
+    if output is not None:
+        log.info("%d answers: %s", len(prompts), output)
+
+
+def converse(session: Session) -> None:
+    """The prompt line, until Ctrl-D."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # gives input() its line editing and history
+    print("/help lists what there is besides prompts; Ctrl-D leaves.")
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt) as error:
+            print()
+            if isinstance(error, EOFError):
+                return
+            continue
+        try:
+            for text in session.respond(line):
+                print(text, end="", flush=True)
+        except ValueError as error:
+            print(f"error: {error}", end="")
+        except KeyboardInterrupt:
+            pass  # the answer ends here
+        print()
+
+
+@entry_point("generate", arguments=verbatim("checkpoint", "prompt", "prompt_file", "output", "stop"))
+def main(cfg: DictConfig) -> None:
+    if not isinstance(cfg.interactive, bool):
+        raise ConfigError(f"interactive={cfg.interactive!r} must be true or false")
+    given = [key for key in ("prompt", "prompt_file", "output") if cfg[key] is not None]
+    if cfg.interactive and given:
+        raise ConfigError(f"interactive=true asks for prompts; leave {given[0]}= out")
+    if cfg.prompt is not None and cfg.prompt_file is not None:
+        raise ConfigError("prompt= and prompt_file= exclude each other; give one of them")
+    if cfg.checkpoint is None:
+        raise ConfigError("checkpoint= is missing; give a checkpoint, a run directory or an exported folder")
+    from gpt_lightning.inference.pretrained import load
+    from gpt_lightning.inference.session import Session, check
+
+    values = {key: plain(cfg)[key] for key in SETTINGS}
+    settings = check(**values)
+    prompts = [prompt for prompt in read_prompts(cfg) for _ in range(values["num_samples"])]
+    model = load(cfg.checkpoint, cfg.device.accelerator, cfg.dtype)
+    for prompt in prompts:
+        model.encode(prompt)  # a character that the model does not know is found before an answer is written
+    samples = values.pop("num_samples")
+    values["stop"] = values["stop"] or ()
+    try:
+        if cfg.interactive:
+            converse(Session(model, settings, num_samples=samples, seed=cfg.seed, stop=cfg.stop))
+        elif cfg.output is None and cfg.prompt_file is None:
+            show(model, prompts, values)
+        else:
+            write(model, prompts, values, None if cfg.output is None else Path(cfg.output).expanduser())
+    except KeyboardInterrupt:
+        print()
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

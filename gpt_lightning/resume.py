@@ -1,0 +1,177 @@
+"""`resume=RUN_DIR|latest`: the same command again, in the same run directory, from its last checkpoint."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
+
+from gpt_lightning.config import ConfigError, verbatim, versions
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
+
+# what may differ when a run goes on: it changes what is written or shown, never the weights
+HARMLESS = (
+    "resume",
+    "name",
+    "paths.*",
+    "logger.*",
+    "callbacks.layers*",
+    "callbacks.progress*",
+    "callbacks.samples*",
+    "callbacks.metrics*",
+    "callbacks.throughput*",
+    "callbacks.last*",
+    "callbacks.nonfinite",
+    "callbacks.incidents*",
+    "data.num_workers",
+    "device.pin_memory",
+    "trainer.val_every_steps",
+    "trainer.val_batches",
+    "trainer.log_every_steps",
+    "trainer.save_every_steps",
+    "trainer.keep_last",
+    "trainer.snapshot_every_steps",
+    "time_limit",
+)
+HYDRA = ".hydra"  # folder of a run directory
+
+
+def resume_arguments(arguments: list[str]) -> list[str]:
+    """The command line of the run to resume, followed by what was given now.
+
+    A job that SLURM started again goes on with the run in its `hydra.run.dir=` without being told.
+
+    Args:
+        arguments: As in sys.argv[1:]. Without a run to resume they come back as they are.
+
+    Raises:
+        ConfigError: If there is no such run.
+    """
+    wanted, directory = _value(arguments, "resume"), _value(arguments, "hydra.run.dir")
+    rewritten = "hydra.output_subdir=null" in arguments  # in a process that another rank started
+    if wanted is None and directory and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+        wanted = directory if (Path(directory) / HYDRA / "overrides.yaml").is_file() else None
+    if rewritten or wanted in (None, "null", ""):
+        return arguments
+    if {"-m", "--multirun"} & set(arguments):
+        raise ConfigError("resume= continues one run; it cannot be combined with -m")
+    folder = (_latest(arguments) if wanted == "latest" else Path(str(wanted)).expanduser()).resolve()
+    if directory and Path(directory).resolve() != folder:
+        raise ConfigError(f"resume={wanted} goes on in {folder}; leave out hydra.run.dir={directory}")
+    hydra, before = _load(folder, "hydra.yaml").hydra, list(_load(folder, "overrides.yaml"))
+    dirs = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    flags = [*(f"--config-dir={path}" for path in dirs), f"--config-name={hydra.job.config_name}"]
+    flags = [flag for flag in flags if flag.split("=")[0] not in " ".join(arguments)]
+    ours = ("resume=", "hydra.run.dir=")
+    # the whole command line may have been given again
+    given = [argument for argument in arguments if not argument.startswith(ours) and argument not in before]
+    if Path(hydra.runtime.cwd).is_dir():
+        os.chdir(hydra.runtime.cwd)  # relative paths mean what they meant
+    quoted = verbatim("resume", "hydra.run.dir")([f"{key}{folder}" for key in ours])
+    return [*flags, *before, *given, *quoted, "hydra.output_subdir=null"]
+
+
+def _value(arguments: list[str], key: str) -> str | None:
+    """What the command line says of a key, without Hydra's quotes; the last time counts."""
+    values = [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{key}=")]
+    return re.sub(r"^(['\"])(.*)\1$", r"\2", values[-1]) if values else None
+
+
+def _load(folder: Path, name: str) -> Any:
+    """A file that Hydra left in the run directory."""
+    try:
+        return OmegaConf.load(folder / HYDRA / name)
+    except FileNotFoundError:
+        raise ConfigError(f"resume=: {folder} is not a run directory (it has no {HYDRA}/{name})") from None
+    except (OSError, ValueError, YAMLError) as error:
+        raise ConfigError(f"resume=: {folder / HYDRA / name} is damaged; begin a new run") from error
+
+
+def _latest(arguments: list[str]) -> Path:
+    root = Path(_value(arguments, "paths.outputs") or "outputs")
+    runs = [path.parent.parent for path in root.glob(f"**/{HYDRA}/overrides.yaml")]
+    runs = [run for run in runs if (run / "summary.json").is_file()]
+    if not runs:
+        raise ConfigError(f"resume=latest: there is no run below {root.resolve()}; give resume=RUN_DIR")
+    return max(runs, key=lambda run: (run / "summary.json").stat().st_mtime)
+
+
+def check_unchanged(cfg: DictConfig, folder: Path) -> None:
+    """Refuse overrides under which the run would not be the same run.
+
+    Raises:
+        ConfigError: With a list of the keys that differ and both values.
+    """
+    before, now = _flat(_load(folder, "config.yaml")), _flat(cfg)
+    differing = [
+        f"{key} (was {before.get(key)}, now {now.get(key)})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(fnmatch.fnmatch(key, rule) for rule in HARMLESS)
+    ]
+    if differing:
+        raise ConfigError(
+            f"resume= goes on with the same run, but these would change it: {'; '.join(differing)}; "
+            "begin a new run with init_from= instead"
+        )
+
+
+def _flat(cfg: Any) -> dict[str, Any]:
+    def walk(node: Any, prefix: str) -> dict[str, Any]:
+        if not isinstance(node, dict):
+            return {prefix: node}
+        pairs = (walk(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in node.items())
+        return {key: value for part in pairs for key, value in part.items()}
+
+    return walk(OmegaConf.to_container(cfg, resolve=False), "")
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """The summary that the run left so far; empty if it has none."""
+    try:
+        return dict(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError):
+        return {}
+
+
+def warn_of_versions(folder: Path) -> None:
+    """Say so if a run goes on under other packages than it began with: the bits may then differ."""
+    before, now = status(folder).get("versions") or {}, versions()
+    changed = [f"{name} {was} → {now.get(name)}" for name, was in before.items() if was != now.get(name)]
+    if changed:
+        log.warning("the run began under other versions (%s) and may now differ slightly", ", ".join(changed))
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a run directory, so that two processes never train the same run.
+
+    Raises:
+        ConfigError: If another process holds it.
+    """
+    path = folder / HYDRA / "hydra.yaml"
+    if fcntl is None or not path.is_file():
+        yield
+        return
+    with path.open("r+") as file:  # a record lock: workers do not inherit it, and it ends with the process
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process trains the run in {folder}; wait for it or end it") from None
+        except OSError:
+            pass  # a file system without locks
+        yield

@@ -1,0 +1,117 @@
+"""Train a language model: `python -m gpt_lightning.train key=value …`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from gpt_lightning.build import build_data, build_module, build_trainer, prepare_data, starting_point
+from gpt_lightning.config import check, duration, entry_point, git_revision, lacks_memory, versions
+from gpt_lightning.memory import find_micro_batch, out_of_memory
+from gpt_lightning.resume import check_unchanged, claimed, resume_arguments, status, warn_of_versions
+
+log = logging.getLogger(__name__)
+
+
+def resume_from(folder: Path) -> tuple[Path | None, int]:
+    """The checkpoint to go on from and its step; None and -1 where the run was killed before its first."""
+    from gpt_lightning.inference.pretrained import read_checkpoint
+    from gpt_lightning.training.checkpoints import good_checkpoint
+
+    warn_of_versions(folder)
+    path = good_checkpoint(folder / "checkpoints")
+    if path is None:
+        log.info("the run has no checkpoint yet: it begins again")
+        return None, -1
+    step = int(read_checkpoint(path)["progress"]["step"])
+    log.info("resuming from %s at step %d", path, step)
+    return path, step
+
+
+def micro_batch_size(cfg: DictConfig, checkpoint: Path | None) -> int:
+    """The number that device.micro_batch_size=auto stands for; a run goes on with the one it began with."""
+    from gpt_lightning.inference.pretrained import read_checkpoint
+
+    if checkpoint is not None:
+        return int(read_checkpoint(checkpoint)["hyper_parameters"]["device"]["micro_batch_size"])
+    devices = cfg.device.devices if isinstance(cfg.device.devices, int) else 1
+    return find_micro_batch(cfg, devices * cfg.trainer.num_nodes)
+
+
+@entry_point("train", arguments=resume_arguments)
+def main(cfg: DictConfig) -> float | None:
+    started = time.monotonic()
+    check(cfg)
+    deadline = started + duration(cfg.time_limit) if cfg.time_limit is not None else None
+    folder = Path(cfg.paths.run).resolve()
+    if cfg.resume is not None:
+        check_unchanged(cfg, folder)
+        if status(folder).get("status") == "finished":
+            log.info("the run in %s is finished; there is nothing to resume", folder)
+            return status(folder).get("best_val_loss")
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    with claimed(folder) if getattr(rank_zero_only, "rank", 0) == 0 else nullcontext():
+        return train(cfg, folder, deadline)
+
+
+def train(cfg: DictConfig, folder: Path, deadline: float | None) -> float | None:
+    """One run in its directory; returns its best validation loss."""
+    import lightning.pytorch as pl
+    import torch
+
+    from gpt_lightning.data.datamodule import split_batch
+    from gpt_lightning.training.interruption import Interrupted
+    from gpt_lightning.training.run import describe, end_with_parent, fit, quiet_lightning
+
+    quiet_lightning()
+    end_with_parent()
+    log.info("run: %s", folder)
+    checkpoint, resume_step = resume_from(folder) if cfg.resume is not None else (None, None)
+    net, encoding = starting_point(cfg)
+    store = prepare_data(cfg, encoding)
+    if cfg.device.micro_batch_size == "auto":
+        cfg.device.micro_batch_size = micro_batch_size(cfg, checkpoint)
+    pl.seed_everything(cfg.seed, verbose=False)
+    torch.set_float32_matmul_precision(cfg.device.matmul_precision)
+    data, module = build_data(cfg, store), build_module(cfg, store, net)
+    trainer = build_trainer(cfg, resume_step)
+    facts = {
+        "seed": cfg.seed,
+        "device": cfg.device.accelerator,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "corpus_digest": store.corpus_digest,
+        "tokenizer_digest": store.tokenizer_digest,
+    }
+    try:
+        summary = fit(
+            module,
+            data,
+            trainer,
+            folder=folder,
+            val_every_steps=cfg.trainer.val_every_steps,
+            facts=facts,
+            checkpoint=checkpoint,
+            deadline=deadline,
+        )
+    except Interrupted as interrupted:
+        log.info("%s; go on with resume=%s", interrupted, folder)
+        raise SystemExit(interrupted.code) from None
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        size, _ = split_batch(cfg.data.batch_size, cfg.device.micro_batch_size, trainer.world_size)
+        raise out_of_memory(cfg, sum(p.numel() for p in module.parameters()), size) from error
+    if trainer.is_global_zero:
+        log.info(describe(summary, trainer, folder))
+    return summary["best_val_loss"]
+
+
+if __name__ == "__main__":
+    main()
