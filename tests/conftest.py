@@ -1,0 +1,87 @@
+"""What several tests use: a small text, a prepared store of it, and the commands inside this process."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import TINY
+
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sees",
+    "hears",
+    "finds",
+    "likes",
+    "old",
+    "new",
+    "red",
+    "stone",
+    "tree",
+    "river",
+    "and",
+    "then",
+    "it",
+    "was",
+    "there",
+]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the user's cache out of the tests and the tests out of it."""
+    os.environ["GPT_LIGHTNING_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 20 kB of nonsense in which words follow each other at random, without separators."""
+    draw = random.Random(1)
+    path = tmp_path_factory.mktemp("text") / "small.txt"
+    sentences = (" ".join(draw.choices(WORDS, k=draw.randint(4, 9))) + ".\n" for _ in range(600))
+    path.write_text("".join(sentences), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny(small_text: Path, tmp_path: Path) -> list[str]:
+    """Overrides of a run of seconds on the small text, in tmp_path/run."""
+    return [*TINY, f"data.path={small_text}", f"hydra.run.dir={tmp_path / 'run'}"]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Run an entry point in this process: `call("train", "seed=1", …)` returns what its main returns."""
+
+    def run(name: str, *arguments: str) -> Any:
+        import importlib
+
+        monkeypatch.setattr(sys, "argv", [f"gpt-lightning-{name}", *arguments])
+        return importlib.import_module(f"gpt_lightning.{name}").main()
+
+    return run
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run an entry point as a user does: `command("train", "seed=1", …)` in an empty folder."""
+
+    def run(name: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        options = {"cwd": tmp_path, "timeout": 300, **options}
+        return subprocess.run(
+            [sys.executable, "-m", f"gpt_lightning.{name}", *arguments],
+            capture_output=True,
+            text=True,
+            **options,
+        )
+
+    return run

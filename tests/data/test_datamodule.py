@@ -1,0 +1,218 @@
+"""Windows and their order, against counting by hand."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gpt_lightning.data.datamodule import (
+    IGNORE,
+    EvalBatches,
+    PositionedLoader,
+    TextDataModule,
+    TrainBatches,
+    epoch_size,
+    permute,
+    split_batch,
+)
+
+
+@dataclass
+class Store:
+    """Token number i is i, so that a window tells where it was cut."""
+
+    train: int = 101
+    val: int = 23
+    floor: None = field(default=None)
+
+    def tokens(self, split: str) -> np.ndarray:
+        return np.arange(getattr(self, split), dtype=np.uint16)
+
+
+def batches(store: Any = None, **options: Any) -> TrainBatches:
+    options = {"block_size": 10, "batch_size": 4, "micro_batch_size": 2, "steps": 5, "seed": 1, **options}
+    return TrainBatches(store or Store(), **options)
+
+
+@pytest.mark.parametrize(
+    ("batch", "limit", "world", "expected"),
+    [
+        (32, 8, 1, (8, 4)),
+        (32, 8, 2, (8, 2)),
+        (12, 5, 1, (4, 3)),
+        (7, 4, 1, (1, 7)),
+        (8, None, 1, (8, 1)),
+        (8, 99, 4, (2, 1)),
+    ],
+)
+def test_batch_is_split_exactly(batch: int, limit: int | None, world: int, expected: tuple[int, int]) -> None:
+    assert split_batch(batch, limit, world) == expected
+
+
+def test_batch_that_devices_cannot_share_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data.batch_size=10 .* 4 devices"):
+        split_batch(10, None, 4)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
+def test_permutation_reaches_every_index_once(n: int) -> None:
+    order = permute(np.arange(n), n, seed=3, epoch=2)
+    assert sorted(order.tolist()) == list(range(n))
+
+
+def test_permutation_differs_by_seed_and_epoch_and_mixes() -> None:
+    n = 10_000
+    orders = [permute(np.arange(n), n, seed=s, epoch=e) for s, e in ((1, 0), (1, 1), (2, 0))]
+    for i, order in enumerate(orders):
+        # Spearman's correlation of a random permutation has standard deviation 1 / sqrt(n - 1) = 0.01
+        assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.05
+        assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.05
+        for other in orders[:i]:
+            assert (order == other).mean() < 0.01
+
+
+def test_every_token_is_a_target_once_per_epoch() -> None:
+    data = batches(batch_size=5, micro_batch_size=5)  # 10 windows: two steps an epoch
+    targets = Counter(int(t) for b in range(2) for t in data[b][1].flatten())
+    assert targets == Counter(range(1, 101))
+    again = Counter(int(t) for b in range(2, 4) for t in data[b][1].flatten())
+    assert again == targets
+    assert not torch.equal(data[0][0], data[2][0])  # in another order
+
+
+def test_targets_are_the_inputs_one_token_later() -> None:
+    x, y = batches()[3]
+    assert x.shape == y.shape == (2, 10)
+    assert x.dtype == y.dtype == torch.int64
+    assert torch.equal(x + 1, y)
+
+
+def test_sequential_windows_come_in_order_and_wrap_around() -> None:
+    data = batches(shuffle=False)
+    firsts = [data[b][0][:, 0].tolist() for b in range(6)]
+    assert firsts == [
+        [0, 10],
+        [20, 30],
+        [40, 50],
+        [60, 70],
+        [0, 10],
+        [20, 30],
+    ]  # drop_last leaves 80 and 90 out
+
+
+def test_without_drop_last_the_last_batch_is_filled_from_the_beginning() -> None:
+    data = batches(shuffle=False, drop_last=False)
+    assert data.steps_per_epoch == 3
+    assert [data[b][0][:, 0].tolist() for b in (4, 5)] == [[80, 90], [0, 10]]
+
+
+def test_stride_makes_windows_overlap() -> None:
+    data = batches(stride=3, shuffle=False)
+    assert data.windows == 31  # starts 0, 3, … 90
+    assert data[0][0][:, 0].tolist() == [0, 3]
+
+
+def test_random_offset_moves_the_cuts_from_epoch_to_epoch() -> None:
+    data = batches(random_offset=True, shuffle=False, steps=40)
+    assert data.windows == 9
+    offsets = {int(data[b][0][0, 0]) for b in range(0, 80, 4)}  # two steps an epoch
+    assert len(offsets) > 3
+    assert offsets <= set(range(10))
+
+
+@pytest.mark.parametrize(("micro", "world"), [(4, 1), (2, 1), (1, 1), (2, 2), (1, 4)])
+def test_a_step_has_the_same_windows_however_it_is_split(micro: int, world: int) -> None:
+    whole = batches(micro_batch_size=4)
+    for step in range(5):
+        parts = [batches(micro_batch_size=micro, rank=rank, world_size=world) for rank in range(world)]
+        got = [
+            start
+            for part in parts
+            for b in range(step * part.accumulation, (step + 1) * part.accumulation)
+            for start in part.starts(b).tolist()
+        ]
+        assert sorted(got) == sorted(whole.starts(step).tolist())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # the loader's processes fork
+def test_loader_continues_where_its_state_was_taken(workers: int) -> None:
+    def loader() -> PositionedLoader:
+        return PositionedLoader(batches(), sequences=2, resumable=True, num_workers=workers)
+
+    whole = [x for x, _ in loader()]
+    assert len(whole) == len(loader()) == 10
+    first = loader()
+    iterator = iter(first)
+    head = [next(iterator)[0] for _ in range(3)]
+    state = first.state_dict()
+    assert state == {"sequences": 6}  # what was handed out, not what a worker has read ahead
+    second = loader()
+    second.load_state_dict(state)
+    rest = [x for x, _ in second]
+    assert all(torch.equal(a, b) for a, b in zip(whole, head + rest, strict=True))
+
+
+def test_position_holds_for_another_micro_batch_size() -> None:
+    loader = PositionedLoader(batches(micro_batch_size=1), sequences=1, resumable=True)
+    loader.load_state_dict({"sequences": 8})
+    wide = PositionedLoader(batches(micro_batch_size=4), sequences=4, resumable=True)
+    wide.load_state_dict({"sequences": 8})
+    narrow = torch.cat([x for x, _ in loader])
+    assert torch.equal(narrow, torch.cat([x for x, _ in wide]))
+
+
+def test_loader_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    list(PositionedLoader(batches(), sequences=2, resumable=True))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_validation_counts_every_token_but_the_first_once() -> None:
+    for world in (1, 2, 3):
+        parts = [
+            EvalBatches(Store(), block_size=10, micro_batch_size=2, rank=rank, world_size=world)
+            for rank in range(world)
+        ]
+        assert len({len(part) for part in parts}) == 1  # the ranks stay in step
+        targets = Counter(
+            int(t) for part in parts for b in range(len(part)) for t in part[b][1].flatten() if t != IGNORE
+        )
+        assert targets == Counter(range(1, 23))
+
+
+def test_validation_begins_anew_each_time() -> None:
+    dataset = EvalBatches(Store(), block_size=10, micro_batch_size=1)
+    loader = PositionedLoader(dataset, sequences=1, resumable=False)
+    next(iter(loader))
+    assert torch.equal(next(iter(loader))[0], dataset[0][0])
+
+
+def test_too_few_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"10 tokens, fewer than one window of 10"):
+        epoch_size(Store(train=10), block_size=10, batch_size=1)
+    with pytest.raises(ValueError, match=r"10 windows of 10 tokens, fewer than data.batch_size=11"):
+        epoch_size(Store(), block_size=10, batch_size=11)
+    assert epoch_size(Store(train=11), block_size=10, batch_size=1) == (1, 1)
+
+
+def test_datamodule_gives_one_process_all_batches() -> None:
+    data = TextDataModule(Store(), block_size=10, batch_size=4, micro_batch_size=3, max_steps=2, seed=1)
+    assert [x.shape for x, _ in data.train_dataloader()] == [(2, 10)] * 4
+    assert data.tokens_per_step == 40
+    assert sum(int((y != IGNORE).sum()) for _, y in data.val_dataloader()) == 22
+
+
+def test_dataset_travels_to_a_spawned_worker() -> None:
+    data = batches(Store(train=60_000))
+    first = data[0][0]
+    pickled = pickle.dumps(data)
+    assert len(pickled) < 2_000  # without the tokens
+    assert torch.equal(pickle.loads(pickled)[0][0], first)

@@ -1,0 +1,203 @@
+"""The web page in a real browser: Debian's Chromium, driven by Playwright."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt_lightning import load
+
+playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+CHROMIUM = shutil.which("chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium (apt-get install chromium)"),
+]
+QUIET = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=[*QUIET.split(), "--no-first-run"])
+        yield browser
+        browser.close()
+
+
+class Page:
+    """The page as a visitor uses it, with what it asked for and what went wrong."""
+
+    def __init__(self, page: Any, url: str):
+        self.page, self.url = page, url
+        self.asked: list[str] = []
+        self.wrong: list[str] = []
+        page.on("request", lambda request: self.asked.append(request.url))
+        page.on("response", lambda r: self.wrong.append(f"{r.status} {r.url}") if r.status >= 400 else None)
+        page.on("console", lambda m: self.wrong.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        page.goto(url)
+
+    def set(self, **values: Any) -> None:
+        for label, value in values.items():
+            field = self.page.get_by_label(label.replace("_", " ")).first
+            field.fill(str(value))
+            field.press("Tab")
+
+    def click(self, name: str) -> None:
+        self.page.get_by_role("button", name=name, exact=True).click()
+
+    def text(self, sample: int = 1) -> str:
+        return str(self.page.locator(f"#sample-{sample} textarea").input_value())
+
+    def status(self) -> str:
+        return str(self.page.locator("#status span.prose").inner_text())
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        for _ in range(600):
+            if condition():
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError(f"it did not happen within 30 s; the page says {self.status()!r}")
+
+    def finish(self) -> None:
+        self.wait_for(lambda: self.status().startswith("Done"))
+
+
+@pytest.fixture
+def page(browser: Any, server: Any) -> Iterator[Page]:
+    context = browser.new_context()
+    yield Page(context.new_page(), server.url)
+    context.close()
+
+
+def requests(server: Any) -> int:
+    with urllib.request.urlopen(f"{server.url}/health") as answer:
+        return int(json.load(answer)["requests"])
+
+
+def test_text_streams_in_and_is_the_models(page: Page, checkpoint: Path) -> None:
+    page.set(Prompt="abc\nd", New_tokens=800, Seed=7)
+    page.click("Generate")
+    page.wait_for(lambda: "tokens" in page.status())
+    lengths = set()
+    while not page.status().startswith("Done"):
+        lengths.add(len(page.text()))
+    assert len(lengths) > 3
+    model = load(checkpoint, "cpu")
+    assert page.text() == "abc\nd" + model.generate("abc\nd", max_new_tokens=800, seed=7)
+    assert page.status().startswith("Done: 800 tokens in ")
+    assert page.status().endswith("seed 7")
+
+
+def test_settings_change_the_answer(page: Page, checkpoint: Path) -> None:
+    model = load(checkpoint, "cpu")
+    page.set(Prompt="x", Samples=3, New_tokens=30, Seed=1)
+    page.click("Generate")
+    page.finish()
+    expected = model.generate("x", num_samples=3, max_new_tokens=30, seed=1)
+    assert [page.text(n) for n in (1, 2, 3)] == ["x" + text for text in expected]
+    page.set(Samples=1, Temperature=0, Stop_before="h")
+    page.click("Generate")
+    page.wait_for(lambda: page.text() != "x" + expected[0] and page.status().startswith("Done"))
+    assert page.text() == "x" + model.generate("x", max_new_tokens=30, temperature=0, stop="h")
+    assert not page.page.locator("#sample-2 textarea").is_visible()
+
+
+def test_stop_ends_the_computation(page: Page, server: Any) -> None:
+    page.set(Prompt="x", New_tokens=100_000)
+    page.click("Generate")
+    page.wait_for(lambda: len(page.text()) > 20)
+    assert requests(server) == 1
+    page.click("Stop")
+    page.wait_for(lambda: requests(server) == 0)
+    page.page.wait_for_timeout(300)  # what was on its way
+    length = len(page.text())
+    assert 20 < length < 100_000
+    page.page.wait_for_timeout(500)
+    assert len(page.text()) == length
+    page.set(New_tokens=10)
+    page.click("Generate")
+    page.finish()
+    assert len(page.text()) == 11
+
+
+def test_reload_ends_the_computation_and_gives_a_fresh_page(page: Page, server: Any) -> None:
+    page.set(Prompt="something else", New_tokens=100_000)
+    page.click("Generate")
+    page.wait_for(lambda: len(page.text()) > 20)
+    page.page.reload()
+    assert page.page.get_by_label("Prompt").input_value() == "Once upon a time"
+    page.wait_for(lambda: requests(server) == 0)
+    page.set(New_tokens=5)
+    page.click("Generate")
+    page.finish()
+    assert len(page.text()) == len("Once upon a time") + 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"Seed": -5}, "seed=-5 must be a whole number"), ({"Top_k": -1}, "top_k=-1 must be a whole number")],
+)
+def test_bad_input_is_a_message(page: Page, server: Any, settings: dict[str, Any], message: str) -> None:
+    before = server.log.read_text()
+    page.set(**settings)
+    page.click("Generate")
+    page.page.get_by_text(message).wait_for()
+    assert server.log.read_text() == before
+    page.set(Seed=1, Top_k=5, New_tokens=5)
+    page.click("Generate")
+    page.finish()
+
+
+def test_full_server_is_a_message(page: Page, server: Any) -> None:
+    body = json.dumps({"prompt": "a", "max_tokens": 100_000, "stream": True}).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{server.url}/v1/completions", body, headers)
+    streams: list[Any] = []
+    try:
+        for n in range(3):
+            thread = threading.Thread(
+                target=lambda: streams.append(urllib.request.urlopen(request)), daemon=True
+            )
+            thread.start()
+            page.wait_for(lambda n=n: requests(server) == n + 1)
+        page.click("Generate")
+        page.page.get_by_text("try again in a moment").wait_for()
+    finally:
+        for _ in range(3):
+            page.wait_for(lambda: bool(streams))
+            streams.pop().close()
+    page.wait_for(lambda: requests(server) == 0)
+
+
+def test_prompt_cannot_be_longer_than_the_limit(page: Page) -> None:
+    prompt = page.page.get_by_label("Prompt")
+    page.set(Prompt="a" * 1999)
+    prompt.press_sequentially("bcd")
+    assert prompt.input_value() == "a" * 1999 + "b"
+
+
+def test_card_shows_the_model_and_the_picture_of_its_run(page: Page) -> None:
+    card = page.page.locator("#card")
+    assert "parameters\t8,944" in card.inner_text()
+    assert "step\t1,234" in card.inner_text()
+    assert "data\t<b>corpus\n" in card.inner_text()  # a name is text, not HTML
+    page.wait_for(lambda: card.locator("img").evaluate("image => image.complete && image.naturalWidth > 0"))
+
+
+def test_page_asks_nothing_of_other_servers(page: Page, server: Any) -> None:
+    page.set(New_tokens=5)
+    page.click("Generate")
+    page.finish()
+    time.sleep(0.5)
+    assert len(page.asked) > 5
+    assert [url for url in page.asked if not url.startswith((server.url, "data:", "blob:"))] == []
+    assert page.wrong == []

@@ -1,0 +1,138 @@
+"""Packed layers beside the ones they replace, on a model that has learned something."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt_lightning.inference.generator import generate
+from gpt_lightning.inference.packing import Int8Linear, PackedLinear, pack
+from gpt_lightning.inference.sampling import SamplingSettings
+from gpt_lightning.model.gpt import GPT, GPTConfig
+
+CORPUS = Path(__file__).parents[2] / "input.txt"
+GREEDY = SamplingSettings(max_new_tokens=60, temperature=0.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def text():
+    return torch.frombuffer(bytearray(CORPUS.read_bytes()[:200_000]), dtype=torch.uint8).long()
+
+
+@pytest.fixture(scope="module")
+def net(text):
+    """A byte model trained for a few seconds, in float32; ids are bytes."""
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(vocab_size=127, block_size=64, n_layer=2, n_head=4, n_embd=64))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=6e-3)
+    for _ in range(250):
+        at = torch.randint(len(text) - 65, (12, 1)) + torch.arange(65)
+        optimizer.zero_grad()
+        net(text[at[:, :-1]], text[at[:, 1:]]).backward()
+        optimizer.step()
+    return net.eval()
+
+
+def packed(net, dtype):
+    return pack(copy.deepcopy(net), dtype)
+
+
+@torch.no_grad()
+def loss(net, text):
+    windows = text[: 65 * 200].view(200, 65)
+    logits = net(windows[:, :-1]).float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
+
+
+def test_every_linear_layer_is_replaced(net):
+    for dtype, kind in (("float32", PackedLinear), ("int8", Int8Linear)):
+        kinds = [type(m) for m in packed(net, dtype).modules()]
+        assert kinds.count(kind) == 2 * 4 + 1
+        assert torch.nn.Linear not in kinds
+
+
+def test_float32_changes_rounding_alone(net, text):
+    idx = text[:64].view(1, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(net, "float32")(idx), net(idx), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_smaller_weights_keep_the_loss_within_half_a_percent(net, text, dtype):
+    full = loss(net, text)
+    assert full < 2.7  # it has learned: 4.8 is the loss of a guess, 3.0 that of letter frequencies
+    small = loss(packed(net, dtype), text)
+    assert small != full
+    assert abs(small / full - 1) < 0.005
+
+
+def test_int8_products_are_those_of_rounded_integers():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(48, 20)
+    x = torch.randn(3, 5, 48) * torch.logspace(-3, 3, 15).view(3, 5, 1)  # rows of very different sizes
+    weight_step = linear.weight.abs().amax(1, keepdim=True) / 127
+    row_step = x.abs().amax(-1, keepdim=True) / 127
+    rounded = torch.floor(x / row_step + 0.5) * row_step
+    expected = (
+        rounded.double() @ ((linear.weight / weight_step).round() * weight_step).double().T + linear.bias
+    )
+    with torch.no_grad():
+        actual = Int8Linear(linear, linear.bias)(x).double()
+    error = (actual - expected).abs() / (row_step * 127)
+    assert error.max() < 1e-5
+
+
+def test_int8_layer_takes_zeros_and_no_bias():
+    layer = Int8Linear(torch.nn.Linear(8, 4, bias=False), None)
+    with torch.no_grad():
+        assert torch.equal(layer(torch.zeros(2, 1, 8)), torch.zeros(2, 1, 4))
+
+
+def test_int8_rows_do_not_depend_on_their_neighbours(net):
+    layer = packed(net, "int8").transformer.h[0].mlp.c_fc
+    x = torch.randn(8, 1, 64)
+    x[3] *= 100
+    with torch.no_grad():
+        assert torch.equal(layer(x), torch.cat([layer(row) for row in x.split(1)]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_packed_model_generates_with_and_without_cache(net, text, dtype):
+    small = packed(net, dtype)
+    prompts = [text[:5].tolist(), text[100:140].tolist()]
+    new = generate(small, prompts, GREEDY)
+    assert [len(t) for t in new] == [60, 60]
+    if dtype == "float32":
+        assert new == generate(net, prompts, GREEDY)
+    if dtype != "bfloat16":  # whose rounding decides between near equals
+        assert new == generate(small, prompts, GREEDY, use_cache=False)
+
+
+def test_padded_ids_stay_impossible(net, text):
+    for dtype in ("float32", "bfloat16", "int8"):
+        with torch.no_grad():
+            logits = packed(net, dtype)(text[:9].view(1, 9))
+        assert logits.shape[-1] == 128
+        assert torch.all(logits[..., 127:] == -torch.inf), dtype
+
+
+def test_unknown_type_is_refused_in_one_line(net):
+    with pytest.raises(ValueError, match=r"^dtype='int4' must be one of float32, bfloat16, int8$"):
+        pack(net, "int4")
+
+
+def test_model_on_another_device_stays_as_it_is():
+    net = GPT(GPTConfig(vocab_size=127, block_size=8, n_layer=1, n_head=1, n_embd=8)).to("meta")
+    assert pack(net) is net
+    assert isinstance(net.transformer.h[0].mlp.c_fc, torch.nn.Linear)
+    with pytest.raises(ValueError, match=r"dtype=int8 is not available here .*; use dtype=bfloat16"):
+        pack(net, "int8")

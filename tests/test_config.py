@@ -1,0 +1,167 @@
+"""The configuration as a user meets it: help, choices, errors, choices of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt_lightning.config import detect_device, one_line
+
+
+def error_of(call: Callable[..., Any], capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a wrong command leaves on standard error."""
+    with pytest.raises(SystemExit) as stop:
+        call(*arguments)
+    assert stop.value.code == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.max_steps=0", "trainer.max_steps=0 must be a whole number of at least 1 or null"),
+        ("trainer.max_steps=many", "trainer.max_steps='many'"),
+        ("data.batch_size=2.5", "data.batch_size=2.5 must be a whole number"),
+        ("data.shuffle=maybe", "data.shuffle='maybe' must be one of True, False"),
+        ("model.n_head=3", "model.n_embd=32 is not divisible by model.n_head=3"),
+        ("model.dropout=1.5", "model.dropout=1.5 must lie in [0, 1)"),
+        ("scheduler.warmup_steps=99", "scheduler.warmup_steps=99"),
+        ("optimizer.lr=-1", "optimizer.lr=-1 must be positive"),
+        ("data.path=nowhere.txt", "nowhere.txt does not exist"),
+        ("+model.n_layers=3", "n_layers"),
+        ("device.precision=16-mixed", "device.precision=16-mixed needs a CUDA GPU"),
+        ("name=a/../b", "name='a/../b' names a folder"),
+        ("init_from=nowhere.ckpt", "nowhere.ckpt"),
+        ("data.sequence_length=64", "data.sequence_length=64 exceeds model.block_size=32"),
+    ],
+)
+def test_mistake_ends_in_one_line_that_names_it(
+    override: str, message: str, call: Callable[..., Any], tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in error_of(call, capsys, "train", *tiny, override)
+
+
+def test_traceback_of_a_mistake_is_in_the_log(
+    call: Callable[..., Any], tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error_of(call, capsys, "train", *tiny, "optimizer.lr=-1")
+    assert "Traceback" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_full_error_shows_the_traceback(command: Callable[..., Any], tiny: list[str]) -> None:
+    import os
+
+    result = command("train", *tiny, "trainer.max_steps=0", env={**os.environ, "HYDRA_FULL_ERROR": "1"})
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize("flag", ["--help", "--cfg=job"])
+@pytest.mark.parametrize("name", ["train", "prepare", "plan", "generate"])
+def test_help_does_not_wait_for_torch(name: str, flag: str, tmp_path: Path) -> None:
+    program = (
+        f"import sys; sys.argv = ['x', {flag!r}]\n"
+        f"import gpt_lightning.{name} as entry\n"
+        "try: entry.main()\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "assert 'torch' not in sys.modules and 'lightning' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "model:" in result.stdout or "checkpoint" in result.stdout
+
+
+def test_device_is_one_that_torch_has() -> None:
+    import torch
+
+    expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert detect_device() == expected
+
+
+def test_missing_package_names_the_extra() -> None:
+    assert one_line(ModuleNotFoundError(name="datasets")) == (
+        "the package datasets is not installed; pip install 'gpt-lightning[hf]'"
+    )
+
+
+PLUGIN = '''
+import torch
+from torch import nn
+
+class Bigram(nn.Module):
+    """Predicts a token from the one before it."""
+    def __init__(self, vocab_size, block_size):
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, vocab_size)
+    def forward(self, idx, targets=None, *, reduction="mean"):
+        logits = self.table(idx)
+        if targets is None:
+            return logits
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+        return loss.view(idx.shape) if reduction == "none" else loss
+
+class Digits:
+    """A corpus of one's own: the numbers from one to n in words of digits."""
+    separated = True
+    def __init__(self, n):
+        self.n = n
+    def digest(self):
+        return f"digits-{self.n}"
+    def documents(self, split):
+        return (str(i) * 8 for i in range(1, self.n) if (i % 10 == 0) == (split == "val"))
+    def floor_bits(self, document):
+        return None
+
+def halving(step, *, every):
+    return 0.5 ** (step // every)
+'''
+
+
+def test_own_model_corpus_optimizer_and_schedule_need_no_change_of_the_core(
+    tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    (tmp_path / "plugin.py").write_text(PLUGIN)
+    files = {
+        "model/bigram.yaml": "_target_: plugin.Bigram\nvocab_size: null\nblock_size: 8\n",
+        "data/digits.yaml": "defaults: [_windows, _self_]\nbatch_size: 4\n"
+        "corpus: {_target_: plugin.Digits, n: 300}\n",
+        "optimizer/sgd.yaml": "_target_: torch.optim.SGD\n_partial_: true\nlr: 30.0\n",
+        "scheduler/halving.yaml": "_target_: plugin.halving\n_partial_: true\nevery: 50\n",
+    }
+    for name, text in files.items():
+        path = tmp_path / "mine" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    import os
+
+    result = command(
+        "train", "--config-dir", str(tmp_path / "mine"), "model=bigram", "data=digits", "optimizer=sgd",
+        "scheduler=halving", "tokenizer=byte", "trainer.max_steps=200", "trainer.val_every_steps=200",
+        "hydra.run.dir=run", "device=cpu", env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["parameters"] == 257 * 257
+    assert summary["train_loss"] < 4.0  # it began at about ln 257 = 5.5
+
+
+def test_two_starts_at_once_get_two_run_directories() -> None:
+    from hydra import compose, initialize_config_dir
+
+    from gpt_lightning.config import CONF
+
+    folders = set()
+    for _ in range(2):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            folders.add(compose("train", return_hydra_config=True).hydra.run.dir)
+        time.sleep(0.001)
+    assert len(folders) == 2

@@ -1,0 +1,233 @@
+"""The command that scores a checkpoint, as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import BYTES, random_net, save_checkpoint
+from support import ROOT
+
+from gpt_lightning.data.tales import Tales
+from gpt_lightning.inference.evaluation import evaluate, lay_out
+from gpt_lightning.inference.text import TextGenerator
+
+Call = Callable[..., Any]
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("any") / "best.ckpt", random_net())
+
+
+@pytest.fixture
+def score(call: Call, checkpoint: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """What the command writes as JSON."""
+
+    def run(*arguments: str) -> dict[str, Any]:
+        path = tmp_path / "results" / "scores.json"
+        call("evaluate", f"checkpoint={checkpoint}", "device=cpu", f"output={path}", *arguments)
+        return json.loads(path.read_text())
+
+    return run
+
+
+def test_evaluation_repeats_the_validation_of_the_run(
+    call: Call, tiny: list[str], small_text: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    call("train", *tiny, "trainer.val_batches=null", "logger=none")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    capsys.readouterr()
+    call(
+        "evaluate", f"checkpoint={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}", "data=text", "device=cpu",
+        f"data.path={small_text}", "stride=32", f"output={tmp_path / 'scores.json'}",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found["loss"] == pytest.approx(summary["val_loss"], rel=1e-6)
+    assert found["bits_per_byte"] == pytest.approx(summary["bits_per_byte"], rel=1e-6)
+    shown = capsys.readouterr().out
+    for value in (
+        f"{found['loss']:.4f} nats per token",
+        f"{found['perplexity']:.2f}",
+        f"{found['tokens']:,}",
+    ):
+        assert value in shown
+
+
+def test_text_and_corpus_give_the_same_scores(
+    score: Callable[..., dict[str, Any]], small_text: Path, tmp_path: Path
+) -> None:
+    text = small_text.read_text()
+    boundary = int(len(text) * 0.9)
+    (tmp_path / "val.txt").write_text(text[boundary:])
+    corpus = score("data=text", f"data.path={small_text}", "stride=8")
+    file = score(f"text={tmp_path / 'val.txt'}", "stride=8", "batch_size=3")
+    for key in ("tokens", "bytes", "loss", "perplexity", "bits_per_byte", "standard_error"):
+        assert file[key] == pytest.approx(corpus[key], rel=1e-5), key
+    words = len(text[boundary:].split()) + text[boundary:].endswith("\n") + text[boundary:].startswith(" ")
+    assert file["word_perplexity"] == pytest.approx(
+        math.exp(min(700, file["loss"] * file["tokens"] / words)), rel=1e-4
+    )
+    assert score("data=text", f"data.path={small_text}", "split=train")["tokens"] == boundary - 1
+
+
+def test_documents_by_themselves_are_scored_without_their_neighbours(
+    score: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    stories = ["one story", "another, longer story", "x"]
+    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(stories))
+    found = score(f"text={tmp_path / 'stories.txt'}", "per_document=true", "stride=32")
+    model = TextGenerator(random_net(), BYTES)
+    alone = [evaluate(model, lay_out([story], BYTES, separated=True)[:-1], stride=32) for story in stories]
+    assert found["tokens"] == sum(map(len, stories))
+    total = sum(one["loss"] * one["tokens"] for one in alone)
+    assert found["loss"] == pytest.approx(total / found["tokens"], rel=1e-5)
+
+
+def test_floor_of_the_corpus_stands_beside(score: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    stories = (ROOT / "input.txt").read_text().split("\n<|endoftext|>\n")[:20]
+    (tmp_path / "input.txt").write_text("\n<|endoftext|>\n".join(stories))
+    found = score("data=input_txt", f"data.path={tmp_path / 'input.txt'}")
+    bits = [Tales().bits(story) for story in (stories[9], stories[19])]  # a tenth is for validation
+    size = sum(len(story.encode()) for story in (stories[9], stories[19]))
+    assert found["floor_bits_per_byte"] == pytest.approx(sum(bits) / size)
+    assert found["bits_per_byte"] > found["floor_bits_per_byte"]
+
+
+def test_recital_shows_beside_unseen_text(
+    call: Call, small_text: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    lines = small_text.read_text().splitlines(keepends=True)
+    recited = ["".join(lines[:8]), "".join(lines[20:27])]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in recited))
+    checkpoint = save_checkpoint(tmp_path / "best.ckpt", random_net())
+    arguments = [f"checkpoint={checkpoint}", "data=text", f"data.path={small_text}", "device=cpu"]
+    call("evaluate", *arguments, f"samples={tmp_path / 'samples.jsonl'}", f"output={tmp_path / 'a.json'}")
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["samples"]["longest_match_max"] == max(map(len, recited))
+    assert found["samples"]["seen_8grams"] == 1.0
+    assert found["validation"]["longest_match_max"] < 100
+    assert found["validation"]["seen_8grams"] < 0.1
+    assert "longest_match_mean" in capsys.readouterr().out
+    call("evaluate", *arguments, "num_samples=3", "max_new_tokens=40", f"output={tmp_path / 'b.json'}")
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert found["samples"]["longest_match_max"] < 20  # a random model does not recite
+    assert found["loss"] > 0
+
+
+def test_bleu_against_references(call: Call, checkpoint: Path, tmp_path: Path) -> None:
+    sacrebleu = pytest.importorskip("sacrebleu", reason="the extra eval is not installed")
+    said = ["the cat sat on the mat today", "it rained the whole long day"]
+    meant = ["the cat sat on a mat today", "it rained all the long day"]
+    (tmp_path / "said.txt").write_text("\n".join(said))
+    (tmp_path / "meant.txt").write_text("\n".join(meant) + "\n")
+    arguments = [f"samples={tmp_path / 'said.txt'}", f"reference={tmp_path / 'meant.txt'}"]
+    call("evaluate", f"checkpoint={checkpoint}", "device=cpu", *arguments, f"output={tmp_path / 'bleu.json'}")
+    found = json.loads((tmp_path / "bleu.json").read_text())
+    assert found["bleu"] == sacrebleu.corpus_bleu(said, [meant]).score
+    assert 0 < found["bleu"] < 100
+    assert found["samples"]["distinct_1"] == 11 / 13
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to evaluate"),
+        (["checkpoint=null", "text=a"], "checkpoint= is missing"),
+        (["text=nowhere.txt"], "text=nowhere.txt does not exist"),
+        (["text={small}", "data=input_txt"], "exclude each other"),
+        (
+            ["text={small}", "stride=33"],
+            "stride=33 must be a whole number from 1 to the model's block_size=32",
+        ),
+        (["text={small}", "stride=0"], "stride=0 must be"),
+        (["text={small}", "batch_size=0"], "batch_size=0 must be a whole number of at least 1"),
+        (["text={small}", "per_document=maybe"], "per_document='maybe' must be true or false"),
+        (["data=input_txt", "split=test"], "split='test' must be train or val"),
+        (["num_samples=-1"], "num_samples=-1 must be"),
+        (["num_samples=2", "temperature=-1"], "temperature=-1 must be"),
+        (["text={small}", "reference=a"], "give them with samples=FILE"),
+        (["samples=nowhere.jsonl"], "nowhere.jsonl"),
+        (["samples={small}", "reference={one}"], "has 1 texts for the 600 of"),
+        (["samples={bad}"], "has a line without a text"),
+    ],
+)
+def test_mistake_ends_in_one_line(
+    arguments: list[str],
+    message: str,
+    call: Call,
+    checkpoint: Path,
+    small_text: Path,
+    tmp_path: Path,
+    capsys: Capture,
+) -> None:
+    if any("reference" in argument for argument in arguments):
+        pytest.importorskip("sacrebleu", reason="the extra eval is not installed")
+    (tmp_path / "one").write_text("a line\n")
+    (tmp_path / "bad.jsonl").write_text('{"words": 1}\n')
+    files = {"small": small_text, "one": tmp_path / "one", "bad": tmp_path / "bad.jsonl"}
+    with pytest.raises(SystemExit) as stop:
+        call("evaluate", f"checkpoint={checkpoint}", "device=cpu", *(a.format(**files) for a in arguments))
+    assert stop.value.code == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.splitlines()[-1].startswith("error: ")
+    assert message in shown.err.splitlines()[-1]
+    assert "Traceback" not in shown.err
+
+
+HARNESS = """
+import json, sys
+import lm_eval
+from lm_eval.tasks import TaskManager
+results = lm_eval.simple_evaluate(
+    model="hf", model_args={"pretrained": sys.argv[1], "dtype": "float32"}, tasks=["stories"], device="cpu",
+    task_manager=TaskManager(include_path=sys.argv[2], include_defaults=False), bootstrap_iters=0,
+)
+print(json.dumps(results["results"]["stories"]))
+"""
+TASK = """
+task: stories
+dataset_path: json
+dataset_kwargs: {data_files: {test: STORIES}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
+"""
+
+
+@pytest.mark.slow
+def test_harness_finds_the_same_word_perplexity(
+    score: Callable[..., dict[str, Any]], call: Call, checkpoint: Path, tmp_path: Path
+) -> None:
+    for package in ("lm_eval", "accelerate", "transformers"):
+        pytest.importorskip(
+            package, reason=f"lm-evaluation-harness needs {package}: pip install lm-eval accelerate"
+        )
+    call("export", f"checkpoint={checkpoint}", f"output={tmp_path / 'model'}")
+    stories = ["A cow.", "one that is longer than a single block of the model", "and two\n\nparagraphs " * 4]
+    (tmp_path / "stories.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in stories))
+    (tmp_path / "stories.yaml").write_text(TASK.replace("STORIES", str(tmp_path / "stories.jsonl")))
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "home"),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-c", HARNESS, str(tmp_path / "model"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    ours = score(f"text={tmp_path / 'stories.jsonl'}", "per_document=true", "stride=32")
+    assert ours["word_perplexity"] == pytest.approx(theirs["word_perplexity,none"], rel=1e-3)
+    assert ours["bits_per_byte"] == pytest.approx(theirs["bits_per_byte,none"], rel=1e-5)

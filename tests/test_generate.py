@@ -1,0 +1,286 @@
+"""The command that generates text, as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import BYTES, random_net, reciting, save_checkpoint
+
+from gpt_lightning.inference.text import TextGenerator
+
+Call = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that says anything."""
+    return save_checkpoint(tmp_path_factory.mktemp("any") / "best.ckpt", random_net())
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that says one text, in which no character is a single token."""
+    return save_checkpoint(tmp_path_factory.mktemp("known") / "best.ckpt", reciting("你好🦊é\n\nfin").net)
+
+
+SETTINGS = ["max_new_tokens=12", "temperature=0.9", "top_k=40", "top_p=0.95", "seed=5"]
+PYTHON = {"max_new_tokens": 12, "temperature": 0.9, "top_k": 40, "top_p": 0.95, "seed": 5}
+
+
+def in_python(prompts: list[str], **options: Any) -> list[str]:
+    return TextGenerator(random_net(), BYTES).generate(prompts, **{**PYTHON, **options})
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["Once upon a time", "", "ROMEO: it's me, ok?", 'a "b" [c] {d} ${e} x=1', "null and void", "7", "日本\\"],
+)
+def test_prompt_stands_as_it_is_and_its_continuation_follows(
+    prompt: str, call: Call, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call("generate", f"checkpoint={checkpoint}", "device=cpu", f"prompt={prompt}", *SETTINGS)
+    assert capsys.readouterr().out == prompt + in_python([prompt])[0] + "\n"
+
+
+def test_stop_and_greedy(call: Call, known: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more, text in (
+        ((), "你好🦊é\n\nfin\n"),
+        (("stop=\n\n",), "你好🦊é\n"),
+        (("max_new_tokens=4",), "你\ufffd\n"),
+    ):
+        call("generate", f"checkpoint={known}", "device=cpu", "prompt=", "temperature=0", *more)
+        assert capsys.readouterr().out == text
+
+
+def test_samples_and_default_prompts_come_under_headings(
+    call: Call, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call("generate", f"checkpoint={checkpoint}", "device=cpu", "num_samples=2", *SETTINGS)
+    prompts = ["", "", "Once upon a time", "Once upon a time", "I", "I"]
+    expected = [
+        f"--- {i + 1} of 6\n{prompt}{text}\n"
+        for i, (prompt, text) in enumerate(zip(prompts, in_python(prompts), strict=True))
+    ]
+    assert capsys.readouterr().out == "".join(expected)
+
+
+def test_file_of_prompts_is_answered_line_by_line(
+    call: Call, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ["first, with commas", "", "the third\u2028is one line"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    arguments = [
+        f"checkpoint={checkpoint}",
+        "device=cpu",
+        f"prompt_file={tmp_path / 'prompts.txt'}",
+        *SETTINGS,
+    ]
+    call("generate", *arguments, "repetition_penalty=1.3", "min_p=0.01")
+    answers = [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
+    assert [answer["prompt"] for answer in answers] == prompts
+    assert [a["text"] for a in answers] == in_python(prompts, repetition_penalty=1.3, min_p=0.01)
+    assert all(a["finish"] in ("stop", "length") and a["tokens"] <= 12 for a in answers)
+    call("generate", *arguments, "num_samples=2", f"output={tmp_path / 'new' / 'answers.jsonl'}")
+    lines = (tmp_path / "new" / "answers.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    each = [prompt for prompt in prompts for _ in range(2)]
+    assert [json.loads(line)["text"] for line in lines] == in_python(each)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["temperature=-1"], "temperature=-1 must be a number at least 0"),
+        (["top_k=0"], "top_k=0 must be a whole number"),
+        (["top_p=1.5"], "top_p=1.5 must be a number in (0, 1]"),
+        (["min_p=2"], "min_p=2 must be a number in [0, 1]"),
+        (["repetition_penalty=0"], "repetition_penalty=0 must be a number above 0"),
+        (["max_new_tokens=none"], "max_new_tokens='none' must be a whole number"),
+        (["num_samples=0"], "num_samples=0 must be a whole number"),
+        (["seed=-3"], "seed=-3 must be a whole number"),
+        (["stop="], "stop='' must be a text of at least one character"),
+        (["dtype=int4"], "dtype='int4' does not exist"),
+        (["checkpoint=null"], "checkpoint= is missing"),
+        (["checkpoint=no/where=1,2"], "no checkpoint at no/where=1,2"),
+        (["prompt=a", "prompt_file=b"], "prompt= and prompt_file= exclude each other"),
+        (["interactive=true", "prompt=a"], "interactive=true asks for prompts; leave prompt= out"),
+        (["interactive=perhaps"], "interactive='perhaps' must be true or false"),
+        (["prompt_file=nowhere.txt"], "nowhere.txt"),
+        (["prompt_file={empty}"], "is empty; write one prompt a line"),
+        (["prompt_file={latin}"], "is not UTF-8 text"),
+        (["prompt=\ud800"], "surrogate"),
+    ],
+)
+def test_mistake_ends_in_one_line(
+    arguments: list[str],
+    message: str,
+    call: Call,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "latin").write_bytes(b"na\xefve\n")
+    arguments = [a.format(empty=tmp_path / "empty", latin=tmp_path / "latin") for a in arguments]
+    with pytest.raises(SystemExit) as stop:
+        call("generate", f"checkpoint={checkpoint}", "device=cpu", *arguments)
+    assert stop.value.code == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+    assert shown.err.count("\n") == 1
+    assert message in shown.err
+
+
+def test_character_without_a_token_leaves_an_earlier_output_alone(
+    call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gpt_lightning.data.tokenizer import Char
+
+    letters = Char().build(lambda split: iter(["abc\n"]))
+    path = save_checkpoint(tmp_path / "best.ckpt", random_net(letters), letters)
+    (tmp_path / "prompts.txt").write_text("abc\nabZ\n")
+    (tmp_path / "answers.jsonl").write_text("earlier")
+    with pytest.raises(SystemExit):
+        call(
+            "generate",
+            f"checkpoint={path}",
+            f"prompt_file={tmp_path / 'prompts.txt'}",
+            f"output={tmp_path / 'answers.jsonl'}",
+        )
+    assert "no token for 'Z'" in capsys.readouterr().err
+    assert (tmp_path / "answers.jsonl").read_text() == "earlier"
+
+
+class Terminal:
+    """A command on a pseudo-terminal, typed at and read from."""
+
+    def __init__(self, *arguments: str):
+        import pty
+
+        self.screen, inside = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "gpt_lightning.generate", *arguments],
+            stdin=inside,
+            stdout=inside,
+            stderr=inside,
+            start_new_session=True,
+            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # whose Ctrl-C it then gets
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "PYTHONUTF8": "1"},
+        )
+        os.close(inside)
+        self.shown = ""
+
+    def until(self, end: str, seconds: float = 60) -> None:
+        """Read on until a text has appeared; what follows it is for the next call."""
+        deadline = time.monotonic() + seconds
+        while end not in self.shown and time.monotonic() < deadline:
+            if select.select([self.screen], [], [], 0.1)[0]:
+                try:
+                    self.shown += os.read(self.screen, 4096).decode(errors="replace").replace("\r\n", "\n")
+                except OSError:  # the other end is closed
+                    break
+        assert end in self.shown, f"{end!r} is not in {self.shown!r}"
+        self.shown = self.shown.partition(end)[2]
+
+    def type(self, text: str) -> None:
+        os.write(self.screen, text.encode())
+
+
+@pytest.fixture
+def terminal() -> Iterator[Callable[..., Terminal]]:
+    if sys.platform == "win32":
+        pytest.skip("Windows has no pseudo-terminals")
+    started: list[Terminal] = []
+
+    def start(*arguments: str) -> Terminal:
+        started.append(Terminal(*arguments))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.wait()
+        os.close(one.screen)
+
+
+@pytest.mark.slow
+def test_prompt_line_on_a_terminal(terminal: Callable[..., Terminal], checkpoint: Path) -> None:
+    talk = terminal("interactive=true", f"checkpoint={checkpoint}", "device=cpu", *SETTINGS)
+    talk.until("> ")
+    talk.type("abc\n")
+    talk.until("abc\n")
+    talk.until("\n> ")
+    talk.type("/temperature 0\n")
+    talk.until("temperature = 0\n> ")
+    talk.type("/top_k 0\n")
+    talk.until("error: top_k=0 must be a whole number of at least 1, or null to keep all tokens\n> ")
+    talk.type("\x1b[A\x1b[A\x1b[A\n")  # the third line back in the history is the prompt
+    talk.until("abc")
+    talk.until("\n> ")
+    talk.type("/max_new_tokens 1000000\n")
+    talk.until("> ")
+    talk.type("xyz\n")
+    talk.until("xyz\n")
+    time.sleep(0.5)
+    assert talk.process.poll() is None
+    talk.type("\x03")  # Ctrl-C stops the answer and nothing else
+    talk.until("> ")
+    talk.type("/seed\n")
+    talk.until("seed = ")
+    talk.until("> ")
+    talk.type("\x04")  # Ctrl-D leaves
+    assert talk.process.wait(timeout=30) == 0
+
+
+@pytest.mark.slow
+def test_checkpoint_alone_is_enough_and_text_streams(known: Path, tmp_path: Path) -> None:
+    path = tmp_path / "moved.ckpt"
+    path.write_bytes(known.read_bytes())
+    environment = {
+        **os.environ,
+        "GPT_LIGHTNING_CACHE": str(tmp_path / "none"),
+        "HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUTF8": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "gpt_lightning.generate", "checkpoint=moved.ckpt", "prompt=", "temperature=0"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert (done.returncode, done.stdout) == (0, "你好🦊é\n\nfin\n"), done.stderr
+    assert sorted(tmp_path.iterdir()) == [path]  # nothing was written
+
+
+@pytest.mark.slow
+def test_interrupt_ends_the_command_quietly(checkpoint: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "gpt_lightning.generate",
+        f"checkpoint={checkpoint}",
+        "prompt=a",
+        "device=cpu",
+    ]
+    process = subprocess.Popen(
+        [*command, "max_new_tokens=1000000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.read(5)  # text comes long before the end
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors == ""

@@ -1,0 +1,85 @@
+"""The arrows between the layers point downwards: entry points > training > inference > model, data."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "gpt_lightning"
+FILES = sorted(PACKAGE.rglob("*.py"))
+ENTRY = "entry"  # modules directly in the package
+ALLOWED = {
+    ENTRY: {ENTRY, "training", "inference", "model", "data"},
+    "training": {"training", "inference", "model", "data"},
+    "inference": {"inference", "model", "data"},
+    "model": {"model"},
+    "data": {"data"},
+}
+
+
+def layer(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else ENTRY
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of everything that a file imports, at its top or inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downwards(path: Path) -> None:
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] != "gpt_lightning" or len(parts) < 2:
+            continue
+        target = parts[1] if (PACKAGE / parts[1]).is_dir() else ENTRY
+        assert target in ALLOWED[layer(path)], f"{path.relative_to(PACKAGE)} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_frameworks_stay_in_their_layer(path: Path) -> None:
+    roots = {name.split(".")[0] for name in imports(path)}
+    where = layer(path)
+    if where != ENTRY:
+        assert not roots & {"hydra", "omegaconf"}
+    if where in ("model", "inference") or (where == "data" and path.name != "datamodule.py"):
+        assert not roots & {"lightning", "pytorch_lightning"}
+    if where == "data" and path.name != "datamodule.py":
+        assert "torch" not in roots
+
+
+def test_gpt_can_be_copied_alone() -> None:
+    assert {name.split(".")[0] for name in imports(PACKAGE / "model" / "gpt.py")} <= {
+        "__future__",
+        "collections",
+        "dataclasses",
+        "math",
+        "typing",
+        "torch",
+    }
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = "import gpt_lightning, gpt_lightning.train, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_no_function_is_longer_than_fifty_lines() -> None:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+                length = (body[-1].end_lineno or 0) - body[0].lineno + 1
+                assert length <= 50, f"{path.relative_to(PACKAGE)}: {node.name} has {length} lines"

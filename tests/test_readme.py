@@ -1,0 +1,143 @@
+"""Every command in the README runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import ROOT, TINY
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.strip().splitlines()
+]
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+SHRINK = [override for override in TINY if not override.startswith(("data=", "tokenizer=", "device="))]
+INLINE = (
+    "python -m gpt_lightning.train --config-dir mine model=bigram optimizer=sgd"  # in tests/test_config.py
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, small_text: Path) -> Path:
+    """A folder with my.txt and a finished run, in which `python` is this one."""
+    folder = tmp_path_factory.mktemp("user")
+    shutil.copy(small_text, folder / "my.txt")
+    run(
+        folder,
+        f"python -m gpt_lightning.train {' '.join(TINY)} data.path=my.txt hydra.run.dir=outputs/gpt/first",
+    )
+    return folder
+
+
+def run(folder: Path, command: str, **options: object) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    result = subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+        **options,  # type: ignore[call-overload]
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def prepared(command: str) -> str:
+    """The command with the run that exists, on this device, in seconds."""
+    command = command.replace("RUN", "outputs/gpt/first").replace("device=mps", "device=cpu")
+    if re.search(r"(\.train|-train|\.plan) ", command) and "resume=" not in command and "--" not in command:
+        shrink = [s for s in SHRINK if not ("init_from" in command and s.startswith("model."))]
+        command += " " + " ".join(shrink)
+        if "model=small" in command:
+            command += " tokenizer=byte"  # GPT-2's own may have to be downloaded
+    return command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("make") and ".demo" not in c])
+def test_command_runs(command: str, place: Path) -> None:
+    run(place, prepared(command))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "ready"),
+    [("python -m gpt_lightning.demo checkpoint=RUN", "http://127.0.0.1:"), ("make tensorboard", "http://")],
+)
+def test_server_starts(command: str, ready: str, place: Path) -> None:
+    assert command in COMMANDS
+    if ".demo" in command:
+        pytest.importorskip("gradio")
+        command = prepared(command) + " port=0"
+    else:
+        if not (ROOT / ".venv" / ".core").exists():
+            pytest.skip("needs the environment that make installs")
+        command = f'make -C "{ROOT}" tensorboard ARGS="--port 0"'
+    process = subprocess.Popen(
+        ["bash", "-c", f"exec {command}"],
+        cwd=place,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        seen, end = "", time.monotonic() + 120
+        assert process.stdout is not None
+        for line in process.stdout:
+            seen += line
+            if ready in line or time.monotonic() > end:
+                break
+        assert ready in seen, seen
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.slow
+def test_make_train_passes_overrides_on(tmp_path: Path) -> None:
+    if not (ROOT / ".venv" / ".core").exists():
+        pytest.skip("needs the environment that make installs")
+    for command in (c for c in COMMANDS if c.startswith("make train")):
+        given = re.search(r'ARGS="(.*)"', command)
+        arguments = [*(given[1].split() if given else []), *SHRINK, "tokenizer=byte", "device=cpu"]
+        arguments = [a for a in arguments if a != "device=mps"]
+        run(ROOT, f'make train ARGS="{" ".join(arguments)} paths.outputs={tmp_path}"')
+    assert len(list(tmp_path.glob("*/*/summary.json"))) == 2
+
+
+def test_make_help_lists_the_targets() -> None:
+    text = run(ROOT, "make help").stdout
+    for target in ("train", "test", "lint", "check", "tensorboard", "clean"):
+        assert f"make {target} " in text
+
+
+@pytest.mark.slow
+def test_python_example_runs(place: Path) -> None:
+    (code,) = PYTHON
+    script = code.replace("RUN", "outputs/gpt/first")
+    (place / "example.py").write_text(script)
+    assert run(place, "python example.py").stdout.strip()
+
+
+def test_no_command_escapes_the_tests() -> None:
+    shown = set(re.findall(r"(?:python -m gpt_lightning|make )[^`\n]*", README))
+    tested = {*COMMANDS, INLINE, "make help"}  # the last two have tests of their own
+    assert {command.strip() for command in shown} <= tested
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target

@@ -1,0 +1,256 @@
+"""Whole runs, small ones: what they write, learn, and how they are started."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import ROOT, TINY
+
+from gpt_lightning.inference.pretrained import load_net, load_tokenizer, read_checkpoint
+
+SUMMARY_KEYS = {
+    "status", "parameters", "steps", "tokens", "train_loss", "val_loss", "best_val_loss", "perplexity",
+    "bits_per_byte", "floor_bits_per_byte", "tokens_per_second", "seconds", "seed", "device",
+    "best_checkpoint", "versions", "git_revision", "corpus_digest", "tokenizer_digest",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of one tiny run, started as a user does, from another working directory."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    arguments = [*TINY, f"data.path={small_text}", "hydra.run.dir=a/run", "trainer.snapshot_every_steps=4"]
+    result = subprocess.run(
+        [sys.executable, "-m", "gpt_lightning.train", *arguments],
+        cwd=elsewhere,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    (elsewhere / "a" / "run" / "stdout.txt").write_text(result.stdout)
+    return elsewhere / "a" / "run"
+
+
+def test_run_directory_is_complete(run: Path) -> None:
+    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert {
+        ".hydra/config.yaml", ".hydra/overrides.yaml", "train.log", "metrics.csv", "curves.png", "samples.md",
+        "summary.json", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "checkpoints/last-1.ckpt",
+        "checkpoints/step-4.ckpt", "checkpoints/step-8.ckpt",
+    } <= files  # fmt: skip
+    assert any(file.startswith("tensorboard/events") for file in files)
+    assert not any(file.endswith(".tmp") for file in files)
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_summary_has_what_it_promises(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY_KEYS
+    assert summary["status"] == "finished"
+    assert (summary["steps"], summary["tokens"]) == (8, 8 * 8 * 32)
+    # 257 ids padded to 320, tied: (320 + 32) * 32, two blocks of 12 * 32² + 13 * 32, and the last LayerNorm
+    assert summary["parameters"] == (320 + 32) * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 64
+    assert summary["versions"]["torch"] == torch.__version__
+
+
+def test_metrics_have_a_row_for_every_logged_step(run: Path) -> None:
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == [str(step) for step in range(1, 9)]
+    assert [bool(row["val/loss"]) for row in rows] == [False] * 3 + [True] + [False] * 3 + [True]
+    summary = json.loads((run / "summary.json").read_text())
+    assert float(rows[-1]["val/loss"]) == summary["val_loss"]
+    assert summary["best_val_loss"] == min(float(row["val/loss"]) for row in rows if row["val/loss"])
+
+
+def test_terminal_shows_model_progress_and_result(run: Path) -> None:
+    out = (run / "stdout.txt").read_text()
+    assert re.search(r"^transformer.h.1 +Block +12,704$", out, re.M)
+    assert re.search(
+        r"^step 8/8 \| loss [\d.]+ \| [\d.]+ ms/step \| [\d,]+ tokens/s \| grad norm [\d.]+ \| lr ", out, re.M
+    )
+    assert re.search(
+        r"^step 8 \| validation loss [\d.]+ \| perplexity [\d.]+ \| [\d.]+ bits per byte$", out, re.M
+    )
+    assert out.rstrip().endswith(f"run: {run}")
+
+
+def test_tensorboard_has_scalars_text_and_hyperparameters(run: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/loss", "train/lr", "val/loss", "val/bits_per_byte", "speed/tokens_per_second"} <= set(
+        tags["scalars"]
+    )
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))
+    assert "sample/text_summary" in tags["tensors"]
+    best = json.loads((run / "summary.json").read_text())["best_val_loss"]
+    assert events.Scalars("hparams/best_val_loss")[0].value == pytest.approx(best)
+
+
+def test_samples_are_sections_by_step(run: Path) -> None:
+    assert re.findall(r"^## Step (\d+)$", (run / "samples.md").read_text(), re.M) == ["4", "8"]
+
+
+def test_checkpoint_needs_nothing_beside_it(run: Path) -> None:
+    path = run / "checkpoints" / "best.ckpt"
+    raw = torch.load(path, weights_only=True)
+    assert not any("_orig_mod" in key for key in raw["state_dict"])
+    assert raw["hyper_parameters"]["model"]["vocab_size"] == 257
+    assert raw["progress"]["step"] in (4, 8)
+    assert {"train_loss", "best_val_loss", "lr", "metrics"} <= raw["progress"].keys()
+    checkpoint = read_checkpoint(path)
+    net, tokenizer = load_net(checkpoint), load_tokenizer(checkpoint)
+    assert tokenizer.decode(tokenizer.encode_ordinary("a ræd dog")) == "a ræd dog"
+    idx = torch.tensor([tokenizer.encode_ordinary("the cat ")])
+    assert net(idx).shape == (1, 8, 320)
+
+
+def test_best_checkpoint_holds_the_loss_that_was_measured_with_it(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    progress = read_checkpoint(run / "checkpoints" / "best.ckpt")["progress"]
+    assert progress["metrics"]["val/loss"] == summary["best_val_loss"]
+
+
+def test_main_returns_the_best_validation_loss(
+    call: Callable[..., Any], tiny: list[str], tmp_path: Path
+) -> None:
+    value = call("train", *tiny, "logger=none")
+    # Hydra keeps the return value of a single run to itself; a sweeper reads it from the job
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert value is None or value == summary["best_val_loss"]
+    assert summary["status"] == "finished"
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_training_stops_at_the_target_loss(call: Callable[..., Any], tiny: list[str], tmp_path: Path) -> None:
+    call("train", *tiny, "target_loss=5.0", "trainer.max_steps=200", "optimizer.lr=0.01", "logger=none")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["train_loss"] <= 5.0
+    assert summary["steps"] < 200
+    assert summary["val_loss"] is not None
+    assert (
+        read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["progress"]["step"]
+        == summary["steps"]
+    )
+
+
+def test_early_stopping_ends_a_run_that_does_not_improve(
+    call: Callable[..., Any], tiny: list[str], tmp_path: Path
+) -> None:
+    call(
+        "train", *tiny, "callbacks=early_stopping", "callbacks.early_stopping.min_delta=100",
+        "callbacks.early_stopping.patience=1", "trainer.max_steps=100", "logger=none",
+    )  # fmt: skip
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 8  # the second validation is no improvement of 100 nats
+
+
+def test_last_step_is_validated_even_between_validations(
+    call: Callable[..., Any], tiny: list[str], tmp_path: Path
+) -> None:
+    call("train", *tiny, "trainer.max_steps=6", "logger=none")
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows if row["val/loss"]] == ["4", "6"]
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["progress"]["step"] == 6
+
+
+def test_epochs_end_a_run_too(
+    call: Callable[..., Any], tiny: list[str], tmp_path: Path, small_text: Path
+) -> None:
+    call(
+        "train", *tiny, "trainer.max_steps=null", "trainer.max_epochs=1", "model.block_size=64", "logger=none"
+    )
+    training = int(len(small_text.read_text()) * 0.9)
+    windows = (training - 1) // 64  # one character is one token here
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == windows // 8
+
+
+def test_throughput_monitor_logs_by_optimizer_step(
+    call: Callable[..., Any], tiny: list[str], tmp_path: Path
+) -> None:
+    call("train", *tiny, "callbacks=throughput", "callbacks.throughput.window_size=2", "logger=none")
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == [str(step) for step in range(1, 9)]
+    assert float(rows[-1]["throughput/device/flops_per_sec"]) > 0
+
+
+def test_sweep_makes_one_run_directory_per_job(
+    call: Callable[..., Any], tiny: list[str], tmp_path: Path
+) -> None:
+    arguments = [argument for argument in tiny if not argument.startswith("hydra.run.dir")]
+    call(
+        "train",
+        "-m",
+        *arguments,
+        "seed=1,2",
+        "optimizer.lr=1e-3,3e-3",
+        f"hydra.sweep.dir={tmp_path}/sweep",
+        "logger=none",
+    )
+    summaries = sorted(tmp_path.glob("sweep/*/summary.json"))
+    assert len(summaries) == 4
+    found = {(json.loads(path.read_text())["seed"]) for path in summaries}
+    assert found == {1, 2}
+
+
+def test_weights_of_a_checkpoint_begin_a_new_run(
+    call: Callable[..., Any], run: Path, small_text: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "other.txt"
+    text.write_text(small_text.read_text().replace("dog", "fox"))
+    call(
+        "train", "data=text", f"data.path={text}", f"init_from={run}", "data.batch_size=4",
+        "trainer.max_steps=1", "optimizer.lr=1e-12", "scheduler=constant", "scheduler.warmup_steps=0",
+        "model.dropout=0.1", "logger=none", f"hydra.run.dir={tmp_path}/new", "device=cpu",
+        "optimizer.weight_decay=0",
+    )  # fmt: skip
+    old = read_checkpoint(run / "checkpoints" / "best.ckpt")
+    new = read_checkpoint(tmp_path / "new" / "checkpoints" / "last.ckpt")
+    assert new["hyper_parameters"]["model"] == {**old["hyper_parameters"]["model"], "dropout": 0.1}
+    assert new["tokenizer"] == old["tokenizer"]
+    for name, weight in old["state_dict"].items():
+        assert torch.allclose(weight, new["state_dict"][name], atol=1e-9), name
+
+
+@pytest.mark.slow
+def test_installed_wheel_trains_without_the_checkout(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        check=True,
+        capture_output=True,
+    )
+    wheel = next(tmp_path.glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    assert {"conf", "input.txt"} <= {path.name for path in (tmp_path / "site" / "gpt_lightning").iterdir()}
+    arguments = ["trainer=debug", "model.n_layer=1", "model.n_embd=16", "model.n_head=1", "hydra.run.dir=run"]
+    program = "import gpt_lightning.train as t, sys; assert 'site' in t.__file__, t.__file__; t.main()"
+    work = tmp_path / "work"
+    work.mkdir()
+    result = subprocess.run(
+        [sys.executable, "-c", program, *arguments, "scheduler.warmup_steps=1", "device=cpu"],
+        cwd=work,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path / "site"), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((work / "run" / "summary.json").read_text())
+    assert summary["floor_bits_per_byte"] > 0
+    assert summary["git_revision"] is None
