@@ -1,0 +1,103 @@
+"""What the framework costs: steps of `train` beside the same steps in a bare PyTorch loop.
+
+Both train the same network on the same windows of input.txt with fused AdamW and clipping, in turn, in one
+process; the loop does nothing else. Prints tokens per second of each turn, the medians and their ratio.
+
+    python benchmarks/training.py [--rounds 5] [--steps 40] [--device cpu] [overrides of train …]
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, open_dict
+
+from gpt_lightning.build import build_data, build_module, build_trainer, prepare_data
+from gpt_lightning.config import CONF, build
+from gpt_lightning.data.token_store import TokenStore
+from gpt_lightning.training.callbacks import StepMetrics
+from gpt_lightning.training.optimizers import decay_groups
+from gpt_lightning.training.run import fit, quiet_lightning
+
+
+def framework(cfg: DictConfig, store: TokenStore, folder: Path) -> float:
+    """Tokens per second of training steps as `train` logs them."""
+    pl.seed_everything(cfg.seed, verbose=False)
+    with open_dict(cfg):
+        cfg.paths.run = str(folder)
+    data, module, trainer = build_data(cfg, store), build_module(cfg, store), build_trainer(cfg, None)
+    fit(module, data, trainer, folder=folder, val_every_steps=10**9, facts={})
+    metrics = StepMetrics.of(trainer)
+    assert metrics is not None
+    return metrics.steps * data.tokens_per_step / metrics.seconds
+
+
+def plain(cfg: DictConfig, store: TokenStore) -> float:
+    """Tokens per second of the same steps without the framework."""
+    torch.manual_seed(cfg.seed)
+    data, device = build_data(cfg, store), torch.device(cfg.device.accelerator)
+    net = build(cfg.model).to(device)
+    optimizer = build(cfg.optimizer)(decay_groups(net))
+    loader = data.train_dataloader()
+    accumulation = data.tokens_per_step // (loader.dataset[0][0].numel())
+    bf16 = str(cfg.device.precision).startswith("bf16")
+    started = time.perf_counter()
+    for number, (x, y) in enumerate(loader, start=1):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = net(x.to(device), y.to(device)) / accumulation
+        loss.backward()
+        if number % accumulation == 0:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.trainer.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return len(loader) // accumulation * data.tokens_per_step / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--device", default="cpu")
+    arguments, overrides = parser.parse_known_args()
+    quiet_lightning()
+    logging.getLogger("gpt_lightning").setLevel(logging.ERROR)
+    fixed = [
+        f"device={arguments.device}", f"trainer.max_steps={arguments.steps}", "trainer.val_batches=1",
+        "scheduler=constant", "scheduler.warmup_steps=0", "callbacks.samples=null", "paths.run=.",
+        "trainer.log_every_steps=10", "callbacks.layers=null", "logger=none",
+    ]  # fmt: skip
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", overrides=[*fixed, *overrides])
+    store = prepare_data(cfg)
+    ours, bare = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(-1, arguments.rounds):  # the first turn warms up
+            pair = framework(cfg, store, Path(folder) / str(turn)), plain(cfg, store)
+            if turn >= 0:
+                ours.append(pair[0])
+                bare.append(pair[1])
+                print(
+                    f"round {turn + 1}: train {pair[0]:,.0f} tokens/s, bare loop {pair[1]:,.0f} tokens/s",
+                    flush=True,
+                )
+    ratios = [a / b for a, b in zip(ours, bare, strict=True)]
+    print(
+        f"median: train {statistics.median(ours):,.0f}, bare loop {statistics.median(bare):,.0f} tokens/s; "
+        f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+    )
+
+
+if __name__ == "__main__":
+    main()
