@@ -5,10 +5,12 @@ or a few rows reads them at less than half of the memory's speed. oneDNN, which 
 reaches it with weights in a blocked layout of its own. Smaller weights are read faster still: bfloat16,
 or int8 with one scale per output, multiplied in integers with int8 activations that have one scale per
 token (https://arxiv.org/abs/2208.07339 calls that vector-wise). No row depends on its neighbours.
+CPUs without VNNI add two products in 16 bits, which overflow: there, activations get 7 bits.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -39,6 +41,22 @@ class PackedLinear(nn.Module):
         return self.linear(x, self.weight, self.bias, "none", [], "")
 
 
+def _int8_product(x: Tensor, zero: int, weight: Tensor, scale: Tensor) -> Tensor:
+    """scale * ((x - zero) W^T) of unsigned x and a prepacked W, in float32."""
+    output: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")  # scale, zero, type, no function after it
+    zeros = torch.zeros(len(scale), dtype=torch.int64)
+    return torch.ops.onednn.qlinear_pointwise.default(x, 1.0, zero, weight, scale, zeros, None, *output)
+
+
+@functools.cache
+def activation_levels() -> int:
+    """The largest activation whose products this CPU adds up exactly: 127, or 63 where 16 bits overflow."""
+    weight = torch.ops.onednn.qlinear_prepack(torch.full((16, 64), 127, dtype=torch.int8), None)
+    largest = torch.full((1, 64), 255, dtype=torch.uint8)
+    exact = bool((_int8_product(largest, 0, weight, torch.ones(16)) == 64 * 127 * 255).all())
+    return 127 if exact else 63
+
+
 class Int8Linear(nn.Module):
     """y = s_x s_w (x_int8 W_int8^T) + b, with a scale per token s_x and a scale per output s_w."""
 
@@ -47,25 +65,16 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach()
         scale = weight.abs().amax(1).clamp_min(1e-30) / 127
         self.weight = torch.ops.onednn.qlinear_prepack((weight / scale[:, None]).round().to(torch.int8), None)
-        self.scale = scale / 127  # what remains of s_x s_w when y is multiplied by the largest |x|
-        self.zero = torch.zeros(len(scale), dtype=torch.int64)
+        self.levels = activation_levels()
+        self.scale = scale / self.levels  # what remains of s_x s_w when y is multiplied by the largest |x|
         self.bias = torch.zeros(len(scale)) if bias is None else bias
-        self.middle = torch.tensor(128.5)  # the zero of unsigned activations, and a half to round with
-        self.linear = torch.ops.onednn.qlinear_pointwise.default
+        self.zero = self.levels + 1  # of the unsigned activations
+        self.middle = torch.tensor(self.zero + 0.5)  # a half to round with
 
     def forward(self, x: Tensor) -> Tensor:
         largest = x.abs().amax(-1, keepdim=True)  # (..., 1); where it is 0, so is its product below
-        q = torch.addcdiv(self.middle, x, largest, value=127).to(torch.uint8)
-        output: tuple[Any, ...] = (
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        )  # scale, zero, type, and no function after it
-        y = self.linear(q, 1.0, 128, self.weight, self.scale, self.zero, None, *output)
-        return torch.addcmul(self.bias, y, largest)
+        q = torch.addcdiv(self.middle, x, largest, value=self.levels).to(torch.uint8)
+        return torch.addcmul(self.bias, _int8_product(q, self.zero, self.weight, self.scale), largest)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gpt_lightning.inference.generator import generate
-from gpt_lightning.inference.packing import Int8Linear, PackedLinear, pack
+from gpt_lightning.inference.packing import Int8Linear, PackedLinear, activation_levels, pack
 from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.model.gpt import GPT, GPTConfig
 
@@ -30,16 +30,22 @@ def text():
 
 @pytest.fixture(scope="module")
 def net(text):
-    """A byte model trained for a few seconds, in float32; ids are bytes."""
+    """A byte model trained for some seconds, in float32; ids are bytes.
+
+    How many steps it takes depends on the machine's rounding. 4.8 is the loss of a guess, 3.0 that of
+    letter frequencies.
+    """
     torch.manual_seed(0)
     net = GPT(GPTConfig(vocab_size=127, block_size=64, n_layer=2, n_head=4, n_embd=64))
     optimizer = torch.optim.AdamW(net.parameters(), lr=6e-3)
-    for _ in range(250):
+    for step in range(2000):
         at = torch.randint(len(text) - 65, (12, 1)) + torch.arange(65)
         optimizer.zero_grad()
         net(text[at[:, :-1]], text[at[:, 1:]]).backward()
         optimizer.step()
-    return net.eval()
+        if step % 50 == 49 and loss(net, text) < 2.65:
+            return net.eval()
+    raise AssertionError("it does not learn")
 
 
 def packed(net, dtype):
@@ -69,7 +75,6 @@ def test_float32_changes_rounding_alone(net, text):
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_smaller_weights_keep_the_loss_within_half_a_percent(net, text, dtype):
     full = loss(net, text)
-    assert full < 2.7  # it has learned: 4.8 is the loss of a guess, 3.0 that of letter frequencies
     small = loss(packed(net, dtype), text)
     assert small != full
     assert abs(small / full - 1) < 0.005
@@ -80,14 +85,14 @@ def test_int8_products_are_those_of_rounded_integers():
     linear = torch.nn.Linear(48, 20)
     x = torch.randn(3, 5, 48) * torch.logspace(-3, 3, 15).view(3, 5, 1)  # rows of very different sizes
     weight_step = linear.weight.abs().amax(1, keepdim=True) / 127
-    row_step = x.abs().amax(-1, keepdim=True) / 127
+    row_step = x.abs().amax(-1, keepdim=True) / activation_levels()
     rounded = torch.floor(x / row_step + 0.5) * row_step
     expected = (
         rounded.double() @ ((linear.weight / weight_step).round() * weight_step).double().T + linear.bias
     )
     with torch.no_grad():
         actual = Int8Linear(linear, linear.bias)(x).double()
-    error = (actual - expected).abs() / (row_step * 127)
+    error = (actual - expected).abs() / x.abs().amax(-1, keepdim=True)
     assert error.max() < 1e-5
 
 
