@@ -27,7 +27,7 @@ def resume_from(folder: Path) -> tuple[Path | None, int]:
     if path is None:
         log.info("the run has no checkpoint yet: it begins again")
         return None, -1
-    step = int(read_checkpoint(path)["progress"]["step"])
+    step = int(read_checkpoint(path, verify=False)["progress"]["step"])  # it was just verified
     log.info("resuming from %s at step %d", path, step)
     return path, step
 
@@ -37,7 +37,9 @@ def micro_batch_size(cfg: DictConfig, checkpoint: Path | None) -> int:
     from gpt_lightning.inference.pretrained import read_checkpoint
 
     if checkpoint is not None:
-        return int(read_checkpoint(checkpoint)["hyper_parameters"]["device"]["micro_batch_size"])
+        return int(
+            read_checkpoint(checkpoint, verify=False)["hyper_parameters"]["device"]["micro_batch_size"]
+        )
     devices = cfg.device.devices if isinstance(cfg.device.devices, int) else 1
     return find_micro_batch(cfg, devices * cfg.trainer.num_nodes)
 

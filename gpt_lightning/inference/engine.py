@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -62,13 +62,30 @@ class Engine:
         if self.inside > self.queue:
             raise Busy(f"{self.inside} requests are being answered or waiting; try again in a moment")
         self.inside += 1
+        made: asyncio.Queue[list[Piece] | Exception | None] = asyncio.Queue()
+        task = asyncio.create_task(self._compute(steps, made))
+        try:
+            while (new := await made.get()) is not None:
+                if isinstance(new, Exception):
+                    raise new
+                yield new
+        finally:
+            task.cancel()
+
+    async def _compute(
+        self, steps: Iterator[list[Piece]], made: asyncio.Queue[list[Piece] | Exception | None]
+    ) -> None:
+        """All steps of a request, however slowly its client takes them: the next one is not kept waiting."""
         try:
             async with self._turn:
                 loop = asyncio.get_running_loop()
                 while (new := await loop.run_in_executor(self._worker, next, steps, None)) is not None:
-                    yield new
+                    made.put_nowait(new)
                     if self.stopped:
                         raise Busy("the server is stopping")
+            made.put_nowait(None)
+        except Exception as error:  # for whoever reads
+            made.put_nowait(error)
         finally:
             self.inside -= 1
             self._worker.submit(steps.close)  # type: ignore[attr-defined]  # a generator; frees its cache

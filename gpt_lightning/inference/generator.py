@@ -22,6 +22,8 @@ from torch import Tensor
 from gpt_lightning.inference.sampling import SamplingSettings, choose
 from gpt_lightning.model.gpt import GPT, KVCache
 
+DRAWS = 256  # random numbers drawn at once: the text does not depend on how much more may follow
+
 
 def window_length(length: int, block_size: int) -> int:
     """How many of a text's last tokens the model sees when it predicts the next one."""
@@ -69,7 +71,6 @@ def stream(
             )
     texts = [list(prompt) for prompt in prompts]
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(texts))]
-    uniform = torch.stack([torch.rand(settings.max_new_tokens, generator=g) for g in generators]).to(device)
     seen = None
     if settings.repetition_penalty != 1:
         seen = torch.zeros(len(texts), net.config.padded_vocab_size, dtype=torch.bool, device=device)
@@ -82,7 +83,9 @@ def stream(
     net.eval()
     try:
         for step in range(settings.max_new_tokens):
-            ids = choose(next_logits(texts), uniform[:, step], settings, seen=seen)
+            if step % DRAWS == 0:
+                uniform = torch.stack([torch.rand(DRAWS, generator=g) for g in generators]).to(device)
+            ids = choose(next_logits(texts), uniform[:, step % DRAWS], settings, seen=seen)
             if seen is not None:
                 seen.scatter_(1, ids[:, None], True)
             new = ids.tolist()

@@ -3,8 +3,8 @@
 One token at a time, a linear layer does little but read its weights, and torch's matrix product for one
 or a few rows reads them at less than half of the memory's speed. oneDNN, which torch brings along,
 reaches it with weights in a blocked layout of its own. Smaller weights are read faster still: bfloat16,
-or int8 with one scale per output, multiplied in integers with int8 activations that have one scale per
-token (https://arxiv.org/abs/2208.07339 calls that vector-wise). No row depends on its neighbours.
+or int8 with one scale per output; a prompt is multiplied in integers, with activations that have one scale
+per token (https://arxiv.org/abs/2208.07339 calls that vector-wise). No row depends on its neighbours.
 CPUs without VNNI add two products in 16 bits, which overflow: there, activations get 7 bits.
 """
 
@@ -43,7 +43,7 @@ class PackedLinear(nn.Module):
 
 def _int8_product(x: Tensor, zero: int, weight: Tensor, scale: Tensor) -> Tensor:
     """scale * ((x - zero) W^T) of unsigned x and a prepacked W, in float32."""
-    output: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")  # scale, zero, type, no function after it
+    output: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")  # scale, zero, type, no function
     zeros = torch.zeros(len(scale), dtype=torch.int64)
     return torch.ops.onednn.qlinear_pointwise.default(x, 1.0, zero, weight, scale, zeros, None, *output)
 
@@ -58,23 +58,34 @@ def activation_levels() -> int:
 
 
 class Int8Linear(nn.Module):
-    """y = s_x s_w (x_int8 W_int8^T) + b, with a scale per token s_x and a scale per output s_w."""
+    """y = s_w (x W_int8^T) + b, with a scale per output s_w.
+
+    One position per sequence is multiplied in bfloat16, which reads the weights fastest; more are rounded
+    to int8 too, with a scale per token, and multiplied in integers, which computes fastest.
+    """
 
     def __init__(self, linear: nn.Linear, bias: Tensor | None):
         super().__init__()
         weight = linear.weight.detach()
-        scale = weight.abs().amax(1).clamp_min(1e-30) / 127
-        self.weight = torch.ops.onednn.qlinear_prepack((weight / scale[:, None]).round().to(torch.int8), None)
+        self.scale = weight.abs().amax(1).clamp_min(1e-30) / 127
+        self.weight = (weight / self.scale[:, None]).round().to(torch.int8)
+        self.ones = torch.ones(len(weight), dtype=torch.bfloat16)  # scales of 8 bits would be too rough
+        self.bias = torch.zeros(len(weight)) if bias is None else bias
+        self.product = torch.ops.aten._weight_int8pack_mm.default
         self.levels = activation_levels()
-        self.scale = scale / self.levels  # what remains of s_x s_w when y is multiplied by the largest |x|
-        self.bias = torch.zeros(len(scale)) if bias is None else bias
+        self.packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
+        self.packed_scale = self.scale / self.levels  # what remains when y is multiplied by the largest |x|
         self.zero = self.levels + 1  # of the unsigned activations
         self.middle = torch.tensor(self.zero + 0.5)  # a half to round with
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 2 or x.size(1) == 1:
+            rows = x.reshape(-1, x.size(-1)).bfloat16()
+            y = self.product(rows, self.weight, self.ones).float()
+            return torch.addcmul(self.bias, y, self.scale).view(*x.shape[:-1], -1)
         largest = x.abs().amax(-1, keepdim=True)  # (..., 1); where it is 0, so is its product below
         q = torch.addcdiv(self.middle, x, largest, value=self.levels).to(torch.uint8)
-        return torch.addcmul(self.bias, _int8_product(q, self.zero, self.weight, self.scale), largest)
+        return torch.addcmul(self.bias, _int8_product(q, self.zero, self.packed, self.packed_scale), largest)
 
 
 @torch.no_grad()
@@ -86,7 +97,7 @@ def pack(net: GPT, dtype: str = "float32") -> GPT:
     Args:
         net: The model, in float32.
         dtype: "float32" changes nothing but rounding; "bfloat16" halves weights and cache; "int8"
-            quarters the weights, and keeps everything between them in float32.
+            reads a quarter, keeps two layouts of it, and computes everything between in float32.
 
     Raises:
         ValueError: If dtype is none of these, or int8 is not available on this machine.

@@ -6,7 +6,6 @@ B batch, T time (positions in one forward), C n_embd, H heads, D head size, V pa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -284,20 +283,6 @@ class GPT(nn.Module):
             6 * self.num_parameters(embeddings=False)
             + 12 * config.n_layer * config.n_embd * config.block_size
         )
-
-
-def decay_groups(module: nn.Module, weight_decay: float) -> Sequence[dict[str, object]]:
-    """Optimizer groups in which only matrices decay; biases and LayerNorm gains do not.
-
-    Args:
-        module: Holder of the parameters; those with requires_grad=False are left out.
-        weight_decay: Decay of the parameters with two or more dimensions.
-    """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
 
 
 def build_gpt(**options: Any) -> GPT:

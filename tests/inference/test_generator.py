@@ -53,6 +53,14 @@ def test_greedy_tokens_are_those_of_repeated_forwards(net):
     assert generate(net, [[7, 1, 4]], greedy) == [text[3:]]
 
 
+def test_endless_request_needs_no_endless_memory_and_begins_as_a_short_one(net):
+    endless = stream(net, PROMPTS, SamplingSettings(max_new_tokens=10**15, temperature=1.0, top_k=None))
+    begun = [next(endless) for _ in range(300)]
+    endless.close()
+    short = SamplingSettings(max_new_tokens=300, temperature=1.0, top_k=None)
+    assert begun == list(stream(net, PROMPTS, short))
+
+
 @pytest.mark.parametrize(
     "chosen",
     [

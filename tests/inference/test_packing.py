@@ -9,7 +9,7 @@ import torch
 from gpt_lightning.inference.generator import generate
 from gpt_lightning.inference.packing import Int8Linear, PackedLinear, activation_levels, pack
 from gpt_lightning.inference.sampling import SamplingSettings
-from gpt_lightning.model.gpt import GPT, GPTConfig
+from gpt_lightning.model.gpt import GPT, GPTConfig, KVCache
 
 CORPUS = Path(__file__).parents[2] / "input.txt"
 GREEDY = SamplingSettings(max_new_tokens=60, temperature=0.0)
@@ -80,6 +80,39 @@ def test_smaller_weights_keep_the_loss_within_half_a_percent(net, text, dtype):
     assert abs(small / full - 1) < 0.005
 
 
+@torch.no_grad()
+def step_by_step(net, windows):
+    """Logits (B, T, V) with one position at a time, as generation has it."""
+    cache = KVCache(net.config, len(windows), size=64, device=windows.device, dtype=torch.float32)
+    logits = []
+    for t in range(windows.size(1)):
+        cache.seek(torch.arange(len(windows)), torch.full((len(windows), 1), t))
+        logits.append(net.lm_head(net.transformer(windows[:, t : t + 1], cache)[:, -1]))
+    return torch.stack(logits, 1)
+
+
+def test_int8_keeps_the_loss_where_it_generates(net, text):
+    windows = text[: 65 * 60].view(60, 65)
+    full, small = (
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
+        for logits in (net(windows[:, :-1]), step_by_step(packed(net, "int8"), windows[:, :-1]))
+    )
+    assert small != full
+    assert abs(small / full - 1) < 0.005
+
+
+def test_int8_weights_multiply_exactly_to_bfloat16():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(48, 20)
+    x = torch.randn(7, 1, 48) * torch.logspace(-3, 3, 7).view(7, 1, 1)
+    step = linear.weight.abs().amax(1, keepdim=True) / 127
+    exact = x.bfloat16().double() @ (linear.weight / step).round().double().T  # before the scale
+    expected = exact * step.T.double()
+    with torch.no_grad():
+        actual = Int8Linear(linear, torch.zeros(20))(x).double()
+    assert ((actual - expected).abs() <= 2**-8 * expected.abs() + 1e-6 * x.abs().amax(-1, True)).all()
+
+
 def test_int8_products_are_those_of_rounded_integers():
     torch.manual_seed(0)
     linear = torch.nn.Linear(48, 20)
@@ -104,10 +137,11 @@ def test_int8_layer_takes_zeros_and_no_bias():
 
 def test_int8_rows_do_not_depend_on_their_neighbours(net):
     layer = packed(net, "int8").transformer.h[0].mlp.c_fc
-    x = torch.randn(8, 1, 64)
-    x[3] *= 100
-    with torch.no_grad():
-        assert torch.equal(layer(x), torch.cat([layer(row) for row in x.split(1)]))
+    for length in (1, 5):  # generation, and a prompt
+        x = torch.randn(8, length, 64)
+        x[3] *= 100
+        with torch.no_grad():
+            assert torch.equal(layer(x), torch.cat([layer(row) for row in x.split(1)]))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
@@ -118,8 +152,9 @@ def test_packed_model_generates_with_and_without_cache(net, text, dtype):
     assert [len(t) for t in new] == [60, 60]
     if dtype == "float32":
         assert new == generate(net, prompts, GREEDY)
-    if dtype != "bfloat16":  # whose rounding decides between near equals
         assert new == generate(small, prompts, GREEDY, use_cache=False)
+    # of the smaller ones, rounding decides between near equals
+    assert new == [generate(small, [prompt], GREEDY)[0] for prompt in prompts]
 
 
 def test_padded_ids_stay_impossible(net, text):

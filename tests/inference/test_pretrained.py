@@ -135,6 +135,17 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path: Path) -> No
             read_checkpoint(tmp_path / "foreign")
 
 
+def test_changed_byte_in_the_weights_is_noticed(tmp_path: Path) -> None:
+    net = random_net()
+    data = bytearray(save_checkpoint(tmp_path / "good.ckpt", net).read_bytes())
+    place = data.index(net.transformer.wpe.weight.detach().numpy().tobytes())
+    data[place + 3] ^= 1
+    (tmp_path / "bad.ckpt").write_bytes(data)
+    torch.load(tmp_path / "bad.ckpt", weights_only=True)  # torch does not mind
+    with pytest.raises(ValueError, match="bad.ckpt is damaged .*wrong checksum"):
+        read_model(tmp_path / "bad.ckpt")
+
+
 def test_model_of_another_class_is_not_built(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "own.ckpt", random_net(), target="os.mkdir")
     with pytest.raises(ValueError, match=r"model is a os\.mkdir"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gpt_lightning.model.gpt import GPT, IGNORE, GPTConfig, decay_groups
+from gpt_lightning.model.gpt import GPT, IGNORE, GPTConfig
 
 SMALL = {"vocab_size": 61, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 
@@ -179,19 +179,6 @@ def test_dropout_acts_in_training_only():
     torch.testing.assert_close(net(idx), build()(idx))
     net.train()
     assert not torch.equal(net(idx), net(idx))
-
-
-def test_decay_groups_hold_each_parameter_once_and_decay_matrices_alone():
-    net = build()
-    decayed, rest = decay_groups(net, 0.1)
-    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
-    names = {id(p): name for name, p in net.named_parameters()}
-    matrices = [names[id(p)] for p in decayed["params"]]
-    vectors = [names[id(p)] for p in rest["params"]]
-    assert sorted(matrices + vectors) == sorted(names.values())
-    assert set(vectors) == {name for name in names.values() if name.endswith("bias") or ".ln_" in name}
-    net.transformer.wpe.weight.requires_grad_(False)
-    assert len(decay_groups(net, 0.1)[0]["params"]) == len(decayed["params"]) - 1
 
 
 def test_flops_per_token_counted_by_hand():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from gpt_lightning.model.gpt import GPT, GPTConfig
 from gpt_lightning.training.optimizers import adamw, decay_groups
 
 
@@ -15,6 +16,14 @@ def test_only_matrices_decay() -> None:
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     found = {name: decay[id(p)] for name, p in net.named_parameters()}
     assert found == {"0.weight": 0.1, "1.weight": 0.1, "1.bias": 0.0, "2.weight": 0.0, "2.bias": 0.0}
+
+
+def test_groups_hold_each_parameter_of_a_gpt_once() -> None:
+    net = GPT(GPTConfig(vocab_size=10, block_size=8, n_layer=2, n_head=2, n_embd=8))
+    names = {id(p): name for name, p in net.named_parameters()}
+    matrices, rest = ([names[id(p)] for p in group["params"]] for group in decay_groups(net))
+    assert sorted(matrices + rest) == sorted(names.values())
+    assert set(rest) == {name for name in names.values() if name.endswith("bias") or ".ln_" in name}
 
 
 def test_frozen_parameters_are_left_out() -> None:
