@@ -142,7 +142,7 @@ def test_changed_byte_in_the_weights_is_noticed(tmp_path: Path) -> None:
     data[place + 3] ^= 1
     (tmp_path / "bad.ckpt").write_bytes(data)
     torch.load(tmp_path / "bad.ckpt", weights_only=True)  # torch does not mind
-    with pytest.raises(ValueError, match="bad.ckpt is damaged .*wrong checksum"):
+    with pytest.raises(ValueError, match=r"bad\.ckpt is damaged .*wrong checksum"):
         read_model(tmp_path / "bad.ckpt")
 
 
