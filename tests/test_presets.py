@@ -164,3 +164,15 @@ def test_readme_lists_every_choice() -> None:
     readme = (ROOT / "README.md").read_text()
     for group, choice in [*CHOICES, *(("experiment", name) for name in EXPERIMENTS)]:
         assert f"`{choice}`" in readme, f"README's table lacks {group}={choice}"
+
+
+def test_each_line_is_a_document(
+    call: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lines.txt").write_text("".join(f"line {number}\n" for number in range(40)))
+    path = f"data.path={tmp_path / 'lines.txt'}"
+    call("prepare", "data=lines", path, "tokenizer=byte", f"paths.cache={tmp_path}")
+    out = capsys.readouterr().out
+    # 9, 19, 29 and 39 are for validation; an end-of-text id stands at each end and between two documents
+    assert "train: 280 tokens, 36 documents, 243 bytes" in out
+    assert "val: 32 tokens, 4 documents, 27 bytes" in out
