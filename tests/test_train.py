@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -123,6 +124,38 @@ def test_best_checkpoint_holds_the_loss_that_was_measured_with_it(run: Path) -> 
     summary = json.loads((run / "summary.json").read_text())
     progress = read_checkpoint(run / "checkpoints" / "best.ckpt")["progress"]
     assert progress["metrics"]["val/loss"] == summary["best_val_loss"]
+
+
+def losses(run: Path) -> list[float]:
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [float(row[key]) for row in rows for key in ("train/loss", "val/loss") if row[key]]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision_loses_little(
+    precision: str, run: Path, call: Callable[..., Any], tiny: list[str], tmp_path: Path
+) -> None:
+    call("train", *tiny, f"device.precision={precision}", "logger=none")
+    assert losses(tmp_path / "run") != losses(run)
+    assert losses(tmp_path / "run") == pytest.approx(losses(run), rel=0.02)
+    weights = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+    kinds = {weight.dtype for weight in weights.values()}
+    assert kinds == {torch.bfloat16 if precision == "bf16-true" else torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler (g++) on a CPU")
+def test_compiled_run_has_the_same_losses_and_the_same_names(
+    run: Path, command: Callable[..., Any], tiny: list[str], tmp_path: Path
+) -> None:
+    result = command("train", *tiny, "device.compile=true", "logger=none")
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(run), rel=1e-4)
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert torch.load(path, weights_only=True)["state_dict"].keys() == {
+        f"net.{name}" for name in load_net(read_checkpoint(path)).state_dict()
+    }
 
 
 def test_main_returns_the_best_validation_loss(
