@@ -10,13 +10,7 @@ from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.model.gpt import GPT, GPTConfig
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only slow down so small a model, by much where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

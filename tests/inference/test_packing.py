@@ -15,12 +15,7 @@ CORPUS = Path(__file__).parents[2] / "input.txt"
 GREEDY = SamplingSettings(max_new_tokens=60, temperature=0.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
