@@ -9,7 +9,6 @@ from gpt_lightning.inference.generator import generate, stream, window_length
 from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.model.gpt import GPT, GPTConfig
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
