@@ -8,7 +8,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from gpt_lightning.build import prepare_data, starting_point, windows
-from gpt_lightning.config import build, check, entry_point
+from gpt_lightning.checks import check
+from gpt_lightning.config import build, entry_point
 from gpt_lightning.memory import ENOUGH, GIB, memory_estimate
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from gpt_lightning.build import build_data, build_module, build_trainer, prepare_data, starting_point
-from gpt_lightning.config import check, duration, entry_point, git_revision, lacks_memory, versions
+from gpt_lightning.checks import check, duration
+from gpt_lightning.config import entry_point, git_revision, lacks_memory, versions
 from gpt_lightning.memory import find_micro_batch, out_of_memory
 from gpt_lightning.resume import check_unchanged, claimed, resume_arguments, status, warn_of_versions
 

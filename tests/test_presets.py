@@ -14,7 +14,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from support import ROOT, SHARED
 
-from gpt_lightning.config import CONF, build, check
+from gpt_lightning.checks import check
+from gpt_lightning.config import CONF, build
 
 GROUPS = (
     "model",
