@@ -17,7 +17,7 @@ def main(cfg: DictConfig) -> None:
     from gpt_lightning.inference.exporting import export
     from gpt_lightning.inference.pretrained import read_model
 
-    model = read_model(cfg.checkpoint)
+    model = read_model(cfg.checkpoint, merge=cfg.format != "peft")
     folder = export(model, cfg.output, format=cfg.format, overwrite=cfg.overwrite)
     for path in sorted(folder.iterdir()):
         print(f"{path.stat().st_size:>12,} bytes  {path.name}")

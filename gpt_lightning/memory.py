@@ -18,8 +18,10 @@ ENOUGH = 32  # sequences in a micro-batch where memory is not what limits it
 FOUND = "GPT_LIGHTNING_MICRO_BATCH_SIZE"  # tells further ranks what the first one found
 
 
-def memory_estimate(cfg: DictConfig, parameters: int, micro_batch_size: int) -> dict[str, float]:
-    """Bytes that training needs, by what needs them.
+def memory_estimate(
+    cfg: DictConfig, parameters: int, micro_batch_size: int, *, trained: int | None = None
+) -> dict[str, float]:
+    """Bytes that training needs, by what needs them; `trained` of the parameters, all if not given.
 
     Weights, gradients and AdamW's two averages are exact at 4 bytes each. Activations kept for the
     backward pass are 34 bytes per token, layer and unit of width at 16 bits, after Korthikanti et al. (2022),
@@ -27,10 +29,11 @@ def memory_estimate(cfg: DictConfig, parameters: int, micro_batch_size: int) -> 
     """
     model, half = cfg.model, 2 if "16" in str(cfg.device.precision) else 4
     tokens = micro_batch_size * windows(cfg)["block_size"]
+    trained = parameters if trained is None else trained
     return {
         "weights": 4 * parameters,
-        "gradients": 4 * parameters,
-        "optimizer": 8 * parameters,
+        "gradients": 4 * trained,
+        "optimizer": 8 * trained,
         "activations": 17 * half * tokens * model.get("n_embd", 0) * model.get("n_layer", 0),
         "logits": (half + 4) * tokens * model.vocab_size,
     }

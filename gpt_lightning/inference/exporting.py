@@ -15,6 +15,7 @@ from gpt_lightning.inference.pretrained import CARD, WEIGHTS_FORMAT
 from gpt_lightning.inference.space import write_app
 from gpt_lightning.inference.text import TextGenerator
 from gpt_lightning.model.huggingface import save_gpt2, write_safetensors
+from gpt_lightning.model.lora import LoRALinear
 
 
 def write_huggingface(model: TextGenerator, folder: Path) -> None:
@@ -49,10 +50,42 @@ def write_space(model: TextGenerator, folder: Path) -> None:
     write_app(model.info, folder)
 
 
+def write_peft(model: TextGenerator, folder: Path) -> None:
+    """The adapters alone, for peft's PeftModel.from_pretrained(BASE, folder).
+
+    Raises:
+        ValueError: If the model has none.
+    """
+    layers = {name: layer for name, layer in model.net.named_modules() if isinstance(layer, LoRALinear)}
+    if not layers:
+        raise ValueError("format=peft writes adapters, and the model was trained without; use another format")
+    first = next(iter(layers.values()))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(model.info.get("init_from") or "").removeprefix("hf:"),
+        "r": first.lora_A.out_features,
+        "lora_alpha": first.scaling * first.lora_A.out_features,
+        "lora_dropout": first.lora_dropout.p,
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "fan_in_fan_out": True,  # transformers' GPT-2 keeps its weights transposed
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    weights = {
+        f"base_model.model.{name}.{part}.weight": getattr(layer, part).weight.detach()
+        for name, layer in layers.items()
+        for part in ("lora_A", "lora_B")
+    }
+    write_safetensors(weights, folder / "adapter_model.safetensors")
+
+
 FORMATS: dict[str, Callable[[TextGenerator, Path], None]] = {
     "huggingface": write_huggingface,
     "weights": write_weights,
     "space": write_space,
+    "peft": write_peft,
 }
 
 

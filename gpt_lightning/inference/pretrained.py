@@ -20,6 +20,7 @@ from gpt_lightning.inference.packing import DTYPES, pack
 from gpt_lightning.inference.text import TextGenerator
 from gpt_lightning.model.gpt import GPT, GPTConfig
 from gpt_lightning.model.huggingface import load_gpt2, read_safetensors
+from gpt_lightning.model.lora import LoRAConfig, add_adapters, merge_adapters
 
 GPT2_VOCABULARY = 50257  # a GPT-2 folder of this size without a tokenizer has GPT-2's
 GPT_TARGET = "gpt_lightning.model.gpt.build_gpt"
@@ -55,12 +56,12 @@ def load(path: str | Path, device: str | None = None, dtype: str | None = None) 
     return model
 
 
-def read_model(path: str | Path) -> TextGenerator:
-    """A model as it was trained, in float32 on the CPU; arguments and errors as `load`."""
+def read_model(path: str | Path, *, merge: bool = True) -> TextGenerator:
+    """A model as it was trained, in float32 on the CPU; arguments and errors as `load` and `load_net`."""
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file():
         checkpoint = read_checkpoint(path)
-        net = load_net(checkpoint, dropout=0.0)
+        net = load_net(checkpoint, merge=merge, dropout=0.0)
         return TextGenerator(net, load_tokenizer(checkpoint), describe(net, checkpoint))
     net, tokenizer, info = read_folder(folder, dropout=0.0)
     if tokenizer is None:
@@ -132,6 +133,7 @@ def describe(net: GPT, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         "name": config.get("name"),
         "data": Path(str(source)).name if source else None,  # a path of another machine says no more
         "tokenizer": checkpoint["tokenizer"]["name"],
+        "init_from": config.get("init_from"),
         **_shape(net),
         "step": progress.get("step"),
         "train_loss": progress.get("train_loss"),
@@ -238,21 +240,25 @@ def load_weights(net: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
     net.load_state_dict(weights)
 
 
-def load_net(checkpoint: Mapping[str, Any], **overrides: Any) -> GPT:
+def load_net(checkpoint: Mapping[str, Any], *, merge: bool = True, **overrides: Any) -> GPT:
     """The network of a checkpoint with its weights, in evaluation mode.
 
     Args:
         checkpoint: As from `read_checkpoint`.
+        merge: Whether adapters become part of the weights, which makes a plain GPT.
         overrides: Fields of GPTConfig that do not change the weights' shapes, such as dropout.
 
     Raises:
         ValueError: If the weights do not fit.
     """
     net = GPT(GPTConfig(**{**model_options(checkpoint), **overrides}))
+    lora = _mapping(checkpoint["hyper_parameters"].get("lora"))
+    if lora.get("r"):
+        add_adapters(net, LoRAConfig(**lora))
     prefix = "net."
     weights = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     load_weights(net, weights)
-    return net.eval()
+    return (merge_adapters(net) if lora.get("r") and merge else net).eval()
 
 
 def load_tokenizer(checkpoint: Mapping[str, Any]) -> tiktoken.Encoding:

@@ -1,0 +1,93 @@
+"""Low-rank adapters: fine-tuning that leaves a model's weights alone and trains a few numbers beside them.
+
+Names and numbers are those of `peft`, which loads what `gpt_lightning.export format=peft` writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gpt_lightning.model.gpt import GPT
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Which layers get adapters, and of what size.
+
+    Args:
+        r: Rank: the inner width of an adapter.
+        lora_alpha: An adapter's output is multiplied by lora_alpha / r.
+        lora_dropout: Probability that an input of an adapter is dropped in training.
+        target_modules: Last names of linear layers: c_attn, c_fc, c_proj (attention's and feed-forward's).
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    r: int
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: Sequence[str] = ("c_attn",)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            raise ValueError(f"lora.r={self.r!r} must be a whole number of at least 1, or 0 for no adapters")
+        for key, value, good in (
+            ("lora_alpha", self.lora_alpha, lambda x: x > 0),
+            ("lora_dropout", self.lora_dropout, lambda x: 0 <= x < 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not good(value):
+                wanted = "above 0" if key == "lora_alpha" else "in [0, 1)"
+                raise ValueError(f"lora.{key}={value!r} must be a number {wanted}")
+        known = {"c_attn", "c_proj", "c_fc"}
+        names = self.target_modules
+        if isinstance(names, str) or not names or not set(names) <= known:
+            raise ValueError(f"lora.target_modules={names!r} must be a list of {', '.join(sorted(known))}")
+
+
+class LoRALinear(nn.Module):
+    """y = W x + b + lora_alpha / r * B A dropout(x), in which only A (r, in) and B (out, r) are trained.
+
+    B begins at zero, so that training begins with the model as it was.
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), section 4.1.
+    """
+
+    def __init__(self, base_layer: nn.Linear, config: LoRAConfig):
+        super().__init__()
+        self.base_layer, self.scaling = base_layer, config.lora_alpha / config.r
+        self.lora_dropout = nn.Dropout(config.lora_dropout)
+        self.lora_A = nn.Linear(base_layer.in_features, config.r, bias=False)
+        self.lora_B = nn.Linear(config.r, base_layer.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The one layer that computes the same."""
+        self.base_layer.weight += self.scaling * self.lora_B.weight @ self.lora_A.weight
+        return self.base_layer
+
+
+def add_adapters(net: GPT, config: LoRAConfig) -> GPT:
+    """Freeze a model and give it adapters, in place."""
+    net.requires_grad_(False)
+    for parent in list(net.transformer.h.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and name in config.target_modules:
+                setattr(parent, name, LoRALinear(child, config))
+    return net
+
+
+def merge_adapters(net: GPT) -> GPT:
+    """Fold adapters into the weights that they stand beside, in place: a plain model with the same logits."""
+    for parent in list(net.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoRALinear):
+                setattr(parent, name, child.merged())
+    return net.requires_grad_(True)

@@ -1,0 +1,91 @@
+"""Adapters beside peft's."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from models import random_net
+
+from gpt_lightning.model.gpt import GPT
+from gpt_lightning.model.huggingface import save_gpt2
+from gpt_lightning.model.lora import LoRAConfig, LoRALinear, add_adapters, merge_adapters
+
+CONFIG = LoRAConfig(r=3, lora_alpha=6, target_modules=("c_attn", "c_proj"))
+IDX = torch.randint(257, (2, 20), generator=torch.Generator().manual_seed(1))
+
+
+def adapted(config: LoRAConfig = CONFIG) -> GPT:
+    net = add_adapters(random_net(), config)
+    torch.manual_seed(5)
+    for layer in net.modules():
+        if isinstance(layer, LoRALinear):
+            torch.nn.init.normal_(layer.lora_B.weight)
+    return net.eval()
+
+
+def test_adapters_begin_with_the_model_as_it_was() -> None:
+    assert torch.equal(add_adapters(random_net(), CONFIG)(IDX), random_net()(IDX))
+
+
+def test_only_adapters_are_trained() -> None:
+    net = adapted()
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    assert all(".lora_A." in name or ".lora_B." in name for name in trained)
+    # r * (in + out) of c_attn (16, 48) and the c_proj of attention (16, 16) and MLP (64, 16), in two blocks
+    assert sum(p.numel() for p in trained.values()) == 2 * 3 * (16 + 48 + 16 + 16 + 64 + 16)
+    before = copy.deepcopy(net.state_dict())
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    net(IDX, IDX).backward()
+    optimizer.step()
+    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == trained.keys()
+
+
+def test_merged_model_computes_the_same_and_is_a_plain_one() -> None:
+    net = adapted()
+    expected = net(IDX)
+    assert not torch.allclose(expected, random_net()(IDX), atol=0.1)
+    merged = merge_adapters(net)
+    torch.testing.assert_close(merged(IDX), expected, atol=1e-4, rtol=1e-4)
+    assert merged.state_dict().keys() == random_net().state_dict().keys()
+    assert all(p.requires_grad for p in merged.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft's own making
+def test_logits_are_those_of_peft_with_the_same_adapters(tmp_path: Path) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    net = adapted()
+    save_gpt2(random_net(), tmp_path, end_of_text=256)
+    theirs = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path),
+        peft.LoraConfig(r=3, lora_alpha=6, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
+    ).eval()
+    weights = theirs.state_dict()
+    with torch.no_grad():
+        for name, layer in net.named_modules():
+            if isinstance(layer, LoRALinear):
+                for part in ("lora_A", "lora_B"):
+                    key = f"base_model.model.{name}.{part}.default.weight"
+                    weights[key].copy_(getattr(layer, part).weight)
+        expected = theirs(IDX).logits
+    torch.testing.assert_close(net(IDX)[..., :257], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 0}, "lora.r=0 must be a whole number of at least 1"),
+        ({"r": 2.5}, "lora.r=2.5"),
+        ({"r": 2, "lora_alpha": 0}, "lora.lora_alpha=0 must be a number above 0"),
+        ({"r": 2, "lora_dropout": 1}, r"lora.lora_dropout=1 must be a number in \[0, 1\)"),
+        ({"r": 2, "target_modules": "c_attn"}, "lora.target_modules='c_attn' must be a list of c_attn, c_fc"),
+        ({"r": 2, "target_modules": ["q_proj"]}, "lora.target_modules="),
+    ],
+)
+def test_bad_values_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoRAConfig(**options)
