@@ -20,7 +20,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 
-from gpt_lightning.build import build_data, build_module, build_trainer, prepare_data
+from gpt_lightning.build import (
+    build_callbacks,
+    build_data,
+    build_loggers,
+    build_module,
+    build_trainer,
+    prepare_data,
+)
 from gpt_lightning.config import CONF, build
 from gpt_lightning.data.token_store import TokenStore
 from gpt_lightning.training.callbacks import StepMetrics
@@ -33,7 +40,8 @@ def framework(cfg: DictConfig, store: TokenStore, folder: Path) -> float:
     pl.seed_everything(cfg.seed, verbose=False)
     with open_dict(cfg):
         cfg.paths.run = str(folder)
-    data, module, trainer = build_data(cfg, store), build_module(cfg, store), build_trainer(cfg, None)
+    data, module = build_data(cfg, store), build_module(cfg, store)
+    trainer = build_trainer(cfg, build_callbacks(cfg), build_loggers(cfg, None))
     fit(module, data, trainer, folder=folder, val_every_steps=10**9, facts={})
     metrics = StepMetrics.of(trainer)
     assert metrics is not None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from gpt_lightning.config import ConfigError, build, explicit, plain
+from gpt_lightning.arguments import check_arguments
+from gpt_lightning.config import ConfigError, build, explicit, inspect_node, one_line, plain
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -18,6 +22,52 @@ if TYPE_CHECKING:
     from gpt_lightning.data.datamodule import TextDataModule
     from gpt_lightning.data.token_store import TokenStore
     from gpt_lightning.training.module import LanguageModel
+
+
+GPT_TARGET = "gpt_lightning.model.gpt.build_gpt"
+SETTINGS = ("nonfinite",)  # keys of `callbacks` that are no callback
+
+
+def rehearse(cfg: DictConfig, *, trainer: bool) -> None:
+    """Build what needs no data once, with next to no weights: a wrong value ends a run before it costs.
+
+    Loggers may start services, and a model of the user's own may be large, so these are only looked at.
+
+    Args:
+        cfg: The configuration; it is not changed.
+        trainer: Whether to build the Trainer too, which wants the run's devices here.
+    """
+    import torch
+
+    from gpt_lightning.data.datamodule import split_batch
+    from gpt_lightning.model.gpt import GPTConfig
+    from gpt_lightning.training.optimizers import decay_groups
+
+    cfg = copy.deepcopy(cfg)
+    cfg.trainer.max_steps = cfg.trainer.max_steps or sys.maxsize  # the data tells how many an epoch has,
+    if cfg.model.get("vocab_size", 1) is None:
+        cfg.model.vocab_size = 1  # and the tokenizer this
+    inspect_node(cfg.model, "model")
+    if cfg.model._target_ == GPT_TARGET:
+        check_arguments(GPTConfig, cfg.model)
+        GPTConfig(**{key: value for key, value in cfg.model.items() if not key.startswith("_")})
+    with blamed_on("optimizer"):
+        build(cfg.optimizer)(decay_groups(torch.nn.Linear(1, 1)))
+    build_schedule(cfg)
+    callbacks = build_callbacks(cfg)
+    for name, node in (cfg.logger or {}).items():
+        inspect_node(node, f"logger.{name}")
+    if trainer:
+        split_batch(cfg.data.batch_size, None, build_trainer(cfg, callbacks, loggers=[]).world_size)
+
+
+@contextmanager
+def blamed_on(key: str) -> Iterator[None]:
+    """What the call of a partly configured function raises for its arguments, in terms of their key."""
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"{key} cannot be made of its values: {one_line(error)}") from error
 
 
 def prepare_data(cfg: DictConfig, encoding: tiktoken.Encoding | None = None) -> TokenStore:
@@ -29,8 +79,9 @@ def prepare_data(cfg: DictConfig, encoding: tiktoken.Encoding | None = None) -> 
     from gpt_lightning.data.token_store import prepare
     from gpt_lightning.data.tokenizer import Given
 
+    cut = windows(cfg)
     tokenizer = Given(encoding) if encoding else build(cfg.tokenizer)
-    store = prepare(build(cfg.data.corpus), tokenizer, Path(cfg.paths.cache))
+    store = prepare(build(cfg.data.corpus), tokenizer, cfg.paths.cache)
     with open_dict(cfg):
         if cfg.model.get("vocab_size") is None:
             cfg.model.vocab_size = store.n_vocab
@@ -39,8 +90,8 @@ def prepare_data(cfg: DictConfig, encoding: tiktoken.Encoding | None = None) -> 
                 f"model.vocab_size={cfg.model.vocab_size} is smaller than the tokenizer's "
                 f"{store.n_vocab} ids; use model.vocab_size=null"
             )
+        _, steps = epoch_size(store, **cut)  # too little text is an error here
         if cfg.trainer.max_epochs is not None:
-            _, steps = epoch_size(store, **windows(cfg))
             in_epochs = cfg.trainer.max_epochs * steps
             cfg.trainer.max_steps = min(in_epochs, cfg.trainer.max_steps or in_epochs)
     return store
@@ -57,21 +108,46 @@ def windows(cfg: DictConfig) -> dict[str, Any]:
     return {"block_size": block_size, **{key: cfg.data[key] for key in keys}}
 
 
-def build_trainer(cfg: DictConfig, resume_step: int | None) -> pl.Trainer:
-    """Lightning's Trainer with the callbacks and loggers of the configuration."""
-    import lightning.pytorch as pl
-    from lightning.pytorch.callbacks import Checkpoint
+def build_schedule(cfg: DictConfig) -> Any:
+    """The factor of the learning rate at each step; a warm-up that does not fit is an error here."""
+    schedule = build(cfg.scheduler)
+    with blamed_on("scheduler"):
+        schedule(0)
+    return schedule
 
-    from gpt_lightning.training.checkpoints import AtomicCheckpointIO
+
+def build_callbacks(cfg: DictConfig) -> list[Any]:
+    """The callbacks that are not null."""
+    nodes = {key: node for key, node in cfg.callbacks.items() if node is not None and key not in SETTINGS}
+    for key, node in nodes.items():
+        if not OmegaConf.is_dict(node):
+            raise ConfigError(f"callbacks.{key}={node} must have a _target_, the name of a class, or be null")
+    return [build(node) for node in nodes.values()]
+
+
+def build_loggers(cfg: DictConfig, resume_step: int | None) -> list[Any]:
+    """metrics.csv, and what the configuration adds."""
     from gpt_lightning.training.loggers import MetricsCSV
 
-    settings, folder = cfg.trainer, Path(cfg.paths.run)
-    callbacks = [build(node) for node in cfg.callbacks.values() if OmegaConf.is_dict(node)]
-    loggers: list[Any] = [MetricsCSV(folder / "metrics.csv", resume_step=resume_step)]
+    loggers: list[Any] = [MetricsCSV(Path(cfg.paths.run) / "metrics.csv", resume_step=resume_step)]
     for node in (cfg.logger or {}).values():
         tensorboard = str(node.get("_target_", "")).endswith("TensorBoardLogger")
         purge = {"purge_step": resume_step + 1} if tensorboard and resume_step is not None else {}
         loggers.append(build(node, **purge))
+    return loggers
+
+
+def build_trainer(cfg: DictConfig, callbacks: list[Any], loggers: list[Any]) -> pl.Trainer:
+    """Lightning's Trainer as the configuration has it."""
+    import lightning.pytorch as pl
+    import torch
+    from lightning.pytorch.callbacks import Checkpoint
+
+    from gpt_lightning.training.checkpoints import AtomicCheckpointIO
+
+    if cfg.device.accelerator == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device.accelerator=cuda: torch finds no NVIDIA GPU here; use device=cpu")
+    settings = cfg.trainer
     ours: dict[str, Any] = {
         "accelerator": cfg.device.accelerator,
         "devices": cfg.device.devices,
@@ -92,14 +168,10 @@ def build_trainer(cfg: DictConfig, resume_step: int | None) -> pl.Trainer:
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "use_distributed_sampler": False,
-        "default_root_dir": folder,
+        "default_root_dir": Path(cfg.paths.run),
     }
-    others = plain(settings.lightning)
-    if strange := others.keys() - (inspect.signature(pl.Trainer).parameters.keys() - ours.keys()):
-        raise ConfigError(
-            f"trainer.lightning.{min(strange)} is no argument of Lightning's Trainer, or has another key here"
-        )
-    return pl.Trainer(**ours, **others)
+    check_arguments(pl.Trainer, settings.lightning, without=ours)
+    return pl.Trainer(**ours, **plain(settings.lightning))
 
 
 def starting_point(cfg: DictConfig) -> tuple[Any, Any]:
@@ -139,7 +211,7 @@ def build_module(cfg: DictConfig, store: TokenStore, net: Any = None) -> Languag
     return LanguageModel(
         net,
         optimizer=build(cfg.optimizer),
-        schedule=build(cfg.scheduler),
+        schedule=build_schedule(cfg),
         tokenizer=store.tokenizer,
         config=plain(cfg),
         clip_norm=cfg.trainer.clip_norm,

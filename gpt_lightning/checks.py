@@ -1,7 +1,8 @@
-"""What must hold between the parts of a configuration, and of keys that no class reads alone."""
+"""What must hold between the parts of a configuration, and of keys that no class of ours reads."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,29 +11,57 @@ from omegaconf import DictConfig, OmegaConf
 
 from gpt_lightning.config import ConfigError
 
+Rule = Callable[[str, Any], str | None]  # a key and its value -> what is wrong, or None
+
 
 def _number(
     kind: type, *, least: float | None = None, above: float | None = None, optional: bool = False
-) -> Callable[[str, Any], str | None]:
-    """A check that returns what is wrong with a value, or None."""
+) -> Rule:
     bound = f" of at least {least}" if least is not None else f" above {above}" if above is not None else ""
-    expected = ("a whole number" if kind is int else "a number") + bound + (" or null" if optional else "")
+    expected = ("a whole number" if kind is int else "a number") + bound + " or null" * optional
 
-    def check(key: str, value: Any) -> str | None:
+    def rule(key: str, value: Any) -> str | None:
         if value is None and optional:
             return None
         good = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+        if good and not math.isfinite(value):
+            return f"{key}={value!r} must be finite: {expected}"
         good = good and (least is None or value >= least) and (above is None or value > above)
         return None if good else f"{key}={value!r} must be {expected}"
 
-    return check
+    return rule
 
 
-def _one_of(*choices: Any) -> Callable[[str, Any], str | None]:
-    def check(key: str, value: Any) -> str | None:
-        return None if value in choices else f"{key}={value!r} must be one of {', '.join(map(str, choices))}"
+def _one_of(*choices: Any) -> Rule:
+    words = [str(choice).lower() if isinstance(choice, bool) else choice for choice in choices]
 
-    return check
+    def rule(key: str, value: Any) -> str | None:
+        good = any(type(value) is type(choice) and value == choice for choice in choices)
+        return None if good else f"{key}={value!r} must be {', '.join(words[:-1])} or {words[-1]}"
+
+    return rule
+
+
+def _text(key: str, value: Any) -> str | None:
+    good = isinstance(value, str) and value
+    return None if good else f"{key}={value!r} must be text; quote a number, as in {key}=\"'3'\""
+
+
+def _micro_batch_size(key: str, value: Any) -> str | None:
+    problem = _number(int, least=1, optional=True)(key, value)
+    return f"{problem}, or auto" if problem and value != "auto" else None
+
+
+def _devices(key: str, value: Any) -> str | None:
+    good = value == "auto" or (type(value) is int and value >= 1)
+    if OmegaConf.is_list(value):
+        good = all(type(n) is int and n >= 0 for n in value) and len(value) == len(set(value)) > 0
+    return None if good else f"{key}={value!r} must be how many, auto for all, or a list such as [0,2]"
+
+
+def _name(key: str, value: Any) -> str | None:
+    good = re.fullmatch(r"[\w.,=+-]+(/[\w.,=+-]+)*", str(value)) and ".." not in str(value)
+    return None if good else f"{key}={value!r} names a folder; use letters, digits, and . _ - only"
 
 
 def duration(limit: str | int) -> float:
@@ -50,12 +79,12 @@ def duration(limit: str | int) -> float:
     return float(total)
 
 
-_AT_LEAST_ONE = _number(int, least=1, optional=True)
-
-# Keys that no single class reads alone. Everything else is checked by the class that takes it.
-RULES: dict[str, Callable[[str, Any], str | None]] = {
+# What no class of ours checks, and what would cost much before one does.
+RULES: dict[str, Rule] = {
+    "name": _name,
     "seed": _number(int, least=0),
     "target_loss": _number(float, above=0, optional=True),
+    "paths.run": _text,
     "data.batch_size": _number(int, least=1),
     "data.stride": _number(int, least=1, optional=True),
     "data.sequence_length": _number(int, least=1, optional=True),
@@ -63,7 +92,10 @@ RULES: dict[str, Callable[[str, Any], str | None]] = {
     "data.num_workers": _number(int, least=0),
     "data.shuffle": _one_of(True, False),
     "data.drop_last": _one_of(True, False),
-    "device.micro_batch_size": lambda key, value: (value != "auto" and _AT_LEAST_ONE(key, value)) or None,
+    "device.accelerator": _one_of("auto", "cpu", "cuda", "mps"),
+    "device.devices": _devices,
+    "device.precision": _one_of("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
+    "device.micro_batch_size": _micro_batch_size,
     "device.compile": _one_of(True, False),
     "device.pin_memory": _one_of(True, False),
     "device.matmul_precision": _one_of("highest", "high", "medium"),
@@ -77,7 +109,9 @@ RULES: dict[str, Callable[[str, Any], str | None]] = {
     "trainer.snapshot_every_steps": _number(int, least=1, optional=True),
     "trainer.clip_norm": _number(float, above=0, optional=True),
     "trainer.num_nodes": _number(int, least=1),
+    "trainer.deterministic": _one_of(True, False, "warn"),
 }
+METRICS = ("val/loss", "val/perplexity", "val/bits_per_byte")  # what a callback can monitor
 
 
 def check(cfg: DictConfig) -> None:
@@ -90,20 +124,38 @@ def check(cfg: DictConfig) -> None:
         problem = rule(key, OmegaConf.select(cfg, key))
         if problem:
             raise ConfigError(problem)
-    if not re.fullmatch(r"[\w.,=+-]+(/[\w.,=+-]+)*", str(cfg.name)) or ".." in str(cfg.name):
-        raise ConfigError(f"name={cfg.name!r} names a folder; use letters, digits, and . _ - only")
     if cfg.trainer.max_steps is None and cfg.trainer.max_epochs is None:
         raise ConfigError("trainer.max_steps and trainer.max_epochs are both null; set one of them")
+    if not OmegaConf.is_dict(cfg.trainer.lightning):
+        raise ConfigError(
+            f"trainer.lightning={cfg.trainer['lightning']!r} must be keys with values, as in "
+            "+trainer.lightning.detect_anomaly=true"
+        )
     if cfg.time_limit is not None and duration(cfg.time_limit) and cfg.callbacks.get("last") is None:
         raise ConfigError("time_limit= needs the checkpoints of callbacks.last; do not set that to null")
-    if cfg.resume is not None and cfg.init_from is not None:
+    _check_monitors(cfg.callbacks)
+    _check_device(cfg)
+
+
+def _check_monitors(callbacks: DictConfig) -> None:
+    nodes = {str(key): node for key, node in callbacks.items() if OmegaConf.is_dict(node)}
+    targets = [str(node.get("_target_")) for node in nodes.values()]
+    if not all(target.startswith(("gpt_lightning.", "lightning.")) for target in targets):
+        return  # one of the user's own may measure more
+    for key, node in nodes.items():
+        monitor = node.get("monitor")
+        if monitor is not None and monitor not in METRICS:
+            raise ConfigError(f"callbacks.{key}.monitor={monitor!r} must be one of {', '.join(METRICS)}")
+
+
+def _check_device(cfg: DictConfig) -> None:
+    device, precision = cfg.device, cfg.device.precision
+    if device.accelerator == "cpu" and OmegaConf.is_list(device.devices):
         raise ConfigError(
-            f"resume={cfg.resume} and init_from={cfg.init_from} exclude each other; resume continues a run "
-            "exactly, init_from begins a new one from weights"
+            f"device.devices={device.devices!r} names GPUs; on a CPU it is a number of processes"
         )
-    device, precision = cfg.device, str(cfg.device.precision)
     if device.accelerator == "mps":
-        if device.devices not in (1, "auto", "1"):
+        if device.devices not in (1, "auto"):
             raise ConfigError(
                 f"device.devices={device.devices}: Apple's GPU is one device; use device.devices=1"
             )

@@ -15,7 +15,7 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -30,6 +30,8 @@ from omegaconf.errors import (
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
+
+from gpt_lightning.arguments import check_arguments
 
 log = logging.getLogger(__name__)
 
@@ -82,23 +84,41 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], container)
 
 
-def build(node: DictConfig | Mapping[str, Any], /, **kwargs: Any) -> Any:
+def full_key(node: Any) -> str:
+    """Where a node is in the configuration."""
+    return str(node._get_full_key(None)) if OmegaConf.is_config(node) else ""
+
+
+def inspect_node(node: Any, key: str = "") -> None:
+    """Import the class that a node of the configuration names, and see that it takes what it is given.
+
+    Raises:
+        ConfigError, ValueError: If there is no class, or it does not; names the key that the user set.
+    """
+    key = key or full_key(node)
+    if not OmegaConf.is_dict(node) or not isinstance(node.get("_target_"), str):
+        raise ConfigError(f"{key}={node} must have a _target_, the name of a class")
+    try:
+        target = hydra.utils.get_object(node._target_)
+    except Exception as error:  # whatever goes wrong in the user's own module
+        raise ConfigError(f"{key}: {one_line(error)}; correct {key}._target_={node._target_}") from error
+    check_arguments(target, node)
+    for name, child in node.items():
+        if OmegaConf.is_dict(child) and "_target_" in child:
+            inspect_node(child, f"{key}.{name}")
+
+
+def build(node: Any, /, **kwargs: Any) -> Any:
     """Instantiate a node of the configuration; errors of the class itself come out as they are."""
+    inspect_node(node)
     try:
         return hydra.utils.instantiate(node, **kwargs)
     except InstantiationException as error:
         cause = error.__cause__
-        if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
-            raise ConfigError(f"{cause}; it was given by {error_key(error)}") from error
-        if cause is not None:
-            raise cause from error
-        raise ConfigError(str(error).replace("\n", " ")) from error
-
-
-def error_key(error: InstantiationException) -> str:
-    """The configuration key that Hydra says it was instantiating."""
-    found = re.search(r"full_key: (\S+)", str(error))
-    return found[1] if found else "the configuration"
+        if cause is None or isinstance(cause, TypeError):
+            text = one_line(cause or error)
+            raise ConfigError(f"{full_key(node)} cannot be made of its values: {text}") from error
+        raise cause from error
 
 
 def _user_errors() -> tuple[type[BaseException], ...]:
@@ -132,6 +152,8 @@ REMEDIES = {
     errno.EROFS: "name a place that can be written to",
     errno.ENOENT: "it is needed and not there; was it deleted?",
     errno.ENOTDIR: "name a place below a folder",
+    errno.EEXIST: "name a place below a folder",
+    errno.EISDIR: "name a file",
 }
 
 

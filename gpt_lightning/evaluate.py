@@ -62,7 +62,7 @@ def read_tokens(
     from gpt_lightning.inference.evaluation import count_words, lay_out
 
     if corpus is not None:
-        store = prepare(corpus, Given(model.tokenizer), Path(cfg.paths.cache))
+        store = prepare(corpus, Given(model.tokenizer), cfg.paths.cache)
         name = cfg.data.get("name") or cfg.data.get("path") or type(corpus).__name__
         floor = store.floor_bits_per_byte(cfg.split)
         return store.tokens(cfg.split), {"text": f"{name}, {cfg.split}", "floor_bits_per_byte": floor}

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from gpt_lightning.build import prepare_data, starting_point, windows
+from gpt_lightning.build import build_schedule, prepare_data, rehearse, starting_point, windows
 from gpt_lightning.checks import check
 from gpt_lightning.config import build, entry_point
 from gpt_lightning.memory import ENOUGH, GIB, memory_estimate
@@ -45,19 +45,19 @@ def preview(schedule: Callable[[int], float], lr: float, max_steps: int, *, widt
 @entry_point("plan")
 def main(cfg: DictConfig) -> None:
     check(cfg)
+    rehearse(cfg, trainer=False)
     import torch
 
     from gpt_lightning.data.datamodule import epoch_size, split_batch
 
+    devices = cfg.device.devices * cfg.trainer.num_nodes if isinstance(cfg.device.devices, int) else 1
+    limit = ENOUGH if cfg.device.micro_batch_size == "auto" else cfg.device.micro_batch_size
+    micro, accumulation = split_batch(cfg.data.batch_size, limit, devices)
     net, encoding = starting_point(cfg)
     store = prepare_data(cfg, encoding)
     with torch.device("meta"):  # shapes without memory
         net = build(cfg.model)
-    schedule, lr = build(cfg.scheduler), cfg.optimizer.lr
-    schedule(0)  # a warm-up that does not fit is an error here
-    devices = cfg.device.devices * cfg.trainer.num_nodes if isinstance(cfg.device.devices, int) else 1
-    limit = ENOUGH if cfg.device.micro_batch_size == "auto" else cfg.device.micro_batch_size
-    micro, accumulation = split_batch(cfg.data.batch_size, limit, devices)
+    schedule, lr = build_schedule(cfg), cfg.optimizer.lr
     tokens, parameters = store.meta.splits["train"].tokens, sum(p.numel() for p in net.parameters())
     cut = windows(cfg)
     count, steps_per_epoch = epoch_size(store, **cut)

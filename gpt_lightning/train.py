@@ -9,7 +9,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from gpt_lightning.build import build_data, build_module, build_trainer, prepare_data, starting_point
+from gpt_lightning.build import (
+    build_callbacks,
+    build_data,
+    build_loggers,
+    build_module,
+    build_trainer,
+    prepare_data,
+    rehearse,
+    starting_point,
+)
 from gpt_lightning.checks import check, duration
 from gpt_lightning.config import entry_point, git_revision, lacks_memory, versions
 from gpt_lightning.memory import find_micro_batch, out_of_memory
@@ -73,6 +82,7 @@ def train(cfg: DictConfig, folder: Path, deadline: float | None) -> float | None
 
     quiet_lightning()
     end_with_parent()
+    rehearse(cfg, trainer=True)
     log.info("run: %s", folder)
     checkpoint, resume_step = resume_from(folder) if cfg.resume is not None else (None, None)
     net, encoding = starting_point(cfg)
@@ -82,7 +92,7 @@ def train(cfg: DictConfig, folder: Path, deadline: float | None) -> float | None
     pl.seed_everything(cfg.seed, verbose=False)
     torch.set_float32_matmul_precision(cfg.device.matmul_precision)
     data, module = build_data(cfg, store), build_module(cfg, store, net)
-    trainer = build_trainer(cfg, resume_step)
+    trainer = build_trainer(cfg, build_callbacks(cfg), build_loggers(cfg, resume_step))
     facts = {
         "seed": cfg.seed,
         "device": cfg.device.accelerator,

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (a row of the table is a line)
 """Wrong uses: each ends in one line that names what is wrong, with exit code 1, and nothing half-written."""
 
 from __future__ import annotations
@@ -5,7 +6,7 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ pytestmark = pytest.mark.slow  # a third of a second each, most of it Hydra's
 
 # command, its arguments, what the line says (a regular expression). In the arguments, a name of a file below
 # stands for that file. `train` and `plan` run on a good configuration in which one thing is wrong.
-NAMES = r"\[1\] "
 TABLE: list[tuple[str, str, str]] = [
     # -- keys that do not exist, and what Hydra refuses
     ("train", "model.nlayer=3", r"there is no key model.nlayer; did you mean n_layer\?"),
@@ -27,13 +27,13 @@ TABLE: list[tuple[str, str, str]] = [
     ("train", "seed", "Error parsing override 'seed' missing EQUAL"),
     ("train", "data.path=[a", "no viable alternative at input"),
     ("train", "model._target_=torch.nn.Foo", "model: Error loading 'torch.nn.Foo'"),
-    ("train", "+model.n_experts=8", "unexpected keyword argument 'n_experts'"),
-    ("train", "+optimizer.momentum=0.9", "got an unexpected keyword argument 'momentum'"),
-    ("train", "+scheduler.power=2", "got an unexpected keyword argument 'power'"),
-    ("train", "+callbacks.mine=3", "callbacks.mine=3 must have a _target_, or be null"),
-    ("train", "+trainer.lightning.foo=1", "trainer.lightning.foo is no argument of Lightning's Trainer"),
-    ("train", "+trainer.lightning.max_steps=1", "trainer.lightning.max_steps .* has another key here"),
-    ("train", "+trainer.lightning.overfit_batches=x", "trainer.lightning=.*overfit_batches"),
+    ("train", "+model.n_experts=8", "model.n_experts is no argument of GPTConfig; it takes vocab_size, block_size"),
+    ("train", "+optimizer.momentum=0.9", "optimizer.momentum is no argument of adamw; it takes params, lr, betas"),
+    ("train", "+scheduler.power=2", "scheduler.power is no argument of cosine; it takes step, max_steps"),
+    ("train", "+callbacks.mine=3", "callbacks.mine=3 must have a _target_, the name of a class, or be null"),
+    ("train", "+trainer.lightning.foo=1", "trainer.lightning.foo is no argument of Trainer; it takes fast_dev_run"),
+    ("train", "+trainer.lightning.max_steps=1", "trainer.lightning.max_steps has another key, .* leave it out"),
+    ("train", "+trainer.lightning.overfit_batches=x", "trainer.lightning.overfit_batches='x' must be a number"),
     # -- types and ranges
     ("train", "seed=-1", "seed=-1 must be a whole number of at least 0"),
     ("train", "seed=abc", "seed='abc' must be a whole number"),
@@ -50,7 +50,7 @@ TABLE: list[tuple[str, str, str]] = [
     ("train", "data.drop_last=7", "data.drop_last=7 must be true or false"),
     ("train", "data.val_fraction=2", "data.val_fraction=2 must be above 0 and below 1"),
     ("train", "data.separator=3", "data.separator=3 must be text"),
-    ("train", "paths.cache=3", "paths.cache=3 must be text"),
+    ("train", "paths.cache=3", "paths.cache=3 must be the name of a folder"),
     ("train", "tokenizer=bpe tokenizer.vocab_size=100", "tokenizer.vocab_size=100 must be .* from 257"),
     ("train", "model.n_layer=0", "model.n_layer=0 must be a whole number of at least 1"),
     ("train", "model.n_layer=1.5", "model.n_layer=1.5 must be a whole number"),
@@ -59,30 +59,30 @@ TABLE: list[tuple[str, str, str]] = [
     ("train", "model.bias=x", "model.bias='x' must be true or false"),
     ("train", "model.vocab_size=x", "model.vocab_size='x' must be a whole number"),
     ("train", "model.vocab_size=10", "model.vocab_size=10 is smaller than the tokenizer's 257 ids"),
-    ("train", "optimizer.lr=0", "optimizer.lr=0 must be a number above 0"),
-    ("train", "optimizer.lr=fast", "optimizer.lr='fast' must be a number above 0"),
-    ("train", "optimizer.lr=inf", "optimizer.lr=inf must be a number above 0"),
+    ("train", "optimizer.lr=0", "optimizer.lr=0 must be a finite number above 0"),
+    ("train", "optimizer.lr=fast", "optimizer.lr='fast' must be a number"),
+    ("train", "optimizer.lr=inf", "optimizer.lr=inf must be a finite number above 0"),
     ("train", "optimizer.betas=[0.9]", r"optimizer.betas=\[0.9\] must be two numbers"),
-    ("train", "optimizer.eps=-1", "optimizer.eps=-1 must be a number of at least 0"),
-    ("train", "optimizer.weight_decay=-1", "optimizer.weight_decay=-1 must be a number of at least 0"),
-    ("train", "optimizer.fused=x", "optimizer.fused='x' must be one of True, False, null"),
+    ("train", "optimizer.eps=-1", "optimizer.eps=-1 must be a finite number of at least 0"),
+    ("train", "optimizer.weight_decay=-1", "optimizer.weight_decay=-1 must be a finite number of at least 0"),
+    ("train", "optimizer.fused=x", "optimizer.fused='x' must be true or false or null"),
     ("train", "scheduler.warmup_steps=-1", "scheduler.warmup_steps=-1 must be"),
-    ("train", "scheduler.min_lr_ratio=2", "scheduler.min_lr_ratio=2 must be a number of at least 0 and at most 1"),
-    ("train", "device.accelerator=gpux", "device.accelerator='gpux' must be one of auto, cpu, cuda"),
+    ("train", "scheduler.min_lr_ratio=2", r"scheduler.min_lr_ratio=2 is a share, so it must lie in \[0, 1\]"),
+    ("train", "device.accelerator=gpux", "device.accelerator='gpux' must be auto, cpu, cuda or mps"),
     ("train", "device.devices=0", "device.devices=0 must be how many, auto for all, or a list"),
     ("train", "device.devices=[0]", r"device.devices=\[0\] names GPUs; on a CPU it is a number"),
-    ("train", "device.precision=8", "device.precision=8 must be one of 32-true, bf16-mixed"),
+    ("train", "device.precision=8", "device.precision=8 must be 32-true, bf16-mixed, 16-mixed"),
     ("train", "device.micro_batch_size=x", "device.micro_batch_size='x' must be .*, or auto"),
-    ("train", "device.matmul_precision=low", "device.matmul_precision='low' must be one of highest, high"),
+    ("train", "device.matmul_precision=low", "device.matmul_precision='low' must be highest, high or medium"),
     ("train", "trainer.max_steps=0", "trainer.max_steps=0 must be a whole number of at least 1 or null"),
     ("train", "trainer.val_every_steps=0", "trainer.val_every_steps=0 must be"),
     ("train", "trainer.keep_last=0", "trainer.keep_last=0 must be"),
     ("train", "trainer.clip_norm=-1", "trainer.clip_norm=-1 must be a number above 0 or null"),
     ("train", "trainer.strategy=fast", "invalid strategy name: `strategy='fast'`"),
-    ("train", "trainer.deterministic=x", "trainer.deterministic='x' must be one of True, False, warn"),
+    ("train", "trainer.deterministic=x", "trainer.deterministic='x' must be true, false or warn"),
     ("train", "trainer.lightning=3", "trainer.lightning=3 must be keys with values"),
-    ("train", "callbacks.nonfinite=ignore", "callbacks.nonfinite='ignore' must be one of stop, skip"),
-    ("train", "callbacks.incidents.spike=1", "callbacks.incidents.spike=1 must be a number above 1"),
+    ("train", "callbacks.nonfinite=ignore", "callbacks.nonfinite='ignore' must be stop or skip"),
+    ("train", "callbacks.incidents.spike=1", "callbacks.incidents.spike=1 is a multiple, so it must exceed 1"),
     ("train", "callbacks.best.monitor=loss", "callbacks.best.monitor='loss' must be one of val/loss"),
     ("train", "callbacks.samples.top_k=0", "top_k=0 must be a whole number of at least 1"),
     # -- combinations
@@ -99,7 +99,7 @@ TABLE: list[tuple[str, str, str]] = [
     ("train", "model.n_embd=100000000", "out of memory .* use a smaller model"),
     # -- text
     ("train", "data.path=nowhere.txt", "nowhere.txt does not exist"),
-    ("train", "data.path=null", "data.path=None must be a file, a glob, a folder"),
+    ("train", "data.path=null", "data.path=None must be text or a list"),
     ("train", "data.path=empty.txt", "empty.txt holds no text"),
     ("train", "data.path=latin.txt", "latin.txt: byte 3 is not UTF-8"),
     ("train", "data.path=short.txt", "the training split has 4 tokens"),
@@ -115,7 +115,7 @@ TABLE: list[tuple[str, str, str]] = [
     ("prepare", "data=text data.path=good.txt shard=a shards=2", "shard='a' must be a whole number"),
     ("prepare", "data=text data.path=good.txt shard=0 shards=0", "shards=0 must be a whole number of at least 1"),
     ("plan", "scheduler.warmup_steps=8", "scheduler.warmup_steps=8 must be"),
-    ("plan", "optimizer.lr=-1", "optimizer.lr=-1 must be a number above 0"),
+    ("plan", "optimizer.lr=-1", "optimizer.lr=-1 must be a finite number above 0"),
     ("plan", "model.n_head=3", "model.n_embd=32 is not divisible by model.n_head=3"),
     # -- checkpoints and runs
     ("train", "init_from=nowhere", "no checkpoint at .*nowhere: it does not exist"),
@@ -190,7 +190,7 @@ def options(files: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def places(files: Path, options: list[str]) -> Iterator[set[str]]:
+def places(files: Path, options: list[str]) -> set[str]:
     """Names in `files` that arguments may have; makes a run there."""
     import sys
 
@@ -208,7 +208,7 @@ def places(files: Path, options: list[str]) -> Iterator[set[str]]:
         (unfinished / ".hydra").mkdir(exist_ok=True)
         (unfinished / ".hydra" / path.name).write_bytes(path.read_bytes())
     (unfinished / "checkpoints" / "last.ckpt").write_bytes(b"nothing")
-    yield {path.name for path in files.iterdir()} | {"nowhere", "nowhere.txt", "new"}
+    return {path.name for path in files.iterdir()} | {"nowhere", "nowhere.txt", "new"}
 
 
 def placed(argument: str, files: Path, places: set[str]) -> str:
@@ -226,7 +226,9 @@ KEYS_OF_FILES = {
 
 
 def listing(folder: Path) -> set[Path]:
-    return {path for path in folder.rglob("*") if ".hydra" not in path.parts}
+    """All but what Hydra writes: its configuration, and the log, which holds the traceback."""
+    found = (path.relative_to(folder) for path in folder.rglob("*"))
+    return {path for path in found if ".hydra" not in path.parts and path.name != "train.log"}
 
 
 @pytest.mark.parametrize(("name", "arguments", "line"), TABLE, ids=[f"{row[0]} {row[1]}" for row in TABLE])
@@ -258,8 +260,7 @@ def test_wrong_use_ends_in_one_line(
     assert "Traceback" not in out
     assert "this must not be printed" not in out
     assert listing(files) == before
-    left = {path.name for path in listing(tmp_path) if path.is_file()}
-    assert left <= {"train.log"}  # with the traceback, for whoever wants to know more
+    assert listing(tmp_path) <= {Path("run")}
 
 
 @pytest.mark.parametrize("argument", ["--steps=3", "-x"])

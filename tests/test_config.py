@@ -25,31 +25,6 @@ def error_of(call: Callable[..., Any], capsys: pytest.CaptureFixture[str], *argu
     return lines[0]
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("trainer.max_steps=0", "trainer.max_steps=0 must be a whole number of at least 1 or null"),
-        ("trainer.max_steps=many", "trainer.max_steps='many'"),
-        ("data.batch_size=2.5", "data.batch_size=2.5 must be a whole number"),
-        ("data.shuffle=maybe", "data.shuffle='maybe' must be one of True, False"),
-        ("model.n_head=3", "model.n_embd=32 is not divisible by model.n_head=3"),
-        ("model.dropout=1.5", "model.dropout=1.5 must lie in [0, 1)"),
-        ("scheduler.warmup_steps=99", "scheduler.warmup_steps=99"),
-        ("optimizer.lr=-1", "optimizer.lr=-1 must be positive"),
-        ("data.path=nowhere.txt", "nowhere.txt does not exist"),
-        ("+model.n_layers=3", "n_layers"),
-        ("device.precision=16-mixed", "device.precision=16-mixed needs a CUDA GPU"),
-        ("name=a/../b", "name='a/../b' names a folder"),
-        ("init_from=nowhere.ckpt", "nowhere.ckpt"),
-        ("data.sequence_length=64", "data.sequence_length=64 exceeds model.block_size=32"),
-    ],
-)
-def test_mistake_ends_in_one_line_that_names_it(
-    override: str, message: str, call: Callable[..., Any], tiny: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert message in error_of(call, capsys, "train", *tiny, override)
-
-
 def test_traceback_of_a_mistake_is_in_the_log(
     call: Callable[..., Any], tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -90,7 +90,12 @@ class TokenStore:
 
 
 def prepare(
-    corpus: Corpus, tokenizer: Tokenizer, cache: Path, *, threads: int | None = None, progress: bool = True
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    cache: str | Path,
+    *,
+    threads: int | None = None,
+    progress: bool = True,
 ) -> TokenStore:
     """The token store of a corpus, from the cache if it is there and whole, else built.
 
@@ -106,7 +111,7 @@ def prepare(
     """
     if isinstance(corpus, TokenBins):
         return _open_bins(corpus, tokenizer)
-    job = _Job(corpus, tokenizer, Path(cache), threads or os.cpu_count() or 1, progress)
+    job = _Job(corpus, tokenizer, cache, threads or os.cpu_count() or 1, progress)
     if (store := job.reopen(warn=False)) is not None:
         return store
     with _locked(job.folder):
@@ -121,7 +126,7 @@ def prepare(
 def prepare_shard(
     corpus: Corpus,
     tokenizer: Tokenizer,
-    cache: Path,
+    cache: str | Path,
     *,
     shard: int,
     shards: int,
@@ -137,11 +142,14 @@ def prepare_shard(
         ValueError: If shard is out of range, or as `prepare`.
         OSError: As `prepare`.
     """
-    if not 0 <= shard < shards:
+    for key, value, least in (("shards", shards, 1), ("shard", shard, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{key}={value!r} must be a whole number of at least {least}")
+    if not shard < shards:
         raise ValueError(f"shard={shard} must lie in 0 … {shards - 1}, since shards={shards}")
     if isinstance(corpus, TokenBins):
         raise ValueError(f"data.path={corpus.path} is tokenized already; use it without shards")
-    job = _Job(corpus, tokenizer, Path(cache), threads or os.cpu_count() or 1, progress)
+    job = _Job(corpus, tokenizer, cache, threads or os.cpu_count() or 1, progress)
     parts = [job.folder.with_name(f"{job.folder.name}.part-{i}-of-{shards}") for i in range(shards)]
     if (store := job.reopen(warn=False)) is not None:
         return store
@@ -172,7 +180,10 @@ class _Group(NamedTuple):
 class _Job:
     """A corpus and a tokenizer on their way to a store."""
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, cache: Path, threads: int, progress: bool):
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, cache: str | Path, threads: int, progress: bool):
+        if not isinstance(cache, (str, Path)):
+            raise ValueError(f"paths.cache={cache!r} must be the name of a folder")
+        cache = Path(cache).expanduser()
         self.corpus, self.threads, self.progress = corpus, threads, progress
         self.corpus_digest = corpus.digest()
         self.encoding = _build_tokenizer(corpus, self.corpus_digest, tokenizer, cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def adamw(
     betas: Sequence[float] = (0.9, 0.95),
     eps: float = 1e-8,
     weight_decay: float = 0.1,
-    fused: bool = True,
+    fused: bool | None = True,
 ) -> Optimizer:
     """AdamW with one kernel for all parameters where the device has one.
 
@@ -43,19 +44,22 @@ def adamw(
         betas: Decay of the mean and of the squared mean of the gradient.
         eps: Added to the denominator.
         weight_decay: Share of the learning rate by which matrices shrink in a step.
-        fused: Whether to use the fused kernel; Lightning does not clip with it in 16-bit-mixed precision.
+        fused: Whether to use the fused kernel, None to leave it to torch; Lightning does not clip with it in
+            16-bit-mixed precision.
 
     Raises:
         ValueError: If a value is out of its range.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019).
     """
-    if lr <= 0:
-        raise ValueError(f"optimizer.lr={lr} must be positive")
-    if weight_decay < 0:
-        raise ValueError(f"optimizer.weight_decay={weight_decay} must not be negative")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"optimizer.betas={list(betas)} must be two numbers in [0, 1)")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"optimizer.lr={lr} must be a finite number above 0; 1e-3 suits a small model")
+    for key, value in (("eps", eps), ("weight_decay", weight_decay)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"optimizer.{key}={value} must be a finite number of at least 0")
+    numbers = all(isinstance(beta, (int, float)) for beta in betas)
+    if len(betas) != 2 or not numbers or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"optimizer.betas={list(betas)} must be two numbers in [0, 1), such as [0.9,0.95]")
     return torch.optim.AdamW(
         params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=fused
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -45,10 +47,14 @@ def test_first_step_of_adamw(fused: bool) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": 0.0}, "optimizer.lr=0.0 must be positive"),
+        ({"lr": 0.0}, "optimizer.lr=0.0 must be a finite number above 0"),
+        ({"lr": math.nan}, "optimizer.lr=nan"),
+        ({"lr": math.inf}, "optimizer.lr=inf"),
+        ({"lr": 1.0, "eps": -1e-8}, "optimizer.eps=-1e-08 must be a finite number of at least 0"),
         ({"lr": 1.0, "weight_decay": -1}, "optimizer.weight_decay=-1"),
         ({"lr": 1.0, "betas": (0.9, 1.0)}, "optimizer.betas"),
         ({"lr": 1.0, "betas": (0.9,)}, "optimizer.betas"),
+        ({"lr": 1.0, "betas": ("a", "b")}, "optimizer.betas"),
     ],
 )
 def test_bad_values_are_refused(options: dict, message: str) -> None:
