@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,15 +74,21 @@ def resume_arguments(arguments: list[str]) -> list[str]:
     folder = (_latest(arguments) if wanted == "latest" else Path(str(wanted)).expanduser()).resolve()
     if directory and Path(directory).resolve() != folder:
         raise ConfigError(f"resume={wanted} goes on in {folder}; leave out hydra.run.dir={directory}")
-    hydra, before = _load(folder, "hydra.yaml").hydra, list(_load(folder, "overrides.yaml"))
+    hydra, before = left_by_hydra(folder, "hydra.yaml").hydra, list(left_by_hydra(folder, "overrides.yaml"))
     dirs = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    # a run that repeats another has the same configuration itself, and the other may be gone
+    dirs = [folder / HYDRA if Path(path).name == HYDRA else path for path in dirs]
     flags = [*(f"--config-dir={path}" for path in dirs), f"--config-name={hydra.job.config_name}"]
     flags = [flag for flag in flags if flag.split("=")[0] not in " ".join(arguments)]
     ours = ("resume=", "hydra.run.dir=")
     # the whole command line may have been given again
     given = [argument for argument in arguments if not argument.startswith(ours) and argument not in before]
-    if Path(hydra.runtime.cwd).is_dir():
-        os.chdir(hydra.runtime.cwd)  # relative paths mean what they meant
+    if (other := _value(given, "init_from")) is not None:
+        raise ConfigError(
+            f"resume={wanted} and init_from={other} exclude each other; resume continues a run exactly, "
+            "init_from begins a new one from weights"
+        )
+    go_to(hydra.runtime.cwd)
     quoted = verbatim("resume", "hydra.run.dir")([f"{key}{folder}" for key in ours])
     return [*flags, *before, *given, *quoted, "hydra.output_subdir=null"]
 
@@ -92,8 +99,19 @@ def _value(arguments: list[str], key: str) -> str | None:
     return re.sub(r"^(['\"])(.*)\1$", r"\2", values[-1]) if values else None
 
 
-def _load(folder: Path, name: str) -> Any:
-    """A file that Hydra left in the run directory."""
+def go_to(folder: str) -> None:
+    """Work where the run was started, if that is still there: relative paths mean what they meant."""
+    if Path(folder).is_dir():
+        os.chdir(folder)
+        sys.path.insert(0, folder)  # so do the names of the user's own classes, after `python -m`
+
+
+def left_by_hydra(folder: Path, name: str) -> Any:
+    """A file that Hydra left in the run directory.
+
+    Raises:
+        ConfigError: If it is not there or damaged.
+    """
     try:
         return OmegaConf.load(folder / HYDRA / name)
     except FileNotFoundError:
@@ -117,7 +135,7 @@ def check_unchanged(cfg: DictConfig, folder: Path) -> None:
     Raises:
         ConfigError: With a list of the keys that differ and both values.
     """
-    before, now = _flat(_load(folder, "config.yaml")), _flat(cfg)
+    before, now = _flat(left_by_hydra(folder, "config.yaml")), _flat(cfg)
     differing = [
         f"{key} (was {before.get(key)}, now {now.get(key)})"
         for key in sorted(before.keys() | now.keys())

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -132,6 +133,8 @@ def _results(module: LanguageModel, data: TextDataModule, trainer: pl.Trainer) -
         if metrics and metrics.seconds
         else None,
         "skipped_steps": incidents.skipped if incidents else 0,
+        "processes": trainer.world_size,
+        "threads": torch.get_num_threads(),  # of each process; Lightning changes it when several train
         "best_checkpoint": (best.best_model_path or None) if best else None,
     }
 
