@@ -41,6 +41,7 @@ def rehearse(cfg: DictConfig, *, trainer: bool) -> None:
 
     from gpt_lightning.data.datamodule import split_batch
     from gpt_lightning.model.gpt import GPTConfig
+    from gpt_lightning.model.lora import LoRAConfig
     from gpt_lightning.training.optimizers import decay_groups
 
     cfg = copy.deepcopy(cfg)
@@ -51,6 +52,8 @@ def rehearse(cfg: DictConfig, *, trainer: bool) -> None:
     if cfg.model._target_ == GPT_TARGET:
         check_arguments(GPTConfig, cfg.model)
         GPTConfig(**{key: value for key, value in cfg.model.items() if not key.startswith("_")})
+    if cfg.lora.r:
+        LoRAConfig(**plain(cfg.lora))
     with blamed_on("optimizer"):
         build(cfg.optimizer)(decay_groups(torch.nn.Linear(1, 1)))
     build_schedule(cfg)
@@ -174,13 +177,16 @@ def build_trainer(cfg: DictConfig, callbacks: list[Any], loggers: list[Any]) -> 
     return pl.Trainer(**ours, **plain(settings.lightning))
 
 
-def starting_point(cfg: DictConfig) -> tuple[Any, Any]:
-    """The network and the tokenizer of `init_from`, or None and None; they then decide the model's shape."""
+def starting_point(cfg: DictConfig, checkpoint: Path | None = None) -> tuple[Any, Any]:
+    """The network and the tokenizer of `init_from`, or None and None; they then decide the model's shape.
+
+    A run that goes on has them in its own checkpoint; what it began from may be gone.
+    """
     if cfg.init_from is None:
         return None, None
     from gpt_lightning.training.start import start_from
 
-    net, encoding = start_from(str(cfg.init_from), **explicit(cfg, "model"))
+    net, encoding = start_from(str(checkpoint or cfg.init_from), **explicit(cfg, "model"))
     cfg.model.update(asdict(net.config))
     return net, encoding
 
@@ -201,11 +207,19 @@ def build_data(cfg: DictConfig, store: TokenStore) -> TextDataModule:
     )
 
 
+def build_net(cfg: DictConfig, net: Any = None) -> Any:
+    """The network, new unless given, with the adapters that the configuration asks for."""
+    from gpt_lightning.model.lora import LoRAConfig, add_adapters
+
+    net = net or build(cfg.model)
+    return add_adapters(net, LoRAConfig(**plain(cfg.lora))) if cfg.lora.r else net
+
+
 def build_module(cfg: DictConfig, store: TokenStore, net: Any = None) -> LanguageModel:
     """The network, new unless given, in its LightningModule."""
     from gpt_lightning.training.module import LanguageModel
 
-    net = net or build(cfg.model)
+    net = build_net(cfg, net)
     if cfg.device.compile:
         net.compile()  # in place: the names of the parameters stay
     return LanguageModel(

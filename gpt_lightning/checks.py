@@ -85,6 +85,7 @@ RULES: dict[str, Rule] = {
     "seed": _number(int, least=0),
     "target_loss": _number(float, above=0, optional=True),
     "paths.run": _text,
+    "lora.r": _number(int, least=0),
     "data.batch_size": _number(int, least=1),
     "data.stride": _number(int, least=1, optional=True),
     "data.sequence_length": _number(int, least=1, optional=True),
@@ -133,6 +134,8 @@ def check(cfg: DictConfig) -> None:
         )
     if cfg.time_limit is not None and duration(cfg.time_limit) and cfg.callbacks.get("last") is None:
         raise ConfigError("time_limit= needs the checkpoints of callbacks.last; do not set that to null")
+    if cfg.lora.r and cfg.init_from is None:
+        raise ConfigError(f"lora.r={cfg.lora.r} trains beside frozen weights; give these with init_from=")
     _check_monitors(cfg.callbacks)
     _check_device(cfg)
 

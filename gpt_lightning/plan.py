@@ -7,9 +7,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from gpt_lightning.build import build_schedule, prepare_data, rehearse, starting_point, windows
+from gpt_lightning.build import build_net, build_schedule, prepare_data, rehearse, starting_point, windows
 from gpt_lightning.checks import check
-from gpt_lightning.config import build, entry_point
+from gpt_lightning.config import entry_point
 from gpt_lightning.memory import ENOUGH, GIB, memory_estimate
 
 
@@ -56,17 +56,18 @@ def main(cfg: DictConfig) -> None:
     net, encoding = starting_point(cfg)
     store = prepare_data(cfg, encoding)
     with torch.device("meta"):  # shapes without memory
-        net = build(cfg.model)
+        net = build_net(cfg)
     schedule, lr = build_schedule(cfg), cfg.optimizer.lr
     tokens, parameters = store.meta.splits["train"].tokens, sum(p.numel() for p in net.parameters())
     cut = windows(cfg)
     count, steps_per_epoch = epoch_size(store, **cut)
     tokens_per_step = cut["batch_size"] * cut["block_size"]
     total, epochs = cfg.trainer.max_steps * tokens_per_step, cfg.trainer.max_steps / steps_per_epoch
-    memory = memory_estimate(cfg, parameters, micro)
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    memory = memory_estimate(cfg, parameters, micro, trained=trained)
     flops = net.flops_per_token() if hasattr(net, "flops_per_token") else 6 * parameters
     lines: dict[str, Any] = {
-        "parameters": f"{parameters:,}",
+        "parameters": f"{parameters:,}" + f", {trained:,} of them trained" * (trained < parameters),
         "training tokens": f"{tokens:,} ({tokens / parameters:.2f} per parameter)",
         "validation tokens": f"{store.meta.splits['val'].tokens:,}",
         "vocabulary": f"{store.n_vocab:,} ids",

@@ -22,6 +22,7 @@ from gpt_lightning.build import (
 from gpt_lightning.checks import check, duration
 from gpt_lightning.config import entry_point, git_revision, lacks_memory, versions
 from gpt_lightning.memory import find_micro_batch, out_of_memory
+from gpt_lightning.repeat import repeat_arguments
 from gpt_lightning.resume import check_unchanged, claimed, resume_arguments, status, warn_of_versions
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def micro_batch_size(cfg: DictConfig, checkpoint: Path | None) -> int:
     return find_micro_batch(cfg, devices * cfg.trainer.num_nodes)
 
 
-@entry_point("train", arguments=resume_arguments)
+@entry_point("train", arguments=lambda arguments: resume_arguments(repeat_arguments(arguments)))
 def main(cfg: DictConfig) -> float | None:
     started = time.monotonic()
     check(cfg)
@@ -85,7 +86,7 @@ def train(cfg: DictConfig, folder: Path, deadline: float | None) -> float | None
     rehearse(cfg, trainer=True)
     log.info("run: %s", folder)
     checkpoint, resume_step = resume_from(folder) if cfg.resume is not None else (None, None)
-    net, encoding = starting_point(cfg)
+    net, encoding = starting_point(cfg, checkpoint)
     store = prepare_data(cfg, encoding)
     if cfg.device.micro_batch_size == "auto":
         cfg.device.micro_batch_size = micro_batch_size(cfg, checkpoint)
@@ -96,7 +97,6 @@ def train(cfg: DictConfig, folder: Path, deadline: float | None) -> float | None
     facts = {
         "seed": cfg.seed,
         "device": cfg.device.accelerator,
-        "threads": torch.get_num_threads(),
         "versions": versions(),
         "git_revision": git_revision(),
         "corpus_digest": store.corpus_digest,
