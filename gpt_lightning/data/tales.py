@@ -7,9 +7,8 @@ r = 0, 1, ... has a weight of 1 / (r + 4), a flat form of Zipf's law. In a text
   [rule]         draws one of the rule's texts; the rule's name may be told by the story: `[{kind}.home]`
   [rule>memory]  draws and remembers; what is remembered is not drawn again in the same story
   {memory}       says what is remembered; {memory.property} says the property of it (a rule of a single text)
-  {she}          is a property of the hero, as {him} {his} {himself} are: the names decide
-A slot whose name has a capital letter says its text with one. An underscore begins a text with a space; `;`
-goes on with another property of the same thing.
+  {she}          is a property of the hero, as {him} and {his} are: the names decide
+A slot whose name has a capital letter says its text with one.
 Draws are made where their words stand and no two series of draws tell the same story, so that the bits of the
 draws are the bits of the text, its end included.
 """
@@ -196,15 +195,14 @@ moon = moon | rainbow | sea | train | island | roof | stairs | clouds | ice | hi
 def _parse(grammar: str) -> dict[str, tuple[str, ...]]:
     """The rules of a grammar text, with the pronouns of every name and the skill of every kind and place."""
     rules = {}
-    for block in re.split(r"\n(?! )", re.sub(r"\n +", " ", grammar.strip())):
-        first, *properties = block.split(" ; ")
-        for rule in filter(None, [first, *(f"{first.split('.')[0]}.{line}" for line in properties)]):
-            name, texts = rule.split(" = ", 1)
-            rules[name] = tuple(re.sub("^_", " ", text.strip()) for text in f"{texts} ".split("|"))
-    she, he = "she her her herself", "he him his himself"
+    for line in re.sub(r"\n +", " ", grammar.strip()).splitlines():
+        if line:
+            name, texts = line.split(" = ", 1)
+            rules[name] = tuple(text.strip() for text in texts.split("|"))
+    she, he = "she her her", "he him his"
     for names, pronouns in {"girl": she, "boy": he, "woman": she, "man": he}.items():
         for name in rules[names]:
-            for key, pronoun in zip(("she", "him", "his", "himself"), pronouns.split(), strict=True):
+            for key, pronoun in zip(("she", "him", "his"), pronouns.split(), strict=True):
                 rules[f"{name}.{key}"] = (pronoun,)
     for rule in [rule for rule in rules if rule.endswith((".kind", ".place"))]:
         for text in rules[rule]:
