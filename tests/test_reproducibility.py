@@ -20,8 +20,7 @@ from gpt_lightning.training.loggers import Row, read_metrics
 
 RUN = [*TINY, "trainer.val_batches=null", "callbacks.samples=null", "logger=none"]
 DDP = ["device.devices=2", "trainer=ddp", *(option for option in TINY if option.startswith("trainer."))]
-# of the losses, in nats: float32 sums in another order, a hundredfold over what was measured
-CLOSE = 1e-5
+CLOSE = 1e-5  # of losses, in nats, where float32 adds in another order; 5e-7 was measured
 
 Train = Callable[..., Path]
 
@@ -67,15 +66,18 @@ def summary(run: Path) -> dict[str, object]:
     return dict(json.loads((run / "summary.json").read_text()))
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(train: Train) -> None:
     options = ["model.dropout=0.2", "device.micro_batch_size=4"]
     a, b = train("a", *options), train("b", *options)
     assert same_weights(a, b)
     assert metrics(a) == metrics(b)
-    clock = {"seconds", "tokens_per_second", "best_checkpoint"}
-    assert all(summary(b)[key] == value for key, value in summary(a).items() if key not in clock)
+    differing = {key for key, value in summary(a).items() if summary(b)[key] != value}
+    assert differing <= {"seconds", "tokens_per_second", "best_checkpoint", "git_revision"}
     other = train("other", *options, "seed=2")
-    assert not any(torch.equal(w, weights(other)[name]) for name, w in weights(a).items() if w.dim() == 2)
+    for name, weight in weights(a).items():  # not only another order of the data
+        if weight.dim() == 2:
+            assert (weight - weights(other)[name]).norm() > weight.norm(), name
 
 
 def losses(run: Path) -> dict[tuple[int, str], float]:
@@ -107,7 +109,8 @@ def whole(train: Train) -> Path:
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_micro_batches_do_not_change_the_losses(train: Train, whole: Path, micro_batch_size: int) -> None:
     parts = train(f"parts of {micro_batch_size}", *SHARED, f"device.micro_batch_size={micro_batch_size}")
-    assert 0 < largest_difference(whole, parts) < CLOSE  # 0 would mean that nothing was split
+    assert largest_difference(whole, parts) < CLOSE
+    assert not same_weights(whole, parts)  # else nothing was split
     assert losses(whole)[20, "val/loss"] < losses(whole)[4, "val/loss"] - 0.1  # there was something to learn
 
 
@@ -148,15 +151,13 @@ def two(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_processes_do_not_change_the_losses(two: Path, whole: Path) -> None:
     assert summary(two / "run")["processes"] == 2
-    assert 0 < largest_difference(whole, two / "run") < CLOSE
+    assert largest_difference(whole, two / "run") < CLOSE
 
 
 @pytest.mark.slow
 def test_summary_counts_the_threads_that_trained(two: Path) -> None:
     used = [int((two / f"{rank}.txt").read_text()) for rank in range(2)]
     assert used == [summary(two / "run")["threads"]] * 2
-    if len(os.sched_getaffinity(0)) > 1:
-        assert used[0] < torch.get_num_threads() or os.environ.get("OMP_NUM_THREADS")
 
 
 # -- a run again -------------------------------------------------------------------------------------
