@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 
 GPT_TARGET = "gpt_lightning.model.gpt.build_gpt"
+PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}  # what Lightning's loggers need
 SETTINGS = ("nonfinite",)  # keys of `callbacks` that are no callback
 
 
@@ -58,8 +60,13 @@ def rehearse(cfg: DictConfig, *, trainer: bool) -> None:
         build(cfg.optimizer)(decay_groups(torch.nn.Linear(1, 1)))
     build_schedule(cfg)
     callbacks = build_callbacks(cfg)
-    for name, node in (cfg.logger or {}).items():
+    for name, node in cfg.logger.items():
+        if node is None:
+            continue
         inspect_node(node, f"logger.{name}")
+        package = PACKAGES.get(node._target_.rpartition(".")[2])
+        if package and importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(name=package)
     if trainer:
         split_batch(cfg.data.batch_size, None, build_trainer(cfg, callbacks, loggers=[]).world_size)
 
@@ -84,7 +91,7 @@ def prepare_data(cfg: DictConfig, encoding: tiktoken.Encoding | None = None) -> 
 
     cut = windows(cfg)
     tokenizer = Given(encoding) if encoding else build(cfg.tokenizer)
-    store = prepare(build(cfg.data.corpus), tokenizer, cfg.paths.cache)
+    store = prepare(build(cfg.data.corpus, "data.corpus"), tokenizer, cfg.paths.cache)
     with open_dict(cfg):
         if cfg.model.get("vocab_size") is None:
             cfg.model.vocab_size = store.n_vocab
@@ -133,10 +140,12 @@ def build_loggers(cfg: DictConfig, resume_step: int | None) -> list[Any]:
     from gpt_lightning.training.loggers import MetricsCSV
 
     loggers: list[Any] = [MetricsCSV(Path(cfg.paths.run) / "metrics.csv", resume_step=resume_step)]
-    for node in (cfg.logger or {}).values():
+    for key, node in cfg.logger.items():
+        if node is None:
+            continue
         tensorboard = str(node.get("_target_", "")).endswith("TensorBoardLogger")
         purge = {"purge_step": resume_step + 1} if tensorboard and resume_step is not None else {}
-        loggers.append(build(node, **purge))
+        loggers.append(build(node, f"logger.{key}", **purge))
     return loggers
 
 
@@ -155,7 +164,9 @@ def build_trainer(cfg: DictConfig, callbacks: list[Any], loggers: list[Any]) -> 
         "accelerator": cfg.device.accelerator,
         "devices": cfg.device.devices,
         "num_nodes": settings.num_nodes,
-        "strategy": settings.strategy if isinstance(settings.strategy, str) else build(settings.strategy),
+        "strategy": settings.strategy
+        if isinstance(settings.strategy, str)
+        else build(settings.strategy, "trainer.strategy"),
         "precision": cfg.device.precision,
         "max_steps": settings.max_steps,
         "max_epochs": -1,  # the loader runs through the epochs by itself

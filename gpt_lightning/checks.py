@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,7 @@ def _devices(key: str, value: Any) -> str | None:
 
 def _name(key: str, value: Any) -> str | None:
     good = re.fullmatch(r"[\w.,=+-]+(/[\w.,=+-]+)*", str(value)) and ".." not in str(value)
+    good = good and not isinstance(value, (bool, types.NoneType))
     return None if good else f"{key}={value!r} names a folder; use letters, digits, and . _ - only"
 
 
@@ -84,6 +86,7 @@ RULES: dict[str, Rule] = {
     "name": _name,
     "seed": _number(int, least=0),
     "target_loss": _number(float, above=0, optional=True),
+    "paths.outputs": _text,
     "paths.run": _text,
     "lora.r": _number(int, least=0),
     "data.batch_size": _number(int, least=1),

@@ -96,24 +96,34 @@ def inspect_node(node: Any, key: str = "") -> None:
         ConfigError, ValueError: If there is no class, or it does not; names the key that the user set.
     """
     key = key or full_key(node)
-    if not OmegaConf.is_dict(node) or not isinstance(node.get("_target_"), str):
-        raise ConfigError(f"{key}={node} must have a _target_, the name of a class")
+    if not OmegaConf.is_dict(node):
+        raise ConfigError(f"{key}={node} must be keys with values, of which _target_ names a class")
+    if not isinstance(node.get("_target_"), str):
+        raise ConfigError(f"{key}._target_={node.get('_target_')} must be the name of a class")
     try:
         target = hydra.utils.get_object(node._target_)
     except Exception as error:  # whatever goes wrong in the user's own module
         raise ConfigError(f"{key}: {one_line(error)}; correct {key}._target_={node._target_}") from error
+    if not callable(target):
+        raise ConfigError(f"{key}._target_={node._target_} is no class and no function")
     check_arguments(target, node)
     for name, child in node.items():
         if OmegaConf.is_dict(child) and "_target_" in child:
             inspect_node(child, f"{key}.{name}")
 
 
-def build(node: Any, /, **kwargs: Any) -> Any:
-    """Instantiate a node of the configuration; errors of the class itself come out as they are."""
-    inspect_node(node)
+def build(node: Any, key: str = "", /, **kwargs: Any) -> Any:
+    """Instantiate a node of the configuration; errors of the class itself come out as they are.
+
+    Args:
+        node: With a _target_.
+        key: Its name, where it may be no node at all, but a value of the user's.
+        kwargs: Further arguments.
+    """
+    inspect_node(node, key)
     try:
         return hydra.utils.instantiate(node, **kwargs)
-    except InstantiationException as error:
+    except (InstantiationException, TypeError) as error:
         cause = error.__cause__
         if cause is None or isinstance(cause, TypeError):
             text = one_line(cause or error)
@@ -175,6 +185,10 @@ def one_line(error: BaseException) -> str:
     text = str(error).strip()
     if missing := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{missing[1]}= must be given"
+    if text.startswith("Error merging override"):
+        return (
+            f"{text}: {one_line(cause) if cause else 'it does not fit'}; --cfg job shows what belongs there"
+        )
     if lacks_memory(error):
         return f"out of memory ({text.splitlines()[0] if text else 'Python'}); use a smaller model"
     if text.startswith("Caught ") and "Traceback" in text:  # a loader's worker sends all of its traceback
@@ -183,6 +197,24 @@ def one_line(error: BaseException) -> str:
         where = f"{error.filename}: " if error.filename else ""
         text = f"{where}{error.strerror}; {REMEDIES[error.errno]}"
     return re.sub(r"\s*\n\s*", " ", text) or type(error).__name__
+
+
+def check_output(path: str | None) -> None:
+    """Refuse an output= that cannot be written, before there is something to write.
+
+    Raises:
+        ConfigError: If it is a folder.
+        OSError: If a file cannot be made there.
+    """
+    if path is None:
+        return
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise ConfigError(f"output={path} is a folder; name a file in it")
+    above = next(folder for folder in file.absolute().parents if folder.exists())
+    problem = errno.ENOTDIR if not above.is_dir() else 0 if os.access(above, os.W_OK) else errno.EACCES
+    if problem:
+        raise OSError(problem, os.strerror(problem), str(above))
 
 
 def entry_point(
@@ -219,11 +251,23 @@ def entry_point(
             except KeyboardInterrupt:
                 raise SystemExit(130) from None  # as a shell has it
             except Exception as error:
-                _fail(error)
+                _fail(_wrong_choice(error) or error)
 
         return main
 
     return decorate
+
+
+def _wrong_choice(error: Exception) -> ConfigError | None:
+    """The group that was given a value where a choice must be, which Hydra does not name."""
+    if not isinstance(error, TypeError) and "Config group override must be" not in str(error):
+        return None
+    for argument in sys.argv[1:]:
+        key, _, value = argument.partition("=")
+        choices = sorted(path.stem for path in (CONF / key).glob("*.yaml") if path.stem[0] != "_")
+        if choices and re.fullmatch(r"null|true|false|inf|nan|[^a-zA-Z]*", value):
+            return ConfigError(f"{argument} is no choice; use {', '.join(choices)}, or one of your own")
+    return None
 
 
 def verbatim(*keys: str) -> Callable[[list[str]], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from gpt_lightning.config import ConfigError, build, entry_point, verbatim
+from gpt_lightning.config import ConfigError, build, check_output, entry_point, verbatim
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from gpt_lightning.data.corpus import Corpus
     from gpt_lightning.inference.text import TextGenerator
 
+SETTINGS = ("max_new_tokens", "temperature", "top_k", "seed")  # of the texts to generate
 TABLE = {  # what is printed, with its format
     "text": "{}",
     "tokens": "{:,}",
@@ -39,8 +41,10 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(f"text={cfg.text} and data= exclude each other; give one of them")
     if cfg.get("data") is None and cfg.text is None and cfg.samples is None and not cfg.num_samples:
         raise ConfigError("nothing to evaluate; give data=, text=, num_samples= or samples=")
-    if cfg.text is not None and not Path(cfg.text).expanduser().exists():
-        raise ConfigError(f"text={cfg.text} does not exist")
+    for key in ("text", "samples", "reference"):
+        if cfg[key] is not None and not Path(cfg[key]).expanduser().exists():
+            raise ConfigError(f"{key}={cfg[key]} does not exist")
+    check_output(cfg.output)
     if cfg.split not in ("train", "val"):
         raise ConfigError(f"split={cfg.split!r} must be train or val")
     for key, least in (("num_samples", 0), ("batch_size", 1)):
@@ -50,6 +54,8 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(f"per_document={cfg.per_document!r} must be true or false")
     if cfg.reference is not None and cfg.samples is None:
         raise ConfigError(f"reference={cfg.reference} is compared with texts; give them with samples=FILE")
+    if cfg.reference is not None and importlib.util.find_spec("sacrebleu") is None:
+        raise ModuleNotFoundError(name="sacrebleu")
 
 
 def read_tokens(
@@ -74,7 +80,10 @@ def read_tokens(
 
 def read_lines(path: str) -> list[str]:
     """Texts of a file: the `text` of each line of a .jsonl, else the lines."""
-    lines = Path(path).expanduser().read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error.reason}); convert it") from error
     try:
         return [json.loads(line)["text"] for line in lines] if path.endswith(".jsonl") else lines
     except (KeyError, TypeError, ValueError) as error:
@@ -85,7 +94,7 @@ def judge(cfg: DictConfig, corpus: Corpus | None, model: TextGenerator) -> dict[
     """Whether texts of the model are its own, beside text that it has not seen."""
     from gpt_lightning.inference.overlap import alike, distinct, excerpt, originality
 
-    settings = {key: cfg[key] for key in ("max_new_tokens", "temperature", "top_k", "seed")}
+    settings = {key: cfg[key] for key in SETTINGS}
     if cfg.samples is not None:
         samples = read_lines(cfg.samples)
     else:
@@ -126,9 +135,11 @@ def main(cfg: DictConfig) -> None:
     check(cfg)
     from gpt_lightning.inference.evaluation import evaluate
     from gpt_lightning.inference.pretrained import load
+    from gpt_lightning.inference.session import check as check_settings
 
+    check_settings(num_samples=max(1, cfg.num_samples), stop=None, **{key: cfg[key] for key in SETTINGS})
     model = load(cfg.checkpoint, cfg.device.accelerator, cfg.dtype)
-    corpus: Corpus | None = build(cfg.data.corpus) if cfg.get("data") is not None else None
+    corpus: Corpus | None = build(cfg.data.corpus, "data.corpus") if cfg.get("data") is not None else None
     result: dict[str, Any] = {"checkpoint": str(cfg.checkpoint)}
     if corpus is not None or cfg.text is not None:
         tokens, facts = read_tokens(cfg, corpus, model)

@@ -11,7 +11,7 @@ from gpt_lightning.config import ConfigError, build, entry_point
 def main(cfg: DictConfig) -> None:
     from gpt_lightning.data.token_store import prepare, prepare_shard
 
-    corpus, tokenizer, cache = build(cfg.data.corpus), build(cfg.tokenizer), cfg.paths.cache
+    corpus, tokenizer, cache = build(cfg.data.corpus, "data.corpus"), build(cfg.tokenizer), cfg.paths.cache
     if (cfg.shard is None) != (cfg.shards is None):
         raise ConfigError(f"shard={cfg.shard} and shards={cfg.shards} go together; give both or neither")
     if cfg.shard is None:

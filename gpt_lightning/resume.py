@@ -114,7 +114,7 @@ def left_by_hydra(folder: Path, name: str) -> Any:
     """
     try:
         return OmegaConf.load(folder / HYDRA / name)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"resume=: {folder} is not a run directory (it has no {HYDRA}/{name})") from None
     except (OSError, ValueError, YAMLError) as error:
         raise ConfigError(f"resume=: {folder / HYDRA / name} is damaged; begin a new run") from error

@@ -438,7 +438,9 @@ def _one_line(error: BaseException) -> str:
 
 def _require(package: str, what: str) -> Any:
     if importlib.util.find_spec(package) is None:
-        raise ImportError(f"{what} needs the package {package}; pip install 'gpt_lightning[hf]' brings it")
+        raise ModuleNotFoundError(
+            f"{what} needs the package {package}; pip install 'gpt-lightning[hf]' brings it"
+        )
     return importlib.import_module(package)
 
 

@@ -220,7 +220,8 @@ class EvalBatches(_Batches):
         self.rank, self.world_size = rank, world_size
         if len(self.tokens) < 2:
             raise ValueError(
-                f"the {split} split has {len(self.tokens)} tokens; two are the least to measure a loss"
+                f"the {split} split has {len(self.tokens)} tokens; two are the least to measure a loss; "
+                "use more text or raise data.val_fraction"
             )
 
     def __len__(self) -> int:
@@ -301,6 +302,9 @@ class TextDataModule(pl.LightningDataModule):
         max_steps: Optimizer steps of the run.
         seed, stride, shuffle, drop_last, random_offset: As in `TrainBatches`.
         num_workers, pin_memory: As in `PositionedLoader`.
+
+    Raises:
+        ValueError: If there is too little validation text to measure a loss.
     """
 
     def __init__(
@@ -320,6 +324,7 @@ class TextDataModule(pl.LightningDataModule):
         pin_memory: bool = False,
     ):
         super().__init__()
+        EvalBatches(store, block_size=block_size, micro_batch_size=1)  # too little text is an error here
         self.store, self.block_size, self.batch_size = store, block_size, batch_size
         self.micro_batch_size, self.max_steps = micro_batch_size, max_steps
         self.order: dict[str, Any] = {

@@ -75,9 +75,14 @@ class StepMetrics(Callback):
         latest: What was logged last.
         seconds: Time in training steps of this process, as far as it is logged.
         steps: Their number.
+
+    Raises:
+        ValueError: If every_steps is below 1.
     """
 
     def __init__(self, every_steps: int):
+        if every_steps < 1:
+            raise ValueError(f"trainer.log_every_steps={every_steps} must be at least 1")
         self.every_steps = every_steps
         self.latest: dict[str, float] = {}
         self.seconds, self.steps = 0.0, 0
@@ -154,6 +159,10 @@ class Samples(Callback):
         max_new_tokens: Length.
         temperature, top_k: As in `SamplingSettings`.
         seed: Of a generator of its own, so that sampling does not change the training.
+
+    Raises:
+        ValueError: If a setting is out of its range, and, before training, if the prompt has a character
+            that the vocabulary lacks.
     """
 
     def __init__(
@@ -167,11 +176,17 @@ class Samples(Callback):
         seed: int = 1337,
     ):
         self.path, self.prompt, self.seed = Path(path), prompt, seed
-        self.settings = SamplingSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
+        try:
+            self.settings = SamplingSettings(
+                max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k
+            )
+        except ValueError as error:
+            raise ValueError(f"callbacks.samples.{error}") from error
         self.latest = ""
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Drop the samples that a resumed run is going to write again."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
+        """Look at the prompt, and drop the samples that a resumed run is going to write again."""
+        tokenizers.encode_array(pl_module.tokenizer, self.prompt)  # better now than at the first validation
         if trainer.is_global_zero and self.path.exists():
             sections = re.split(r"(?m)^(?=## Step \d+$)", self.path.read_text(encoding="utf-8"))
             kept = [

@@ -6,7 +6,7 @@ import logging
 import math
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -48,11 +48,15 @@ class Incidents(Callback):
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self, folder: str | Path, *, nonfinite: str = "stop", spike: float | None = 2.0):
+    def __init__(
+        self, folder: str | Path, *, nonfinite: Literal["stop", "skip"] = "stop", spike: float | None = 2.0
+    ):
         if nonfinite not in ("stop", "skip"):
             raise ValueError(f"callbacks.nonfinite={nonfinite!r} must be stop or skip")
-        if spike is not None and not spike > 1:
-            raise ValueError(f"callbacks.incidents.spike={spike} is a multiple, so it must exceed 1")
+        if spike is not None and not 1 < spike < math.inf:
+            raise ValueError(
+                f"callbacks.incidents.spike={spike} is a multiple, so it must exceed 1; null reports none"
+            )
         self.folder, self.nonfinite, self.spike = Path(folder), nonfinite, spike
         self.skipped, self.spikes = 0, 0
         self._in_a_row, self._steps, self._mean, self._high = 0, 0, 0.0, False
