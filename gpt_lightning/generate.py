@@ -26,8 +26,13 @@ SETTINGS += ["num_samples", "seed", "stop"]
 
 def read_prompts(cfg: DictConfig) -> list[str]:
     """The prompts that the configuration names, by whichever of its keys."""
+    if cfg.prompt is not None:
+        return [str(cfg.prompt)]
     if cfg.prompt_file is None:
-        return list(cfg.default_prompts) if cfg.prompt is None else [str(cfg.prompt)]
+        texts = plain(cfg)["default_prompts"]
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ConfigError(f"default_prompts={texts} must be a list of texts, such as ['','Once']")
+        return texts
     try:
         text = Path(cfg.prompt_file).expanduser().read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -153,6 +153,8 @@ TABLE: list[tuple[str, str, str]] = [
     ("generate", "checkpoint=run device.accelerator=tpu", "device='tpu' does not exist; use auto, cpu"),
     ("generate", "checkpoint=run prompt_file=empty.txt", "empty.txt is empty; write one prompt a line"),
     ("generate", "checkpoint=run prompt_file=nowhere.txt", "nowhere.txt: No such file or directory"),
+    ("generate", "checkpoint=run default_prompts=Once", "default_prompts=Once must be a list of texts, such as"),
+    ("generate", "checkpoint=run default_prompts=[1]", r"default_prompts=\[1\] must be a list of texts"),
     ("generate", "checkpoint=run temprature=1", "there is no key temprature; did you mean temperature"),
     ("generate", "checkpoint=run max_new_tokens=0", "max_new_tokens=0 must be"),
     ("generate", "checkpoint=run dtype=int3", "dtype='int3' does not exist; use float32"),
