@@ -41,7 +41,7 @@ GPT2_VOCABULARY = 50_257
 
 def composed(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", overrides=list(overrides))
+        return compose("train", overrides=["paths.run=run", *overrides])  # which a command has from Hydra
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
@@ -157,7 +157,7 @@ def test_preset_trains_a_step(
 
 
 def test_every_key_of_the_configuration_resolves() -> None:
-    cfg = composed("data.path=x", "data=text", "hydra.run.dir=.", "paths.run=run")
+    cfg = composed("data.path=x", "data=text", "hydra.run.dir=.")
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
 
