@@ -200,11 +200,21 @@ def test_run_is_repeated_from_its_configuration_elsewhere(
     assert all(torch.equal(weight, before[name]) for name, weight in weights(run).items())
 
 
-def test_repeated_run_may_have_one_thing_changed(first: Path, zygote: Zygote, tmp_path: Path) -> None:
-    again = ["--config-name=config", f"--config-dir={first / '.hydra'}", "seed=3", "hydra.run.dir=new=run"]
+def test_repeated_run_may_have_one_thing_changed(first: Path, tmp_path: Path) -> None:
+    """From the real command line, and with a class of the user's own from where the first run was started."""
+    (tmp_path / "spy.py").write_text(SPY)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    code, out = zygote.run("train", *again, cwd=elsewhere)
-    assert code == 0, out
+    arguments = [
+        "--config-name=config",
+        f"--config-dir={first / '.hydra'}",
+        "seed=3",
+        "hydra.run.dir=new=run",
+    ]
+    arguments += ["+callbacks.spy._target_=spy.Spy", f"+callbacks.spy.folder={elsewhere}"]
+    command = [sys.executable, "-m", "gpt_lightning.train", *arguments]
+    result = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
     assert summary(elsewhere / "new=run")["seed"] == 3
     assert not same_weights(first, elsewhere / "new=run")
+    assert (elsewhere / "0.txt").exists()
