@@ -48,7 +48,8 @@ def check(cfg: DictConfig) -> None:
     if cfg.split not in ("train", "val"):
         raise ConfigError(f"split={cfg.split!r} must be train or val")
     for key, least in (("num_samples", 0), ("batch_size", 1)):
-        if cfg[key] is not None and (type(cfg[key]) is not int or cfg[key] < least):
+        optional = key == "batch_size" and cfg[key] is None
+        if not optional and (type(cfg[key]) is not int or cfg[key] < least):
             raise ConfigError(f"{key}={cfg[key]!r} must be a whole number of at least {least}")
     if type(cfg.per_document) is not bool:
         raise ConfigError(f"per_document={cfg.per_document!r} must be true or false")
