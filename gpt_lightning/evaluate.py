@@ -41,6 +41,8 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(f"text={cfg.text} and data= exclude each other; give one of them")
     if cfg.get("data") is None and cfg.text is None and cfg.samples is None and not cfg.num_samples:
         raise ConfigError("nothing to evaluate; give data=, text=, num_samples= or samples=")
+    if cfg.reference is not None and cfg.samples is None:
+        raise ConfigError(f"reference={cfg.reference} is compared with texts; give them with samples=FILE")
     for key in ("text", "samples", "reference"):
         if cfg[key] is not None and not Path(cfg[key]).expanduser().exists():
             raise ConfigError(f"{key}={cfg[key]} does not exist")
@@ -53,8 +55,6 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"{key}={cfg[key]!r} must be a whole number of at least {least}")
     if type(cfg.per_document) is not bool:
         raise ConfigError(f"per_document={cfg.per_document!r} must be true or false")
-    if cfg.reference is not None and cfg.samples is None:
-        raise ConfigError(f"reference={cfg.reference} is compared with texts; give them with samples=FILE")
     if cfg.reference is not None and importlib.util.find_spec("sacrebleu") is None:
         raise ModuleNotFoundError(name="sacrebleu")
 
