@@ -418,11 +418,16 @@ def test_shards_in_processes_of_their_own_make_one_store(larger, tmp_path):
     assert files_of(folder) == files_of(prepare(larger, BPE(300), tmp_path / "own cache").folder)
 
 
-@pytest.mark.parametrize(("shard", "shards"), [(-1, 4), (4, 4), (0, 0)])
-def test_shard_out_of_range_is_refused(stories, tmp_path, shard, shards):
-    with pytest.raises(
-        ValueError, match=f"shard={shard} must lie in 0 … {shards - 1}, since shards={shards}"
-    ):
+@pytest.mark.parametrize(
+    ("shard", "shards", "line"),
+    [
+        (-1, 4, "shard=-1 must be a whole number of at least 0"),
+        (4, 4, "shard=4 must lie in 0 … 3, since shards=4"),
+        (0, 0, "shards=0 must be a whole number of at least 1"),
+    ],
+)
+def test_shard_out_of_range_is_refused(stories, tmp_path, shard, shards, line):
+    with pytest.raises(ValueError, match=line):
         prepare_shard(stories, Byte(), tmp_path, shard=shard, shards=shards)
 
 
