@@ -46,7 +46,7 @@ def composed(*overrides: str) -> DictConfig:
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_choice_composes_and_passes_the_checks(group: str, choice: str) -> None:
-    cfg = composed(f"{group}={choice}", "paths.run=run")
+    cfg = composed(f"{group}={choice}")
     check(cfg)
 
 
