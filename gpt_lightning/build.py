@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from gpt_lightning.training.module import LanguageModel
 
 
-GPT_TARGET = "gpt_lightning.model.gpt.build_gpt"
 PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}  # what Lightning's loggers need
 SETTINGS = ("nonfinite",)  # keys of `callbacks` that are no callback
 
@@ -42,6 +41,7 @@ def rehearse(cfg: DictConfig, *, trainer: bool) -> None:
     import torch
 
     from gpt_lightning.data.datamodule import split_batch
+    from gpt_lightning.inference.pretrained import GPT_TARGET
     from gpt_lightning.model.gpt import GPTConfig
     from gpt_lightning.model.lora import LoRAConfig
     from gpt_lightning.training.optimizers import decay_groups

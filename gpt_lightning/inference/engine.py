@@ -7,9 +7,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from gpt_lightning.inference.text import BATCH, Piece, TextGenerator
-
-MAX_SEED = 2**62  # torch takes 64 bits, and every text of a request adds one
+from gpt_lightning.inference.text import BATCH, MAX_SEED, Piece, TextGenerator
 
 
 class Busy(Exception):
