@@ -13,6 +13,7 @@ batch, and the global random state stays as it was. B sequences, T positions, C 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from gpt_lightning.inference.sampling import SamplingSettings, choose
 from gpt_lightning.model.gpt import GPT, KVCache
+
+log = logging.getLogger(__name__)
 
 DRAWS = 256  # random numbers drawn at once: the text does not depend on how much more may follow
 
@@ -54,7 +57,7 @@ def stream(
         stop_ids: A sequence ends before one of these.
         use_cache: False computes every window anew: the slow reference.
         static_shapes: Lets every step read the whole cache, so that a CUDA device records the step once
-            and replays it without Python; not under autocast.
+            and replays it without Python; under autocast it does not record.
 
     Yields:
         One id per prompt, None where the sequence has ended.
@@ -165,25 +168,37 @@ class _Cached:
         idx = torch.tensor(ids, device=self.device)[:, None]
         positions = torch.tensor(self.lengths, device=self.device)[:, None] - 1
         self.cache.seek(self.rows, positions, whole=self.static_shapes)
-        if self.static_shapes and self.device.type == "cuda":
-            self.recorded = self.recorded or _Recorded(self.net, idx, self.cache)
-            return self.recorded(idx, self.cache)
+        if self.static_shapes and self.device.type == "cuda" and not torch.is_autocast_enabled("cuda"):
+            try:
+                self.recorded = self.recorded or _Recorded(self.net, idx, self.cache)
+                return self.recorded(idx, self.cache)
+            except RuntimeError as error:  # memory, or a model with a layer that cannot be recorded
+                log.warning("generation goes on without a CUDA graph: %s", error)
+                self.static_shapes, self.recorded = False, None
+                self.cache.seek(self.rows, positions)
         return self.net.lm_head(self.net.transformer(idx, self.cache)[:, -1])
 
 
 class _Recorded:
-    """The step of one token per row as a CUDA graph, which runs without launching its kernels one by one."""
+    """The step of one token per row as a CUDA graph, which runs without launching its kernels one by one.
+
+    Raises:
+        RuntimeError: If the step cannot be recorded, or its first replay gives something else.
+    """
 
     def __init__(self, net: GPT, idx: Tensor, cache: KVCache):
         self.inputs = self._inputs(idx, cache)
         aside = torch.cuda.Stream()  # kernels choose their algorithms here, which a recording must not do
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
-            net.lm_head(net.transformer(idx, cache)[:, -1])
+            expected = net.lm_head(net.transformer(idx, cache)[:, -1])
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.logits = net.lm_head(net.transformer(idx, cache)[:, -1])
+        self.graph.replay()
+        if not torch.allclose(self.logits, expected, rtol=0.05, atol=0.05):
+            raise RuntimeError("its logits are not those of the step that it recorded")
 
     def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
         for recorded, new in zip(self.inputs, self._inputs(idx, cache), strict=True):

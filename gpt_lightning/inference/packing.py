@@ -3,9 +3,10 @@
 One token at a time, a linear layer does little but read its weights, and torch's matrix product for one
 or a few rows reads them at less than half of the memory's speed. oneDNN, which torch brings along,
 reaches it with weights in a blocked layout of its own. Smaller weights are read faster still: bfloat16,
-or int8 with one scale per output; a prompt is multiplied in integers, with activations that have one scale
-per token (https://arxiv.org/abs/2208.07339 calls that vector-wise). No row depends on its neighbours.
-CPUs without VNNI add two products in 16 bits, which overflow: there, activations get 7 bits.
+or int8 with one scale per output, multiplied in integers with activations that have one scale per token
+(https://arxiv.org/abs/2208.07339 calls that vector-wise). No row depends on its neighbours.
+CPUs without VNNI add two products in 16 bits, which overflow: there, activations get 7 bits, and single
+positions, for which integers are slow on them, are multiplied in bfloat16.
 """
 
 from __future__ import annotations
@@ -60,26 +61,33 @@ def activation_levels() -> int:
 class Int8Linear(nn.Module):
     """y = s_w (x W_int8^T) + b, with a scale per output s_w.
 
-    One position per sequence is multiplied in bfloat16, which reads the weights fastest; more are rounded
-    to int8 too, with a scale per token, and multiplied in integers, which computes fastest.
+    Args:
+        linear: The layer to replace.
+        bias: b, None for none.
+        weight_only: Whether one position per sequence meets the weights in bfloat16, unrounded, instead of
+            in integers; None where integers are slow. Not for widths that are no multiple of 16.
     """
 
-    def __init__(self, linear: nn.Linear, bias: Tensor | None):
+    def __init__(self, linear: nn.Linear, bias: Tensor | None, weight_only: bool | None = None):
         super().__init__()
         weight = linear.weight.detach()
-        self.scale = weight.abs().amax(1).clamp_min(1e-30) / 127
-        self.weight = (weight / self.scale[:, None]).round().to(torch.int8)
-        self.ones = torch.ones(len(weight), dtype=torch.bfloat16)  # scales of 8 bits would be too rough
-        self.bias = torch.zeros(len(weight)) if bias is None else bias
-        self.product = torch.ops.aten._weight_int8pack_mm.default
         self.levels = activation_levels()
-        self.packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
+        self.scale = weight.abs().amax(1).clamp_min(1e-30) / 127
+        rounded = (weight / self.scale[:, None]).round().to(torch.int8)
+        self.bias = torch.zeros(len(weight)) if bias is None else bias
+        self.packed = torch.ops.onednn.qlinear_prepack(rounded, None)
         self.packed_scale = self.scale / self.levels  # what remains when y is multiplied by the largest |x|
         self.zero = self.levels + 1  # of the unsigned activations
         self.middle = torch.tensor(self.zero + 0.5)  # a half to round with
+        wanted = self.levels < 127 if weight_only is None else weight_only
+        self.weight_only = wanted and linear.in_features % 16 == 0  # torch's kernel reads past other rows
+        if self.weight_only:
+            self.weight = rounded
+            self.ones = torch.ones(len(weight), dtype=torch.bfloat16)  # scales of 8 bits would be too rough
+            self.product = torch.ops.aten._weight_int8pack_mm.default
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 2 or x.size(1) == 1:
+        if self.weight_only and (x.dim() == 2 or x.size(1) == 1):
             rows = x.reshape(-1, x.size(-1)).bfloat16()
             y = self.product(rows, self.weight, self.ones).float()
             return torch.addcmul(self.bias, y, self.scale).view(*x.shape[:-1], -1)
@@ -97,7 +105,7 @@ def pack(net: GPT, dtype: str = "float32") -> GPT:
     Args:
         net: The model, in float32.
         dtype: "float32" changes nothing but rounding; "bfloat16" halves weights and cache; "int8"
-            reads a quarter, keeps two layouts of it, and computes everything between in float32.
+            reads a quarter and computes everything between the layers in float32.
 
     Raises:
         ValueError: If dtype is none of these, or int8 is not available on this machine.

@@ -168,7 +168,8 @@ class TextGenerator:
     ) -> Iterator[list[Piece]]:
         texts = [_Text(self.tokenizer, stops, settings.max_new_tokens) for _ in ids]
         end = tokenizers.end_of_text(self.tokenizer)
-        for new in stream(self.net, ids, settings, seed=seed, stop_ids=(end,)):
+        gpu = self.net.transformer.wte.weight.device.type == "cuda"
+        for new in stream(self.net, ids, settings, seed=seed, stop_ids=(end,), static_shapes=gpu):
             yield [text.add(token) for text, token in zip(texts, new, strict=True)]
             if all(text.finish for text in texts):
                 return

@@ -87,10 +87,14 @@ def test_static_shapes_change_no_token(net):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_recorded_steps_give_the_tokens_of_eager_ones():
+@pytest.mark.parametrize("recordable", [True, False])
+def test_recorded_steps_give_the_tokens_of_eager_ones(recordable, caplog):
     net = build().to("cuda")
     plain = generate(net, PROMPTS, RANDOM, seed=5)
+    if not recordable:
+        net.lm_head.register_forward_hook(lambda *_: torch.cuda.synchronize())  # a recording must not wait
     assert generate(net, PROMPTS, RANDOM, seed=5, static_shapes=True) == plain
+    assert ("goes on without a CUDA graph" in caplog.text) != recordable
 
 
 def test_sequences_in_a_batch_are_those_generated_alone(net):

@@ -1,11 +1,13 @@
 """Packed layers beside the ones they replace, on a model that has learned something."""
 
 import copy
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 
+from gpt_lightning.inference import packing
 from gpt_lightning.inference.generator import generate
 from gpt_lightning.inference.packing import Int8Linear, PackedLinear, activation_levels, pack
 from gpt_lightning.inference.sampling import SamplingSettings
@@ -86,7 +88,9 @@ def step_by_step(net, windows):
     return torch.stack(logits, 1)
 
 
-def test_int8_keeps_the_loss_where_it_generates(net, text):
+@pytest.mark.parametrize("weight_only", [False, True])
+def test_int8_keeps_the_loss_where_it_generates(net, text, weight_only, monkeypatch):
+    monkeypatch.setattr(packing, "Int8Linear", functools.partial(Int8Linear, weight_only=weight_only))
     windows = text[: 65 * 60].view(60, 65)
     full, small = (
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
@@ -104,14 +108,16 @@ def test_int8_weights_multiply_exactly_to_bfloat16():
     exact = x.bfloat16().double() @ (linear.weight / step).round().double().T  # before the scale
     expected = exact * step.T.double()
     with torch.no_grad():
-        actual = Int8Linear(linear, torch.zeros(20))(x).double()
+        actual = Int8Linear(linear, torch.zeros(20), weight_only=True)(x).double()
     assert ((actual - expected).abs() <= 2**-8 * expected.abs() + 1e-6 * x.abs().amax(-1, True)).all()
 
 
-def test_int8_products_are_those_of_rounded_integers():
+@pytest.mark.parametrize("positions", [1, 5])
+def test_int8_products_are_those_of_rounded_integers(positions):
     torch.manual_seed(0)
     linear = torch.nn.Linear(48, 20)
-    x = torch.randn(3, 5, 48) * torch.logspace(-3, 3, 15).view(3, 5, 1)  # rows of very different sizes
+    sizes = torch.logspace(-3, 3, 3 * positions).view(3, positions, 1)  # rows of very different sizes
+    x = torch.randn(3, positions, 48) * sizes
     weight_step = linear.weight.abs().amax(1, keepdim=True) / 127
     row_step = x.abs().amax(-1, keepdim=True) / activation_levels()
     rounded = torch.floor(x / row_step + 0.5) * row_step
@@ -119,19 +125,31 @@ def test_int8_products_are_those_of_rounded_integers():
         rounded.double() @ ((linear.weight / weight_step).round() * weight_step).double().T + linear.bias
     )
     with torch.no_grad():
-        actual = Int8Linear(linear, linear.bias)(x).double()
+        actual = Int8Linear(linear, linear.bias, weight_only=False)(x).double()
     error = (actual - expected).abs() / x.abs().amax(-1, keepdim=True)
     assert error.max() < 1e-5
 
 
-def test_int8_layer_takes_zeros_and_no_bias():
-    layer = Int8Linear(torch.nn.Linear(8, 4, bias=False), None)
+@pytest.mark.parametrize("weight_only", [False, True])
+def test_int8_layer_takes_zeros_and_no_bias(weight_only):
+    layer = Int8Linear(torch.nn.Linear(16, 4, bias=False), None, weight_only)
     with torch.no_grad():
-        assert torch.equal(layer(torch.zeros(2, 1, 8)), torch.zeros(2, 1, 4))
+        assert torch.equal(layer(torch.zeros(2, 1, 16)), torch.zeros(2, 1, 4))
 
 
-def test_int8_rows_do_not_depend_on_their_neighbours(net):
-    layer = packed(net, "int8").transformer.h[0].mlp.c_fc
+@pytest.mark.parametrize("width", [8, 12, 24, 33])
+def test_int8_takes_widths_that_the_weight_only_kernel_cannot(width):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(width, 5)
+    x = torch.randn(3, 1, width)
+    with torch.no_grad():
+        torch.testing.assert_close(Int8Linear(linear, linear.bias, True)(x), linear(x), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("weight_only", [False, True])
+def test_int8_rows_do_not_depend_on_their_neighbours(net, weight_only):
+    linear = net.transformer.h[0].mlp.c_fc
+    layer = Int8Linear(linear, linear.bias, weight_only)
     for length in (1, 5):  # generation, and a prompt
         x = torch.randn(8, length, 64)
         x[3] *= 100
