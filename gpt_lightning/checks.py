@@ -115,7 +115,7 @@ RULES: dict[str, Rule] = {
     "trainer.num_nodes": _number(int, least=1),
     "trainer.deterministic": _one_of(True, False, "warn"),
 }
-METRICS = ("val/loss", "val/perplexity", "val/bits_per_byte")  # what a callback can monitor
+METRICS = ("val/loss", "val/perplexity", "val/bits_per_byte", "train/loss")  # what a callback can monitor
 
 
 def check(cfg: DictConfig) -> None:

@@ -170,7 +170,7 @@ REMEDIES = {
 def one_line(error: BaseException) -> str:
     """What a user reads of an error that is theirs to mend."""
     if isinstance(error, ModuleNotFoundError) and error.name:
-        extra = {"datasets": "hf", "transformers": "hf", "safetensors": "hf", "huggingface_hub": "hf"}
+        extra = {"datasets": "hf", "transformers": "hf", "huggingface_hub": "hf"}
         extra |= {"sacrebleu": "eval", **dict.fromkeys(("fastapi", "gradio", "uvicorn"), "demo")}
         package = error.name.split(".")[0]
         name = extra.get(package, package if package in ("wandb", "mlflow") else None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -28,19 +27,12 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"host={host} port={port}: {reason}; choose another port or host") from error
 
 
-def find_curves(checkpoint: str) -> Path | None:
-    """The picture of the run that a checkpoint is from, if it is there."""
-    path = Path(checkpoint).expanduser().absolute()
-    folder = path.parent if path.is_file() else path
-    curves = (folder.parent if folder.name == "checkpoints" else folder) / "curves.png"
-    return curves if curves.is_file() else None
-
-
 @entry_point("demo", arguments=verbatim("checkpoint"))
 def main(cfg: DictConfig) -> None:
     if cfg.checkpoint is None:
         raise ConfigError("checkpoint= is missing; give a checkpoint, a run directory or an exported folder")
     with contextlib.suppress(KeyboardInterrupt), listen(str(cfg.host), cfg.port) as listener:
+        from gpt_lightning.inference.pretrained import find_curves
         from gpt_lightning.inference.server import Site, run
 
         model = gpt_lightning.load(cfg.checkpoint, cfg.device.accelerator, cfg.dtype)

@@ -15,10 +15,11 @@ def main(cfg: DictConfig) -> None:
     if not isinstance(cfg.overwrite, bool):
         raise ConfigError(f"overwrite={cfg.overwrite!r} must be true or false")
     from gpt_lightning.inference.exporting import export
-    from gpt_lightning.inference.pretrained import read_model
+    from gpt_lightning.inference.pretrained import find_curves, read_model
 
     model = read_model(cfg.checkpoint, merge=cfg.format != "peft")
-    folder = export(model, cfg.output, format=cfg.format, overwrite=cfg.overwrite)
+    curves = find_curves(cfg.checkpoint)
+    folder = export(model, cfg.output, format=cfg.format, overwrite=cfg.overwrite, curves=curves)
     for path in sorted(folder.iterdir()):
         print(f"{path.stat().st_size:>12,} bytes  {path.name}")
     print(folder)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from support import ROOT, TINY
 
 nbformat = pytest.importorskip("nbformat")
@@ -30,7 +31,12 @@ def test_notebook_runs(path: Path, tmp_path: Path, small_text: Path) -> None:
     )
     assert re.search(r"validation loss [\d.]+", text)
     assert "## Step 8" in text
-    assert re.search(r"[\d,]+ parameters reloaded", text)
+    assert len(re.findall("## Step", text)) == 2
+    kept = torch.load(tmp_path / "weights.pt", weights_only=True)
+    trained = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert {f"net.{name}" for name in kept} == trained.keys()
+    assert all(torch.equal(kept[name.removeprefix("net.")], weight) for name, weight in trained.items())
+    assert "36,736 parameters reloaded" in text  # as counted by hand in test_train.py
 
 
 def test_there_is_a_notebook() -> None:

@@ -89,7 +89,14 @@ FORMATS: dict[str, Callable[[TextGenerator, Path], None]] = {
 }
 
 
-def export(model: TextGenerator, output: str | Path, *, format: str, overwrite: bool = False) -> Path:
+def export(
+    model: TextGenerator,
+    output: str | Path,
+    *,
+    format: str,
+    overwrite: bool = False,
+    curves: Path | None = None,
+) -> Path:
     """Write a model to a folder, which appears when it is complete.
 
     Args:
@@ -97,6 +104,7 @@ def export(model: TextGenerator, output: str | Path, *, format: str, overwrite: 
         output: The folder.
         format: A key of FORMATS.
         overwrite: Whether an earlier export may be there; nothing else is ever replaced.
+        curves: Picture of the model's run, which a Space shows.
 
     Returns:
         The folder.
@@ -121,6 +129,8 @@ def export(model: TextGenerator, output: str | Path, *, format: str, overwrite: 
         new = partial / "new"
         new.mkdir()  # with the user's usual permissions, which mkdtemp does not give
         FORMATS[format](model, new)
+        if curves is not None and format == "space":
+            shutil.copyfile(curves, new / "curves.png")
         (new / CARD).write_text(json.dumps(model.info, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
             folder.rename(partial / "old")

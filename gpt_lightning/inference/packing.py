@@ -100,7 +100,8 @@ class Int8Linear(nn.Module):
 def pack(net: GPT, dtype: str = "float32") -> GPT:
     """Make a model fast at generation on its CPU, in place; it can no longer be trained or saved.
 
-    On other devices, and where torch was built without oneDNN, its layers stay as they are.
+    On other devices, and where torch was built without oneDNN, its layers stay as they are. The
+    state_dict() of a packed model raises ValueError: its weights are not what was trained.
 
     Args:
         net: The model, in float32.
@@ -126,4 +127,10 @@ def pack(net: GPT, dtype: str = "float32") -> GPT:
         if dtype == "int8":
             raise ValueError(f"dtype=int8 is not available here ({error}); use dtype=bfloat16") from error
         log.info("linear layers stay as they are: %s", error)
+        return net.eval()
+    net.register_state_dict_pre_hook(_refuse_to_save)
     return net.eval()
+
+
+def _refuse_to_save(*_: Any) -> None:
+    raise ValueError("the model is packed for generation and has no weights to save; use read_model")

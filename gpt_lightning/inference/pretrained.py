@@ -18,6 +18,7 @@ from gpt_lightning.data import huggingface_tokenizer
 from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.inference.packing import DTYPES, pack
 from gpt_lightning.inference.text import TextGenerator
+from gpt_lightning.model.empty import EmptyInit
 from gpt_lightning.model.gpt import GPT, GPTConfig
 from gpt_lightning.model.huggingface import load_gpt2, read_safetensors
 from gpt_lightning.model.lora import LoRAConfig, add_adapters, merge_adapters
@@ -86,7 +87,8 @@ def read_folder(folder: Path, **overrides: Any) -> tuple[GPT, tiktoken.Encoding 
         known = {field.name for field in fields(GPTConfig)}
         if not isinstance(config.get("model"), dict) or not config["model"].keys() <= known:
             raise ValueError(f"{folder / 'config.json'} is not of this version; export the model again")
-        net = GPT(GPTConfig(**{**config["model"], **overrides}))
+        with EmptyInit():
+            net = GPT(GPTConfig(**{**config["model"], **overrides}))
         weights = read_safetensors(folder / "model.safetensors")
         if net.config.tie_weights and "transformer.wte.weight" in weights:
             weights["lm_head.weight"] = weights["transformer.wte.weight"]
@@ -166,6 +168,14 @@ def find_checkpoint(path: str | Path) -> Path:
             return path / candidate
     found = "it has no checkpoints/best.ckpt or last.ckpt" if path.is_dir() else "it does not exist"
     raise FileNotFoundError(f"no checkpoint at {path}: {found}")
+
+
+def find_curves(checkpoint: str | Path) -> Path | None:
+    """The picture of the run that a checkpoint is from, if it is there."""
+    path = Path(checkpoint).expanduser().absolute()
+    folder = path.parent if path.is_file() else path
+    curves = (folder.parent if folder.name == "checkpoints" else folder) / "curves.png"
+    return curves if curves.is_file() else None
 
 
 def read_checkpoint(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
@@ -251,7 +261,8 @@ def load_net(checkpoint: Mapping[str, Any], *, merge: bool = True, **overrides: 
     Raises:
         ValueError: If the weights do not fit.
     """
-    net = GPT(GPTConfig(**{**model_options(checkpoint), **overrides}))
+    with EmptyInit():
+        net = GPT(GPTConfig(**{**model_options(checkpoint), **overrides}))
     lora = _mapping(checkpoint["hyper_parameters"].get("lora"))
     if lora.get("r"):
         add_adapters(net, LoRAConfig(**lora))

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
 
 APP = '''"""The web page of the model in this folder; takes settings, as in `python app.py port=7861`."""
 
@@ -37,7 +40,7 @@ Text from a language model trained with gpt_lightning; completions in OpenAI's f
 
 
 def write_app(info: Mapping[str, Any], folder: Path) -> None:
-    """Write app.py, requirements.txt and README.md beside an exported model.
+    """Write app.py, requirements.txt, README.md and this package beside an exported model.
 
     Args:
         info: What is known about the model, for its name.
@@ -48,8 +51,19 @@ def write_app(info: Mapping[str, Any], folder: Path) -> None:
         gradio = importlib.metadata.version("gradio")
     except importlib.metadata.PackageNotFoundError:
         gradio = "6.31.0"  # the version that the tests ran with
-    package = importlib.metadata.version("gpt-lightning")
     (folder / "app.py").write_text(APP, encoding="utf-8")
-    (folder / "requirements.txt").write_text(f"gpt-lightning[demo]=={package}\n", encoding="utf-8")
+    (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in needed()), encoding="utf-8")
     text = README.format(title=json.dumps(name, ensure_ascii=False), name=name, gradio=gradio)
     (folder / "README.md").write_text(text, encoding="utf-8")
+    # the package itself, so that the page runs with the version that exported it
+    package = Path(__file__).resolve().parents[1]
+    code = folder / package.name
+    shutil.copytree(package, code, ignore=shutil.ignore_patterns("__pycache__", "input.txt"))
+    if not (code / "conf").exists():  # a checkout has it beside the package, a wheel inside
+        shutil.copytree(package.parent / "conf", code / "conf")
+
+
+def needed() -> list[str]:
+    """What pip has to install for the page, as in requirements.txt."""
+    found = [Requirement(line) for line in importlib.metadata.requires("gpt-lightning") or ()]
+    return [f"{r.name}{r.specifier}" for r in found if not r.marker or r.marker.evaluate({"extra": "demo"})]

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gpt_lightning.model.empty import EmptyInit
 from gpt_lightning.model.gpt import GPT, GPTConfig
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -45,7 +47,8 @@ def load_gpt2(source: str | Path, **overrides: Any) -> GPT:
         ValueError: If the source is not a GPT-2, or an override contradicts it.
     """
     folder = Path(source) if Path(source).is_dir() else download(str(source))
-    net = GPT(_read_config(folder, overrides))
+    with EmptyInit():
+        net = GPT(_read_config(folder, overrides))
     weights = _read_weights(folder)
     if net.config.tie_weights:
         weights.pop("lm_head.weight", None)  # the same matrix as wte.weight
@@ -121,7 +124,7 @@ def save_gpt2(net: GPT, folder: str | Path, *, end_of_text: int | None = None) -
 
     Raises:
         OSError: If the folder cannot be written.
-        ValueError: If GPT-2 cannot express the model, or safetensors is not installed.
+        ValueError: If GPT-2 cannot express the model.
     """
     config, weights = to_gpt2(net, end_of_text=end_of_text)
     folder = Path(folder)
@@ -135,9 +138,8 @@ def write_safetensors(weights: dict[str, Tensor], path: Path) -> None:
 
     Raises:
         OSError: If it cannot be written.
-        ValueError: If safetensors is not installed.
     """
-    _safetensors().save_file(weights, path, metadata={"format": "pt"})
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -145,27 +147,16 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is damaged, or safetensors is not installed.
+        ValueError: If it is damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; pickled weights (.bin) are not read, save the model as safetensors"
         )
-    load_file = _safetensors().load_file
     try:
         return load_file(path)
     except Exception as error:  # SafetensorError derives from Exception alone
         raise ValueError(f"{path} is damaged ({error}); download it again") from error
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ValueError(
-            "GPT-2 weights need the package safetensors; pip install 'gpt-lightning[hf]'"
-        ) from error
-    return safetensors.torch
 
 
 def download(name: str) -> Path:

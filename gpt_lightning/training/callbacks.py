@@ -120,6 +120,7 @@ class StepMetrics(Callback):
         }
         self.seconds, self.steps = self.seconds + self._seconds, self.steps + self._steps
         self._seconds, self._steps = 0.0, 0
+        pl_module.log("train/loss", loss, logger=False)  # for callbacks that monitor it
         for logger in trainer.loggers:
             logger.log_metrics(self.latest, step=step)
 
@@ -159,6 +160,7 @@ class Samples(Callback):
         max_new_tokens: Length.
         temperature, top_k: As in `SamplingSettings`.
         seed: Of a generator of its own, so that sampling does not change the training.
+        show: Whether to print each sample, too.
 
     Raises:
         ValueError: If a setting is out of its range, and, before training, if the prompt has a character
@@ -174,8 +176,9 @@ class Samples(Callback):
         temperature: float = 0.8,
         top_k: int | None = 50,
         seed: int = 1337,
+        show: bool = False,
     ):
-        self.path, self.prompt, self.seed = Path(path), prompt, seed
+        self.path, self.prompt, self.seed, self.show = Path(path), prompt, seed, show
         try:
             self.settings = SamplingSettings(
                 max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k
@@ -204,6 +207,9 @@ class Samples(Callback):
         ids = tokenizers.encode(encoding, [self.prompt], threads=1)[0] if self.prompt else []
         new = generate(pl_module.net, [[end, *ids]], self.settings, seed=self.seed, stop_ids=(end,))[0]
         self.latest = encoding.decode([*ids, *(token for token in new if token != end)])
+        if self.show:
+            with tqdm.external_write_mode():
+                log.info("%s\n", self.latest)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(f"## Step {trainer.global_step}\n\n```text\n{self.latest}\n```\n\n")

@@ -178,6 +178,11 @@ def test_padded_ids_stay_impossible(net, text):
         assert torch.all(logits[..., 127:] == -torch.inf), dtype
 
 
+def test_packed_model_does_not_pretend_to_have_weights_to_save(net):
+    with pytest.raises(ValueError, match="use read_model"):
+        packed(net, "float32").state_dict()
+
+
 def test_unknown_type_is_refused_in_one_line(net):
     with pytest.raises(ValueError, match=r"^dtype='int4' must be one of float32, bfloat16, int8$"):
         pack(net, "int4")

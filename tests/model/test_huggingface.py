@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from gpt_lightning.model.gpt import GPT, GPTConfig
 from gpt_lightning.model.huggingface import load_gpt2, save_gpt2, to_gpt2
 
 transformers = pytest.importorskip("transformers")
-safetensors = pytest.importorskip("safetensors.torch")
 
 SMALL = {"vocab_size": 61, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 
@@ -116,7 +116,7 @@ def test_files_without_the_transformer_prefix_load(tmp_path):
     weights = {k.removeprefix("transformer."): w for k, w in reference.transformer.state_dict().items()}
     weights["h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
     weights = {name: w.contiguous() for name, w in weights.items()}
-    safetensors.save_file(weights, tmp_path / "model.safetensors")
+    save_file(weights, tmp_path / "model.safetensors")
     idx = torch.randint(0, 61, (2, 5))
     torch.testing.assert_close(
         load_gpt2(tmp_path).eval()(idx)[..., :61], reference(idx).logits, atol=1e-4, rtol=1e-4
@@ -245,6 +245,17 @@ def test_hub_name_loads_from_the_hubs_cache(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert "vocab_size=61" in done.stdout, done.stderr
+
+
+def test_loading_draws_no_random_numbers_and_no_weight_is_left_out(tmp_path, monkeypatch):
+    reference = theirs()
+    reference.save_pretrained(tmp_path)
+    empty = torch.empty  # memory that was used before holds anything
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan")))
+    before = torch.get_rng_state()
+    net = load_gpt2(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.isfinite().all() for parameter in net.parameters())
 
 
 def test_loaded_model_trains(tmp_path):
