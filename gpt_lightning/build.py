@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
     from gpt_lightning.training.module import LanguageModel
 
 
+log = logging.getLogger(__name__)
+
 PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}  # what Lightning's loggers need
+GENTLE = 1e-3  # a learning rate above which trained weights soon say nothing of what they knew
 SETTINGS = ("nonfinite",)  # keys of `callbacks` that are no callback
 
 
@@ -48,8 +52,8 @@ def rehearse(cfg: DictConfig, *, trainer: bool) -> None:
 
     cfg = copy.deepcopy(cfg)
     cfg.trainer.max_steps = cfg.trainer.max_steps or sys.maxsize  # the data tells how many an epoch has,
-    if cfg.model.get("vocab_size", 1) is None:
-        cfg.model.vocab_size = 1  # and the tokenizer this
+    with open_dict(cfg):
+        cfg.model.vocab_size = cfg.model.get("vocab_size") or 1  # and the tokenizer this
     inspect_node(cfg.model, "model")
     if cfg.model._target_ == GPT_TARGET:
         check_arguments(GPTConfig, cfg.model)
@@ -197,6 +201,12 @@ def starting_point(cfg: DictConfig, checkpoint: Path | None = None) -> tuple[Any
         return None, None
     from gpt_lightning.training.start import start_from
 
+    rate = cfg.optimizer.get("lr")
+    if checkpoint is None and isinstance(rate, (int, float)) and rate > GENTLE and not cfg.lora.r:
+        log.warning(
+            "optimizer.lr=%g is a rate for training from nothing and makes a model forget; 1e-4 suits most",
+            rate,
+        )
     net, encoding = start_from(str(checkpoint or cfg.init_from), **explicit(cfg, "model"))
     cfg.model.update(asdict(net.config))
     return net, encoding

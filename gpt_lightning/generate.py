@@ -42,6 +42,21 @@ def read_prompts(cfg: DictConfig) -> list[str]:
     return text.removesuffix("\n").split("\n")
 
 
+def encodes(cfg: DictConfig, model: TextGenerator, prompt: str) -> bool:
+    """Whether the model knows all characters of a prompt; one that the user did not give may be left out.
+
+    Raises:
+        ValueError: If the user gave it.
+    """
+    try:
+        model.encode(prompt)
+    except ValueError:
+        if cfg.prompt is not None or cfg.prompt_file is not None:
+            raise
+        return False
+    return True
+
+
 def show(model: TextGenerator, prompts: list[str], settings: dict[str, Any]) -> None:
     """Every prompt with its continuation, which streams to the terminal."""
     shown, tokens, started = -1, 0, time.monotonic()
@@ -115,11 +130,10 @@ def main(cfg: DictConfig) -> None:
 
     values = {key: plain(cfg)[key] for key in SETTINGS}
     settings = check(**values)
-    prompts = [prompt for prompt in read_prompts(cfg) for _ in range(values["num_samples"])]
-    model = load(cfg.checkpoint, cfg.device.accelerator, cfg.dtype)
-    for prompt in prompts:
-        model.encode(prompt)  # a character that the model does not know is found before an answer is written
     samples = values.pop("num_samples")
+    prompts = [] if cfg.interactive else read_prompts(cfg)
+    model = load(cfg.checkpoint, cfg.device.accelerator, cfg.dtype)
+    prompts = [prompt for prompt in prompts if encodes(cfg, model, prompt) for _ in range(samples)]
     values["stop"] = values["stop"] or ()
     try:
         if cfg.interactive:

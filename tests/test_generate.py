@@ -162,6 +162,19 @@ def test_character_without_a_token_leaves_an_earlier_output_alone(
     assert (tmp_path / "answers.jsonl").read_text() == "earlier"
 
 
+def test_default_prompt_without_a_token_is_left_out(
+    call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gpt_lightning.data.tokenizer import Char
+
+    letters = Char().build(lambda split: iter(["abc\n"]))
+    path = save_checkpoint(tmp_path / "best.ckpt", random_net(letters), letters)
+    call("generate", f"checkpoint={path}", "device=cpu", "max_new_tokens=3", "default_prompts=['I','ab','']")
+    out = capsys.readouterr().out
+    assert out.startswith("--- 1 of 2\nab")
+    assert "--- 2 of 2\n" in out
+
+
 class Terminal:
     """A command on a pseudo-terminal, typed at and read from."""
 

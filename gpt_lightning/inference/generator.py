@@ -188,6 +188,10 @@ class _Recorded:
 
     def __init__(self, net: GPT, idx: Tensor, cache: KVCache):
         self.inputs = self._inputs(idx, cache)
+        with torch.cuda.device(idx.device):
+            self._record(net, idx, cache)
+
+    def _record(self, net: GPT, idx: Tensor, cache: KVCache) -> None:
         aside = torch.cuda.Stream()  # kernels choose their algorithms here, which a recording must not do
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -196,6 +200,7 @@ class _Recorded:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.logits = net.lm_head(net.transformer(idx, cache)[:, -1])
+        self.logits.zero_()  # a recording of nothing would leave it so
         self.graph.replay()
         if not torch.allclose(self.logits, expected, rtol=0.05, atol=0.05):
             raise RuntimeError("its logits are not those of the step that it recorded")
@@ -203,7 +208,8 @@ class _Recorded:
     def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
         for recorded, new in zip(self.inputs, self._inputs(idx, cache), strict=True):
             recorded.copy_(new)
-        self.graph.replay()
+        with torch.cuda.device(idx.device):
+            self.graph.replay()
         return self.logits
 
     @staticmethod

@@ -22,7 +22,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.types import Receive, Scope, Send
 
 from gpt_lightning.inference.engine import Busy, Engine
@@ -68,6 +68,11 @@ class Completion(BaseModel):
     logit_bias: None = None
     logprobs: None = None
     suffix: None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, body: Any) -> Any:
+        return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
 
 
 SETTINGS = {"max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "seed"}

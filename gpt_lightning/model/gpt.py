@@ -265,23 +265,23 @@ class GPT(nn.Module):
         return loss.view_as(targets) if reduction == "none" else loss
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
-        """Trainable numbers, tied ones counted once; without the position and token tables if asked."""
+        """Numbers, tied ones counted once; without the position and token tables if asked."""
         total = sum(p.numel() for p in self.parameters())
         if not embeddings:
             total -= self.transformer.wpe.weight.numel()
             total -= 0 if self.config.tie_weights else self.transformer.wte.weight.numel()
         return total
 
-    def flops_per_token(self) -> int:
+    def flops_per_token(self, length: int | None = None) -> int:
         """Floating-point operations per token of a training step, forward and backward.
 
         6 for each parameter in a matrix product (the head among them) and 12 * C * T per layer for
-        attention's scores, counted without the causal half, as in the PaLM paper, appendix B.
+        attention's scores, counted without the causal half, as in the PaLM paper, appendix B. T is
+        `length`, in tokens; None takes block_size.
         """
         config = self.config
-        return (
-            6 * self.num_parameters(embeddings=False)
-            + 12 * config.n_layer * config.n_embd * config.block_size
+        return 6 * self.num_parameters(embeddings=False) + 12 * config.n_layer * config.n_embd * (
+            length or config.block_size
         )
 
 

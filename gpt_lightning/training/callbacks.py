@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import re
-import resource
 import sys
 import time
 from pathlib import Path
@@ -24,17 +23,24 @@ from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.model.gpt import GPT
 from gpt_lightning.training.module import LanguageModel
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 log = logging.getLogger(__name__)
 
 SECTION = re.compile(r"## Step (\d+)\n")  # heading of a sample in samples.md
 
 
 def memory_gib(device: torch.device) -> float:
-    """Most memory in use so far, in GiB: the accelerator's, or this process's resident memory."""
+    """Memory in GiB: the most so far on a CUDA device or of this process, what is taken now on MPS."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 2**30
+    if resource is None:
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage: bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
@@ -102,8 +108,7 @@ class StepMetrics(Callback):
         step = trainer.global_step
         due = stepped and (step % self.every_steps == 0 or step == 1)
         if due:
-            loss = float(trainer.strategy.reduce(pl_module.train_loss.clone(), reduce_op="mean"))  # waits for
-            norm = float(pl_module.grad_norm)  # the device
+            loss, norm = pl_module.mean_train_loss(), float(pl_module.grad_norm)  # waits for the device
         self._seconds += time.perf_counter() - self._started
         self._steps += stepped
         if not due:
@@ -120,7 +125,6 @@ class StepMetrics(Callback):
         }
         self.seconds, self.steps = self.seconds + self._seconds, self.steps + self._steps
         self._seconds, self._steps = 0.0, 0
-        pl_module.log("train/loss", loss, logger=False)  # for callbacks that monitor it
         for logger in trainer.loggers:
             logger.log_metrics(self.latest, step=step)
 
@@ -142,10 +146,7 @@ class Stop(Callback):
             trainer.should_stop = True  # Lightning then validates once more before it leaves
         if self.target_loss is None:
             return
-        loss, step = (
-            float(trainer.strategy.reduce(pl_module.train_loss.clone(), reduce_op="mean")),
-            trainer.global_step,
-        )
+        loss, step = pl_module.mean_train_loss(), trainer.global_step
         if loss <= self.target_loss:
             log.info("training loss %.4f reached the target %g at step %d", loss, self.target_loss, step)
             trainer.should_stop = True

@@ -42,11 +42,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            directory = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)  # the new name, too, survives a power cut
-            finally:
-                os.close(directory)
+            if os.name == "posix":  # Windows does not open folders
+                directory = os.open(path.parent, os.O_RDONLY)
+                try:
+                    os.fsync(directory)  # the new name, too, survives a power cut
+                finally:
+                    os.close(directory)
         except (OSError, RuntimeError) as error:
             # torch covers an error of the file by one of its own
             reason = error if isinstance(error, OSError) else error.__context__

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.model.gpt import IGNORE
-from gpt_lightning.training.optimizers import OptimizerFactory, decay_groups
+from gpt_lightning.training.optimizers import OptimizerFactory, decay_groups, matrix_names
 
 Schedule = Callable[[int], float]  # optimizer steps done -> factor of the peak learning rate
 
@@ -42,6 +42,7 @@ class LanguageModel(pl.LightningModule):
         look: Called before each optimizer step, when its loss and gradient are known and not yet clipped.
         metrics: What the last validation measured.
         best_val_loss: Lowest validation loss so far, in nats per token.
+        n_parameters: Numbers in the network, tied ones counted once, all shards together.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class LanguageModel(pl.LightningModule):
         self.register_buffer(
             "token_bytes", torch.from_numpy(np.asarray(tokenizers.token_bytes(tokenizer))), persistent=False
         )
-        self.register_buffer("_loss_sum", torch.zeros(()), persistent=False)
+        self.n_parameters = sum(p.numel() for p in net.parameters())
+        self._matrices = matrix_names(net)  # now, because a sharded parameter is flat
+        self._loss_sum = torch.zeros(())  # no buffer: it stays in 32 bits where the weights do not
         self.train_loss, self.grad_norm = torch.tensor(math.nan), torch.tensor(math.nan)
         self.lr = math.nan
         self.look: Callable[[], None] = lambda: None
@@ -72,9 +75,9 @@ class LanguageModel(pl.LightningModule):
         self._sums: Tensor | None = None
 
     token_bytes: Tensor
-    _loss_sum: Tensor
 
     def on_train_start(self) -> None:
+        self._loss_sum = torch.zeros((), device=self.device)
         if self.global_rank > 0:  # the ranks began with one seed for the weights; their dropout must differ
             torch.manual_seed(torch.initial_seed() + self.global_rank)
 
@@ -101,7 +104,7 @@ class LanguageModel(pl.LightningModule):
             nn.utils.clip_grads_with_norm_(self.parameters(), limit, self.grad_norm)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(decay_groups(self.net))
+        optimizer = self.optimizer(decay_groups(self.net, self._matrices))
         scheduler = LambdaLR(optimizer, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -110,12 +113,11 @@ class LanguageModel(pl.LightningModule):
         """Floating-point operations of one micro-batch, forward and backward, for Lightning's monitor."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         tokens = data.tokens_per_step // (self.trainer.accumulate_grad_batches * self.trainer.world_size)
-        return tokens * self.net.flops_per_token()  # type: ignore[operator]
+        return tokens * self.net.flops_per_token(data.block_size)  # type: ignore[operator]
 
     def on_validation_epoch_start(self) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64 if self.device.type != "mps" else torch.float32).to(
-            self.device
-        )
+        place = "cpu" if self.device.type == "mps" else self.device  # which has no 64 bits
+        self._sums = torch.zeros(3, dtype=torch.float64, device=place)
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
         idx, targets = batch
@@ -123,7 +125,9 @@ class LanguageModel(pl.LightningModule):
         counted = targets != IGNORE
         n_bytes = self.token_bytes[targets.clamp(min=0)] * counted  # (B, T)
         assert self._sums is not None
-        self._sums += torch.stack([nats.double().sum(), counted.sum(), n_bytes.sum()]).to(self._sums)
+        kind = torch.float32 if self.device.type == "mps" else torch.float64
+        sums = torch.stack([nats.to(kind).sum(), counted.sum().to(kind), n_bytes.sum().to(kind)])
+        self._sums += sums.to(self._sums)
 
     def on_validation_epoch_end(self) -> None:
         assert self._sums is not None
@@ -135,16 +139,21 @@ class LanguageModel(pl.LightningModule):
             "val/bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else math.nan,
         }
         self.best_val_loss = min(self.best_val_loss, loss)
-        self.log_dict(self.metrics, logger=False, sync_dist=False, rank_zero_only=False)
+        monitored = {**self.metrics, "train/loss": self.mean_train_loss()}
+        self.log_dict(monitored, logger=False, sync_dist=False, rank_zero_only=False)
         if not self.trainer.sanity_checking:
             for logger in self.trainer.loggers:
                 logger.log_metrics(self.metrics, step=self.global_step)
+
+    def mean_train_loss(self) -> float:
+        """`train_loss` over all ranks, which all have to call this."""
+        return float(self.trainer.strategy.reduce(self.train_loss.clone().to(self.device), reduce_op="mean"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokenizer"] = tokenizers.to_state(self.tokenizer)
         checkpoint["progress"] = {
             "step": self.global_step,
-            "train_loss": float(self.train_loss),
+            "train_loss": self.mean_train_loss(),
             "best_val_loss": self.best_val_loss,
             "lr": self.lr,
             "metrics": dict(self.metrics),

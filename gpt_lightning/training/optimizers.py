@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,19 +11,31 @@ from torch import nn
 from torch.optim import Optimizer
 
 ParamGroups = list[dict[str, Any]]
+SHARDED = "_fsdp_wrapped_module."  # what FSDP puts into names
 OptimizerFactory = Callable[[ParamGroups], Optimizer]
 
 
-def decay_groups(module: nn.Module) -> ParamGroups:
+def matrix_names(module: nn.Module) -> set[str]:
+    """Names of the parameters with two dimensions or more."""
+    return {name for name, parameter in module.named_parameters() if parameter.dim() >= 2}
+
+
+def decay_groups(module: nn.Module, matrices: Collection[str] | None = None) -> ParamGroups:
     """Two parameter groups: matrices, which decay as the optimizer says, and the rest, which never does.
 
     Parameters with requires_grad=False are left out.
+
+    Args:
+        module: The network.
+        matrices: Names of its matrices from before it was sharded, which makes parameters flat; None looks.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    groups: ParamGroups = [
-        {"params": [p for p in parameters if p.dim() >= 2]},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},  # biases, LayerNorm gains
-    ]
+    matrices = matrix_names(module) if matrices is None else matrices
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []  # biases and LayerNorm gains
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (decay if name.replace(SHARDED, "") in matrices else rest).append(parameter)
+    groups: ParamGroups = [{"params": decay}, {"params": rest, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 

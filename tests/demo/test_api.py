@@ -75,6 +75,14 @@ def test_prompts_and_samples_come_in_order(client: Any, checkpoint: Path) -> Non
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 36)
 
 
+def test_null_is_the_default_of_every_key(server: Any) -> None:
+    given = {"prompt": "a", "max_tokens": 4, "seed": 1}
+    nulls = {"n": None, "stream": None, "temperature": None, "stop": None, "echo": None, "logprobs": None}
+    plain, with_nulls = (ask(server, "POST", "/v1/completions", body) for body in (given, {**given, **nulls}))
+    assert (plain[0], with_nulls[0]) == (200, 200)
+    assert json.loads(with_nulls[1])["choices"] == json.loads(plain[1])["choices"]
+
+
 def test_two_requests_without_a_seed_differ(client: Any) -> None:
     texts = {client.completions.create(model="letters", prompt="").choices[0].text for _ in range(2)}
     assert len(texts) == 2
