@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from support import ROOT, SHARED
 
+from gpt_lightning.build import build_schedule
 from gpt_lightning.checks import check
-from gpt_lightning.config import CONF, build
+from gpt_lightning.config import CONF, build, detect_device
+from gpt_lightning.data.datamodule import split_batch
 
 GROUPS = (
     "model",
@@ -72,10 +75,10 @@ def parameters(*overrides: str, vocab_size: int = GPT2_VOCABULARY) -> int:
 
 @pytest.mark.parametrize(
     ("experiment", "count"),
-    [("shakespeare_target_loss", 51_237_888), ("shakespeare_gpt2_small_amp", 124_475_904)],
+    [("shakespeare_target_loss model=target_cuda", 51_237_888), ("shakespeare_gpt2_small_amp", 124_475_904)],
 )
 def test_preset_has_the_published_number_of_parameters(experiment: str, count: int) -> None:
-    assert parameters(f"experiment={experiment}") == count
+    assert parameters(*f"experiment={experiment}".split()) == count
 
 
 @pytest.mark.parametrize(
@@ -99,12 +102,135 @@ def test_all_published_systems_have_a_preset() -> None:
     }  # fmt: skip
 
 
+Published = dict[str, Any]
+
+
+def shape(n_layer: int, n_head: int, n_embd: int, block_size: int) -> Published:
+    sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": block_size}
+    return {f"model.{key}": size for key, size in sizes.items()}
+
+
+def batches(micro_batch_size: int, accumulation: int) -> Published:
+    return {
+        "data.batch_size": micro_batch_size * accumulation,
+        "device.micro_batch_size": micro_batch_size,
+        "accumulation": accumulation,
+    }
+
+
+# What their authors published, by the keys of the configuration. Beside these: accumulation, and the rates of
+# the first step and at the end of the schedule.
+TARGET_LOSS: Published = {
+    "target_loss": 0.099999, "tokenizer": "GPT2", "scheduler": "cosine", "optimizer.lr": 3e-4,
+    "first_rate": 3e-7, "scheduler.warmup_steps": 1000, "trainer.max_steps": 100_000,
+    "trainer.log_every_steps": 50,
+}  # fmt: skip
+GPT2_SMALL: Published = {
+    **shape(12, 12, 768, 1024), **batches(16, 1), "vocabulary": 50_257, "model.tie_weights": True,
+    "tokenizer": "GPT2", "data.sequence_length": 128, "data.shuffle": False, "scheduler": "cosine",
+    "optimizer.lr": 6e-4, "optimizer.weight_decay": 0.1, "scheduler.warmup_steps": 100,
+    "trainer.max_steps": 5000, "trainer.clip_norm": 1.0,
+}  # fmt: skip
+GPT2_SMALL_AMP: Published = {
+    **shape(12, 12, 768, 1024), **batches(8, 4), "vocabulary": 50_304, "block": 7_087_872,
+    "tokenizer": "GPT2", "device.precision": "bf16-mixed", "device.matmul_precision": "high",
+    "optimizer.fused": True, "scheduler": "cosine", "optimizer.lr": 1e-3, "last_rate": 1e-4,
+    "scheduler.warmup_steps": 100, "trainer.max_steps": 500, "trainer.clip_norm": 1.0,
+}  # fmt: skip
+BPE: Published = {
+    **batches(16, 4), "tokenizer": "BPE", "model.tie_weights": True, "scheduler": "cosine",
+    "optimizer.lr": 3e-4, "trainer.max_steps": None, "trainer.max_epochs": 10, "trainer.clip_norm": 1.0,
+    "trainer.log_every_steps": 100, "trainer.val_every_steps": 500, "trainer.save_every_steps": 1000,
+    "trainer.snapshot_every_steps": 1000,
+}  # fmt: skip
+TINYSTORIES: Published = {
+    **batches(8, 1), "vocabulary": 50_257, "tokenizer": "GPT2", "model.dropout": 0.1, "model.qkv_bias": False,
+    "model.tie_weights": False, "optimizer.lr": 5e-4, "optimizer.weight_decay": 0.1,
+    "trainer.max_steps": None, "trainer.max_epochs": 20, "data.shuffle": True, "data.drop_last": True,
+    "data.name": "roneneldan/TinyStories", "data.val_split": None, "data.val_fraction": 0.1,
+}  # fmt: skip
+CHARACTERS: Published = {
+    "tokenizer": "Char", "scheduler": "cosine", "optimizer.lr": 1e-3, "last_rate": 1e-4,
+    "scheduler.warmup_steps": 100,
+}  # fmt: skip
+PUBLISHED: list[tuple[str, Published]] = [
+    ("shakespeare_target_loss model=target_cuda", {**TARGET_LOSS, **shape(8, 8, 512, 512), **batches(8, 4)}),
+    ("shakespeare_target_loss model=target_mps", {**TARGET_LOSS, **shape(6, 6, 384, 128), **batches(4, 4)}),
+    ("shakespeare_target_loss model=target_cpu", {**TARGET_LOSS, **shape(6, 6, 384, 256), **batches(4, 4)}),
+    ("shakespeare_gpt2_small", GPT2_SMALL),
+    ("shakespeare_gpt2_small_amp", GPT2_SMALL_AMP),
+    ("bpe_from_scratch", {**BPE, **shape(12, 12, 768, 1024), "feed_forward": 3072}),
+    ("bpe_from_scratch model=bpe_small", {**BPE, **shape(6, 8, 512, 1024), "feed_forward": 2048}),
+    ("bpe_from_scratch model=bpe_large", {**BPE, **shape(24, 16, 1024, 1024), "feed_forward": 4096}),
+    ("tinystories_124m", {**TINYSTORIES, **shape(12, 12, 768, 256)}),
+    ("tinystories_124m model=tinystories_small", {**TINYSTORIES, **shape(6, 6, 384, 128)}),
+    ("tinystories_124m model=tinystories_large", {**TINYSTORIES, **shape(24, 16, 1024, 512)}),
+    (
+        "nanogpt_shakespeare_char",
+        {**CHARACTERS, **shape(6, 6, 384, 256), **batches(64, 1), "trainer.max_steps": 5000},
+    ),
+    (
+        "nanogpt_shakespeare_char_cpu",
+        {**CHARACTERS, **shape(4, 4, 128, 64), **batches(12, 1), "trainer.max_steps": 2000},
+    ),
+]
+
+
+def measured(cfg: DictConfig, key: str) -> Any:
+    """What a configuration makes of a key, or of what follows from several."""
+    net: Any = None
+    if key in ("vocabulary", "feed_forward", "block"):
+        with torch.device("meta"):
+            net = build(cfg.model)
+    match key:
+        case "accumulation":
+            return split_batch(cfg.data.batch_size, cfg.device.micro_batch_size, 1)[1]
+        case "tokenizer" | "scheduler":
+            return cfg[key]._target_.rsplit(".", 1)[1]
+        case "first_rate":
+            return cfg.optimizer.lr * build_schedule(cfg)(0)
+        case "last_rate":
+            return cfg.optimizer.lr * build_schedule(cfg)(cfg.trainer.max_steps)
+        case "vocabulary":
+            return net.transformer.wte.num_embeddings
+        case "feed_forward":
+            return net.transformer.h[0].mlp.c_fc.out_features
+        case "block":
+            return sum(p.numel() for p in net.transformer.h[0].parameters())
+    return OmegaConf.select(cfg, key, throw_on_missing=True)
+
+
+@pytest.mark.parametrize(("overrides", "published"), PUBLISHED, ids=[name for name, _ in PUBLISHED])
+def test_preset_has_the_published_settings(overrides: str, published: Published) -> None:
+    cfg = composed(*f"experiment={overrides}".split(), f"model.vocab_size={GPT2_VOCABULARY}")
+    found = {key: measured(cfg, key) for key in published}
+    assert found == pytest.approx(published)
+
+
+@pytest.fixture(params=["cuda", "mps", "cpu"])
+def detected(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A machine with this device, as far as the configuration can tell."""
+    OmegaConf.register_new_resolver("detect_device", lambda: request.param, replace=True)
+    yield request.param
+    OmegaConf.register_new_resolver("detect_device", detect_device, replace=True)
+
+
+def test_size_of_the_target_loss_follows_the_device_unless_it_is_chosen(detected: str) -> None:
+    sizes = {"cuda": (8, 512, 512), "mps": (6, 384, 128), "cpu": (6, 384, 256)}
+    for choice, expected in (([], detected), (["model=target_cuda"], "cuda"), (["model=target_cpu"], "cpu")):
+        cfg = composed("experiment=shakespeare_target_loss", *choice)
+        assert cfg.device.accelerator == detected
+        assert (cfg.model.n_layer, cfg.model.n_embd, cfg.model.block_size) == sizes[expected]
+        assert cfg.data.batch_size == 4 * cfg.device.micro_batch_size == (32 if expected == "cuda" else 16)
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_preset_says_what_it_reproduces_needs_and_promises(experiment: str) -> None:
     lines = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()
-    head = "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
-    for word in ("Needs:", "Published:"):
-        assert word in head
+    head = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    words = [found[1] for line in head if (found := re.match(r"# ([A-Z]\w+): \S", line))]
+    reproduces = [] if experiment == "finetune_gpt2" else ["Reproduces"]  # which nobody published
+    assert words == [*reproduces, "Needs", "Published"]
 
 
 SHRINK = [
@@ -129,21 +255,32 @@ def data_for(experiment: str, folder: Path, small_text: Path) -> list[str]:
     return [f"data.path={small_text}"]
 
 
+@pytest.fixture
+def gpt2_tokenizer(monkeypatch: pytest.MonkeyPatch) -> Callable[[DictConfig], None]:
+    """Make GPT-2's tokenizer available without a download, where a configuration needs it."""
+
+    def provide(cfg: DictConfig) -> None:
+        if not cfg.tokenizer._target_.endswith("GPT2"):
+            return
+        cached = os.environ.get("TIKTOKEN_CACHE_DIR") or str(SHARED / "tiktoken_cache")
+        if not Path(cached).is_dir():
+            pytest.skip("needs ../shared/tiktoken_cache or TIKTOKEN_CACHE_DIR")
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", cached)
+
+    return provide
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_preset_trains_a_step(
     experiment: str,
     call: Callable[..., Any],
     small_text: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    gpt2_tokenizer: Callable[[DictConfig], None],
 ) -> None:
     cfg = composed(f"experiment={experiment}")
+    gpt2_tokenizer(cfg)
     shrink = [o for o in SHRINK if not (experiment.startswith("finetune") and o.startswith("model."))]
-    if cfg.tokenizer._target_.endswith("GPT2"):
-        cached = os.environ.get("TIKTOKEN_CACHE_DIR") or str(SHARED / "tiktoken_cache")
-        if not Path(cached).is_dir():
-            pytest.skip("needs ../shared/tiktoken_cache or TIKTOKEN_CACHE_DIR")
-        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", cached)
     if cfg.tokenizer.get("vocab_size"):
         shrink = [*shrink, "tokenizer.vocab_size=300"]
     if cfg.data.sequence_length:
@@ -154,6 +291,28 @@ def test_preset_trains_a_step(
     assert summary["status"] == "finished"
     assert summary["steps"] == 1
     assert summary["val_loss"] > 0
+
+
+TINY_SHAKESPEARE = SHARED / "data" / "tinyshakespeare" / "input.txt"
+
+
+@pytest.mark.parametrize("overrides", [*EXPERIMENTS, "shakespeare_target_loss model=target_cuda"])
+def test_preset_can_be_planned_as_it_is(
+    overrides: str,
+    call: Callable[..., Any],
+    tmp_path: Path,
+    gpt2_tokenizer: Callable[[DictConfig], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing in it contradicts itself or needs more text than there is: a preset is run as it stands."""
+    arguments = f"experiment={overrides}".split()
+    gpt2_tokenizer(composed(*arguments))
+    text = TINY_SHAKESPEARE if TINY_SHAKESPEARE.exists() else ROOT / "input.txt"
+    call("plan", *arguments, *data_for(overrides, tmp_path, text))
+    out = capsys.readouterr().out
+    assert re.search(r"^ +learning rate  [▁-█]{48}  ", out, re.M)
+    if overrides.endswith("target_cuda") and text == TINY_SHAKESPEARE:
+        assert "(656 windows)" in out  # 82 batches of 8 × 512 tokens, as published
 
 
 def test_every_key_of_the_configuration_resolves() -> None:
