@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
@@ -50,6 +51,7 @@ HARMLESS = (
     "time_limit",
 )
 HYDRA = ".hydra"  # folder of a run directory
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # not 0 in all processes of a run but one
 
 
 def resume_arguments(arguments: list[str]) -> list[str]:
@@ -61,13 +63,16 @@ def resume_arguments(arguments: list[str]) -> list[str]:
         arguments: As in sys.argv[1:]. Without a run to resume they come back as they are.
 
     Raises:
-        ConfigError: If there is no such run.
+        ConfigError: If there is no such run, or if a new one would overwrite what is there.
     """
     wanted, directory = _value(arguments, "resume"), _value(arguments, "hydra.run.dir")
     rewritten = "hydra.output_subdir=null" in arguments  # in a process that another rank started
     if wanted is None and directory and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
         wanted = directory if (Path(directory) / HYDRA / "overrides.yaml").is_file() else None
-    if rewritten or wanted in (None, "null", ""):
+    if rewritten:
+        return arguments
+    if wanted in (None, "null", ""):
+        _check_free(arguments, directory)
         return arguments
     if {"-m", "--multirun"} & set(arguments):
         raise ConfigError("resume= continues one run; it cannot be combined with -m")
@@ -91,6 +96,25 @@ def resume_arguments(arguments: list[str]) -> list[str]:
     go_to(hydra.runtime.cwd)
     quoted = verbatim("resume", "hydra.run.dir")([f"{key}{folder}" for key in ours])
     return [*flags, *before, *given, *quoted, "hydra.output_subdir=null"]
+
+
+def _check_free(arguments: list[str], directory: str | None) -> None:
+    """Refuse a run directory that holds a run, here, because Hydra writes into it before all of our code.
+
+    What ended before it trained, as with a wrong value, has nothing to lose. Of many ranks only the first one
+    judges: for the others, it may have begun already.
+    """
+    flags, _ = get_args_parser().parse_known_args(arguments)
+    shows = flags.cfg or flags.help or flags.hydra_help or flags.info or flags.shell_completion
+    sweeps = flags.multirun or "hydra.mode=MULTIRUN" in arguments
+    if directory is None or shows or sweeps or any(os.environ.get(name, "0") != "0" for name in RANKS):
+        return
+    folder = Path(directory)
+    trained = (folder / "summary.json").exists() or (folder / "checkpoints").exists()
+    if trained and (folder / HYDRA / "overrides.yaml").is_file():
+        raise ConfigError(
+            f"hydra.run.dir={directory} holds a run; go on with resume={directory} or name another directory"
+        )
 
 
 def _value(arguments: list[str], key: str) -> str | None:

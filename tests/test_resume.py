@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from zygote import Process, Zygote
 
 from gpt_lightning.inference.pretrained import read_checkpoint
+from gpt_lightning.resume import resume_arguments
 from gpt_lightning.training.loggers import Row, read_metrics
 
 STEPS = 80
@@ -426,6 +427,41 @@ def test_what_would_change_a_run_is_refused_and_the_rest_allowed(
     assert equal(a["state_dict"], b["state_dict"])
     out = resume(zygote, run)
     assert out == f"the run in {run} is finished; there is nothing to resume\n"
+
+
+def test_second_run_in_a_directory_is_refused_and_touches_nothing(
+    call: Callable[..., Any],
+    tiny: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = tmp_path / "run"
+
+    def refused(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            call("train", *arguments)
+        assert stop.value.code == 1
+        return capsys.readouterr().err
+
+    assert "optimizer.lr=-1" in refused(*tiny, "optimizer.lr=-1")  # which trains nothing, so the next may
+    call("train", *tiny, "logger=none", "callbacks.samples=null")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    monkeypatch.chdir(tmp_path)
+    for arguments in ([*tiny, "seed=2"], [*tiny, "hydra.run.dir=run"]):
+        named = arguments[-1] if arguments[-1] == "hydra.run.dir=run" else f"hydra.run.dir={run}"
+        assert refused(*arguments) == (
+            f"error: {named} holds a run; go on with resume={named.partition('=')[2]} "
+            "or name another directory\n"
+        )
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    for flags in (["--cfg", "job"], ["-c=job"], ["--help"], ["--info", "config"], ["-m"]):
+        assert resume_arguments([*tiny, *flags]) == [*tiny, *flags]
+    for rank in ("LOCAL_RANK", "SLURM_PROCID"):  # the first rank may have made it
+        monkeypatch.setenv(rank, "1")
+        assert resume_arguments(tiny) == tiny
+        monkeypatch.setenv(rank, "0")
+        assert "holds a run" in refused(*tiny)
 
 
 def test_validations_at_other_steps_do_not_change_the_weights(
