@@ -23,6 +23,7 @@ import hydra
 import hydra._internal.utils
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -227,6 +228,8 @@ def entry_point(
         arguments: Rewrites the command line before Hydra reads it.
     """
 
+    failed: list[str] = []  # jobs of a sweep whose errors were told
+
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], Any]:
         @functools.wraps(task)
         def guarded(cfg: DictConfig) -> Any:
@@ -236,12 +239,19 @@ def entry_point(
                 return task(cfg)
             except Exception as error:
                 _to_log_files(error)
-                _fail(error)  # here, because outside, Hydra adds a line of its own
+                job = HydraConfig.get()
+                if job.mode != RunMode.MULTIRUN:
+                    _fail(error)  # here, because outside, Hydra adds a line of its own
+                if _tells(error):
+                    print(f"error: {one_line(error)}; job {job.job.num} of the sweep fails", file=sys.stderr)
+                    failed.append(str(job.job.num))
+                raise  # the launcher goes on with the other jobs
 
         command = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)
 
         @functools.wraps(task)
         def main() -> Any:
+            failed.clear()
             logging.raiseExceptions = False  # a log on a full disk is not worth a traceback per line
             hydra._internal.utils.run_and_report = lambda func: func()  # which prints several lines
             try:
@@ -251,6 +261,9 @@ def entry_point(
             except KeyboardInterrupt:
                 raise SystemExit(130) from None  # as a shell has it
             except Exception as error:
+                if failed and _tells(error):
+                    jobs = f"job{'s' * (len(failed) > 1)} {', '.join(failed)}"
+                    error = ConfigError(f"{jobs} of the sweep failed; the reasons are above")
                 _fail(_wrong_choice(error) or error)
 
         return main
@@ -288,10 +301,15 @@ def verbatim(*keys: str) -> Callable[[list[str]], list[str]]:
     return lambda arguments: [quote(argument) for argument in arguments]
 
 
+def _tells(error: Exception) -> bool:
+    """Whether one line says it all: of what a user can mend, unless the traceback is asked for."""
+    users = isinstance(error, _user_errors()) or lacks_memory(error)
+    return users and not os.environ.get("HYDRA_FULL_ERROR")
+
+
 def _fail(error: Exception) -> NoReturn:
     """End with one line for what a user can mend, with the traceback for everything else."""
-    users = isinstance(error, _user_errors()) or lacks_memory(error)
-    if os.environ.get("HYDRA_FULL_ERROR") or not users:
+    if not _tells(error):
         raise error
     print(f"error: {one_line(error)}", file=sys.stderr)
     raise SystemExit(1) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -38,6 +39,21 @@ def test_full_error_shows_the_traceback(command: Callable[..., Any], tiny: list[
     result = command("train", *tiny, "trainer.max_steps=0", env={**os.environ, "HYDRA_FULL_ERROR": "1"})
     assert result.returncode == 1
     assert "Traceback" in result.stderr
+
+
+def test_wrong_job_of_a_sweep_is_told_and_the_others_train(
+    command: Callable[..., Any], tiny: list[str], tmp_path: Path
+) -> None:
+    options = [option for option in tiny if not option.startswith("hydra.run.dir")]
+    jobs = ["optimizer.lr=1e-3,-1,3e-3", "hydra.sweep.dir=sweep", "logger=none", "callbacks.samples=null"]
+    result = command("train", "-m", *options, *jobs)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stdout + result.stderr
+    first, *_, last = result.stderr.splitlines()
+    assert re.fullmatch(r"error: optimizer\.lr=-1 must be .*; job 1 of the sweep fails", first)
+    assert last == "error: job 1 of the sweep failed; the reasons are above"
+    trained = {job: (tmp_path / "sweep" / job / "summary.json").exists() for job in ("0", "1", "2")}
+    assert trained == {"0": True, "1": False, "2": True}
 
 
 @pytest.mark.parametrize("flag", ["--help", "--cfg=job"])
