@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
 import logging
 import sys
@@ -147,9 +148,14 @@ def build_loggers(cfg: DictConfig, resume_step: int | None) -> list[Any]:
     for key, node in cfg.logger.items():
         if node is None:
             continue
-        tensorboard = str(node.get("_target_", "")).endswith("TensorBoardLogger")
-        purge = {"purge_step": resume_step + 1} if tensorboard and resume_step is not None else {}
-        loggers.append(build(node, f"logger.{key}", **purge))
+        target = str(node.get("_target_", "")).rpartition(".")[2]
+        more: dict[str, Any] = {}
+        if target == "TensorBoardLogger" and resume_step is not None:
+            more = {"purge_step": resume_step + 1}
+        if target == "WandbLogger":  # a resumed run is the same run there
+            name = hashlib.blake2b(str(Path(cfg.paths.run).resolve()).encode(), digest_size=8).hexdigest()
+            more = {"version": name, "resume": "allow"}
+        loggers.append(build(node, f"logger.{key}", **more))
     return loggers
 
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import csv
+import os
+import sqlite3
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from gpt_lightning.training.loggers import MetricsCSV, read_metrics
 
@@ -60,3 +65,20 @@ def test_nan_survives_the_way_to_disk(tmp_path: Path) -> None:
     row = read_metrics(tmp_path / "m.csv")[0]
     assert row["a"] != row["a"]
     assert row["b"] == float("inf")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("logger", ["wandb", "mlflow"])
+@pytest.mark.filterwarnings("ignore")  # of the services' own packages
+def test_services_get_the_metrics(logger: str, tiny: list[str], command: Any, tmp_path: Path) -> None:
+    pytest.importorskip(logger, reason=f"the extra {logger} is not installed")
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    result = command("train", *tiny, f"logger={logger}", env=environment)
+    assert result.returncode == 0, result.stderr
+    if logger == "mlflow":
+        database = sqlite3.connect(tmp_path / "run" / "mlflow.db")
+        question = "select step from metrics where key = 'train/loss' order by step"
+        assert [step for (step,) in database.execute(question)] == list(range(1, 9))
+        database.close()
+    else:
+        assert list(tmp_path.glob("run/wandb/offline-run-*/*.wandb"))
