@@ -113,7 +113,7 @@ class TextFiles:
     def _characters(self) -> int | None:
         """Length of the text if each split is in one text without documents, else None."""
         lengths = []
-        for files in self._files.values():
+        for files in self._files.values() if self.val_path else [self._files["train"]]:
             if len(files) > 1 or _kind(files[0]) != "text":
                 return None
             lengths.append(_count_characters(files[0], self.separator))
