@@ -6,7 +6,7 @@ import logging
 import os
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from gpt_lightning.build import windows
 from gpt_lightning.config import ConfigError, build
@@ -16,6 +16,19 @@ log = logging.getLogger(__name__)
 GIB = 2**30
 ENOUGH = 32  # sequences in a micro-batch where memory is not what limits it
 FOUND = "GPT_LIGHTNING_MICRO_BATCH_SIZE"  # tells further ranks what the first one found
+
+
+def device_count(cfg: DictConfig) -> int:
+    """How many devices share a batch, over all nodes."""
+    import torch
+
+    devices, accelerator = cfg.device.devices, cfg.device.accelerator
+    if devices == "auto":
+        on_cuda = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
+        devices = max(1, torch.cuda.device_count()) if on_cuda else 1
+    elif OmegaConf.is_list(devices):
+        devices = len(devices)
+    return int(devices * cfg.trainer.num_nodes)
 
 
 def memory_estimate(
@@ -62,20 +75,25 @@ def find_micro_batch(cfg: DictConfig, devices: int) -> int:
     """What device.micro_batch_size=auto stands for: the largest that fits and divides the batch evenly.
 
     Raises:
-        ConfigError: If not even one sequence fits, or if ranks that know nothing of each other would search.
+        ConfigError: If not even one sequence fits, if ranks that know nothing of each other would search, or
+            if the weights are sharded, which one device cannot try out.
     """
     from gpt_lightning.training.micro_batch import largest_that_fits, sizes_of
 
+    if "fsdp" in str(cfg.trainer.strategy).lower():
+        raise ConfigError("device.micro_batch_size=auto cannot try out trainer=fsdp; give a number")
     share = max(1, cfg.data.batch_size // devices)
     if cfg.device.accelerator != "cuda":
         return sizes_of(share, ENOUGH)[-1]
-    if FOUND in os.environ:
+    if FOUND in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":  # the first one is in a new run
         return int(os.environ[FOUND])
     if devices > 1 and {"SLURM_PROCID", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
         raise ConfigError(
             "device.micro_batch_size=auto needs one command that starts all ranks; give a number"
         )
-    settings: dict[str, Any] = {"device": "cuda", "precision": str(cfg.device.precision)}
+    listed = OmegaConf.is_list(cfg.device.devices)
+    device = f"cuda:{cfg.device.devices[0]}" if listed else "cuda"
+    settings: dict[str, Any] = {"device": device, "precision": str(cfg.device.precision)}
     size = largest_that_fits(
         lambda: build(cfg.model),
         build(cfg.optimizer),

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from gpt_lightning.build import build_net, build_schedule, prepare_data, rehearse, starting_point, windows
 from gpt_lightning.checks import check
 from gpt_lightning.config import entry_point
-from gpt_lightning.memory import ENOUGH, GIB, memory_estimate
+from gpt_lightning.memory import ENOUGH, GIB, device_count, memory_estimate
 
 
 def warnings_for(cfg: DictConfig, *, tokens: int, parameters: int, epochs: float) -> list[str]:
@@ -38,7 +38,8 @@ def preview(schedule: Callable[[int], float], lr: float, max_steps: int, *, widt
     bars = "▁▂▃▄▅▆▇█"
     steps = [round(i * (max_steps - 1) / (width - 1)) for i in range(width)]
     factors = [schedule(step) for step in steps]
-    line = "".join(bars[round(7 * factor)] for factor in factors)
+    # a schedule of the user's own may leave 0 … 1
+    line = "".join(bars[min(max(round(7 * factor), 0), 7)] for factor in factors)
     return f"{line}  {lr * factors[0]:.1e} → {lr * max(factors):.1e} → {lr * factors[-1]:.1e}"
 
 
@@ -50,7 +51,7 @@ def main(cfg: DictConfig) -> None:
 
     from gpt_lightning.data.datamodule import epoch_size, split_batch
 
-    devices = cfg.device.devices * cfg.trainer.num_nodes if isinstance(cfg.device.devices, int) else 1
+    devices = device_count(cfg)
     limit = ENOUGH if cfg.device.micro_batch_size == "auto" else cfg.device.micro_batch_size
     micro, accumulation = split_batch(cfg.data.batch_size, limit, devices)
     net, encoding = starting_point(cfg)

@@ -21,7 +21,7 @@ from gpt_lightning.build import (
 )
 from gpt_lightning.checks import check, duration
 from gpt_lightning.config import entry_point, git_revision, lacks_memory, versions
-from gpt_lightning.memory import find_micro_batch, out_of_memory
+from gpt_lightning.memory import device_count, find_micro_batch, out_of_memory
 from gpt_lightning.repeat import repeat_arguments
 from gpt_lightning.resume import check_unchanged, claimed, resume_arguments, status, warn_of_versions
 
@@ -51,8 +51,7 @@ def micro_batch_size(cfg: DictConfig, checkpoint: Path | None) -> int:
         return int(
             read_checkpoint(checkpoint, verify=False)["hyper_parameters"]["device"]["micro_batch_size"]
         )
-    devices = cfg.device.devices if isinstance(cfg.device.devices, int) else 1
-    return find_micro_batch(cfg, devices * cfg.trainer.num_nodes)
+    return find_micro_batch(cfg, device_count(cfg))
 
 
 @entry_point("train", arguments=lambda arguments: resume_arguments(repeat_arguments(arguments)))

@@ -13,9 +13,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from gpt_lightning import memory
+from gpt_lightning.config import ConfigError
 from gpt_lightning.inference.pretrained import read_checkpoint
-from gpt_lightning.memory import out_of_memory
+from gpt_lightning.memory import FOUND, device_count, find_micro_batch, out_of_memory
 from gpt_lightning.model.gpt import GPT, GPTConfig
+from gpt_lightning.plan import preview
+from gpt_lightning.training import micro_batch
 from gpt_lightning.training.micro_batch import largest_that_fits, sizes_of
 from gpt_lightning.training.optimizers import adamw
 
@@ -115,3 +119,72 @@ def test_auto_on_a_cpu_takes_a_usual_size_and_a_resumed_run_the_same(
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary | {"status": "interrupted"}))
     call("train", f"resume={tmp_path / 'run'}")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
+
+
+def shared(devices: Any, accelerator: str = "cuda", num_nodes: int = 1, strategy: Any = "auto") -> Any:
+    cfg = configuration(1, 8)
+    cfg.device.update({"devices": devices, "accelerator": accelerator})
+    cfg.trainer = {"num_nodes": num_nodes, "strategy": strategy}
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("devices", "accelerator", "num_nodes", "count"),
+    [
+        (2, "cpu", 1, 2),
+        (2, "cuda", 3, 6),
+        ([0, 3], "cuda", 1, 2),
+        ([0, 3], "cuda", 2, 4),
+        ("auto", "cuda", 2, 8),
+        ("auto", "auto", 1, 4),
+        ("auto", "cpu", 1, 1),
+        ("auto", "mps", 1, 1),
+    ],
+)
+def test_devices_are_counted_as_the_trainer_counts_them(
+    devices: Any, accelerator: str, num_nodes: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_count(shared(devices, accelerator, num_nodes)) == count
+
+
+def test_plan_shares_the_batch_among_listed_gpus(
+    call: Callable[..., Any], tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    call("plan", *tiny, "device.accelerator=cuda", "device.devices=[0,1]")
+    assert " = 4 sequences × 1 accumulated × 2 device(s) × 32 tokens" in capsys.readouterr().out
+
+
+def test_search_is_done_on_a_device_of_the_run_and_again_by_the_next_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[str] = []
+
+    def found(*_: Any, device: str, **__: Any) -> int:
+        tried.append(device)
+        return 4
+
+    monkeypatch.setattr(micro_batch, "largest_that_fits", found)
+    monkeypatch.setattr(memory, "build", lambda node: node)
+    for rank, size in ((None, 4), ("0", 4), ("1", 64)):  # further ranks take what the first one found
+        if rank is not None:
+            monkeypatch.setenv("LOCAL_RANK", rank)
+        cfg = shared([3, 1])
+        cfg.optimizer = {}
+        monkeypatch.setenv(FOUND, "64")  # for a first rank, that of the last job of a sweep
+        assert find_micro_batch(cfg, 2) == size
+    assert tried == ["cuda:3", "cuda:3"]
+
+
+@pytest.mark.parametrize(
+    "strategy", ["fsdp", {"_target_": "lightning.pytorch.strategies.FSDPStrategy", "state_dict_type": "full"}]
+)
+def test_search_does_not_try_out_what_several_devices_share(strategy: Any) -> None:
+    with pytest.raises(ConfigError, match="micro_batch_size=auto cannot try out trainer=fsdp; give a number"):
+        find_micro_batch(shared(2, strategy=strategy), 2)
+
+
+def test_preview_draws_a_schedule_beyond_its_bounds() -> None:
+    line = preview(lambda step: 2.0 - step, 1e-3, 4, width=4)
+    assert line == "██▁▁  2.0e-03 → 2.0e-03 → -1.0e-03"
