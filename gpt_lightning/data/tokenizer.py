@@ -7,8 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -190,12 +189,6 @@ def encode_array(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
             f"character {error.start} of the text is half a surrogate pair; remove it"
         ) from error
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
-def encode(encoding: tiktoken.Encoding, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
-    """Token ids of several texts, as `encode_array`, in parallel."""
-    with ThreadPoolExecutor(threads) as pool:
-        return [ids.tolist() for ids in pool.map(lambda text: encode_array(encoding, text), texts)]
 
 
 @functools.lru_cache(maxsize=16)

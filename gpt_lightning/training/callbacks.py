@@ -205,7 +205,7 @@ class Samples(Callback):
             return
         encoding = pl_module.tokenizer
         end = tokenizers.end_of_text(encoding)
-        ids = tokenizers.encode(encoding, [self.prompt], threads=1)[0] if self.prompt else []
+        ids = tokenizers.encode_array(encoding, self.prompt).tolist() if self.prompt else []
         new = generate(pl_module.net, [[end, *ids]], self.settings, seed=self.seed, stop_ids=(end,))[0]
         self.latest = encoding.decode([*ids, *(token for token in new if token != end)])
         if self.show:

@@ -56,7 +56,7 @@ def encoding(request) -> tiktoken.Encoding:
 
 
 def ids_of(encoding: tiktoken.Encoding, text: str) -> list[int]:
-    return tokenizers.encode(encoding, [text])[0]
+    return tokenizers.encode_array(encoding, text).tolist()
 
 
 # -- each tokenizer ----------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def test_char_knows_the_characters_of_both_splits_and_names_one_it_lacks():
     assert ids_of(encoding, "c漢\nab") == [7, 8, 0, 5, 6]  # in \n - \ ] ^ a b c 漢
     for unknown, shown in [("ü", "'ü' (U+00FC)"), ("\r", r"'\r' (U+000D)"), ("[", "'[' (U+005B)")]:
         with pytest.raises(ValueError, match="tokenizer=char has no token for") as caught:
-            tokenizers.encode(encoding, ["ab", f"a{unknown}b"], threads=2)
+            ids_of(encoding, f"a{unknown}b")
         assert shown in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -194,11 +194,6 @@ def test_a_million_white_space_characters_are_learned_from_and_encoded():
 def test_lone_surrogate_is_refused_in_one_line(encoding):
     with pytest.raises(ValueError, match=r"character 1 of the text is half a surrogate pair; remove it"):
         ids_of(encoding, "a\ud800")
-
-
-def test_threads_do_not_change_the_ids(learned):
-    texts = [STORY[i:] for i in range(50)]
-    assert tokenizers.encode(learned, texts, threads=4) == [learned.encode_ordinary(text) for text in texts]
 
 
 def test_special_tokens_have_no_bytes(encoding):
