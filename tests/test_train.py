@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import shutil
@@ -11,10 +12,13 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
 from support import ROOT, TINY
 
 from gpt_lightning.inference.pretrained import load_net, load_tokenizer, read_checkpoint
@@ -160,15 +164,77 @@ def test_compiled_run_has_the_same_losses_and_the_same_names(
     }
 
 
+class Returned(Callback):
+    """What a job's main returned, as a sweeper reads it; Hydra keeps that of a single run to itself."""
+
+    values: list[float | None]
+
+    def on_job_end(self, config: Any, job_return: JobReturn, **_: Any) -> None:
+        self.values.append(job_return.return_value)
+
+
 def test_main_returns_the_best_validation_loss(
+    call: Callable[..., Any], tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("of_this_test")
+    module.Returned, Returned.values = Returned, []  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "of_this_test", module)
+    call(
+        "train", *tiny, "logger=none", "trainer.val_every_steps=1", "optimizer.lr=1.0",
+        "+hydra.callbacks.returned._target_=of_this_test.Returned",
+    )  # fmt: skip
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        measured = [float(row["val/loss"]) for row in csv.DictReader(file)]
+    assert len(measured) == 8
+    assert min(measured) < measured[-1] - 1  # at this rate the model gets worse and does not recover
+    assert Returned.values == [min(measured)]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["best_val_loss"] == min(measured)
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_best_checkpoint_is_that_of_the_lowest_training_loss_if_that_is_monitored(
     call: Callable[..., Any], tiny: list[str], tmp_path: Path
 ) -> None:
-    value = call("train", *tiny, "logger=none")
-    # Hydra keeps the return value of a single run to itself; a sweeper reads it from the job
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert value is None or value == summary["best_val_loss"]
-    assert summary["status"] == "finished"
-    assert not (tmp_path / "run" / "tensorboard").exists()
+    call(
+        "train", *tiny, "callbacks.best.monitor=train/loss", "logger=none", "trainer.max_steps=12",
+        "optimizer.lr=1e-9",
+    )  # fmt: skip
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    losses = {int(row["step"]): float(row["train/loss"]) for row in rows}
+    # the model hardly changes: its training loss is that of the batch, its validation loss falls by a little
+    assert losses[8] < min(losses[4], losses[12])
+    assert min(losses.values()) < losses[8]  # at a step after which there was no validation
+    validations = {int(row["step"]): float(row["val/loss"]) for row in rows if row["val/loss"]}
+    assert min(validations, key=lambda step: validations[step]) == 12
+    progress = read_checkpoint(tmp_path / "run" / "checkpoints" / "best.ckpt")["progress"]
+    assert (progress["step"], progress["train_loss"]) == (8, pytest.approx(losses[8]))
+
+
+class Terminal(io.StringIO):
+    """Somebody watches."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_log_file_has_every_step_beside_a_progress_bar(
+    call: Callable[..., Any],
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    call("train", *tiny, "logger=none")
+    assert re.search(r"\d/8 \[.*loss \d\.\d{3}", terminal.getvalue())
+    out, log = capsys.readouterr().out, (tmp_path / "run" / "train.log").read_text()
+    step, validation = r"(?m)^%sstep (\d+)/8 \| loss \d", r"(?m)^%sstep (\d+) \| validation loss "
+    dated = r"\[\d{4}-.*?\]\[gpt_lightning\.training\.callbacks\]\[%s\] "
+    assert re.findall(step % dated % "DEBUG", log) == [str(number) for number in range(1, 9)]
+    assert re.findall(validation % dated % "INFO", log) == re.findall(validation % "", out) == ["4", "8"]
+    assert "/8 | loss" not in out
 
 
 def test_training_stops_at_the_target_loss(call: Callable[..., Any], tiny: list[str], tmp_path: Path) -> None:
