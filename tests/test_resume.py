@@ -22,6 +22,7 @@ from zygote import Process, Zygote
 
 from gpt_lightning.inference.pretrained import read_checkpoint
 from gpt_lightning.resume import resume_arguments
+from gpt_lightning.training.files import write_json
 from gpt_lightning.training.loggers import Row, read_metrics
 
 STEPS = 80
@@ -255,6 +256,40 @@ def test_damaged_last_checkpoint_is_replaced_by_the_one_before(
     out = resume(zygote, run)
     assert re.search(rf"damaged: {last} \(.*\); going on from {before}", out)
     assert_same(run, uninterrupted)
+
+
+def test_torn_summary_does_not_keep_an_intact_run_from_going_on(
+    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start()
+    process.wait_for(reached(run, 31))
+    process.kill(signal.SIGTERM)
+    process.wait()
+    path = run / "summary.json"
+    path.write_text(path.read_text()[:100])
+    assert "resuming from" in resume(zygote, run)
+    assert_same(run, uninterrupted)
+
+
+def test_summary_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush, rename, events = os.fsync, os.replace, []
+
+    def fsync(file: int) -> None:
+        events.append(f"{os.fstat(file).st_size} bytes flushed")
+        flush(file)
+
+    def replace(source: Path, target: Path) -> None:
+        events.append(f"named {target.name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    write_json(tmp_path / "summary.json", {"status": "finished"})
+    assert (tmp_path / "summary.json").read_text() == '{\n  "status": "finished"\n}\n'
+    assert events == ["27 bytes flushed", "named summary.json"]
 
 
 def test_checkpoint_that_cannot_be_written_leaves_the_one_before(

@@ -21,7 +21,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".json.tmp")
     try:
-        temporary.write_text(json.dumps(finite(content), indent=2) + "\n", encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(finite(content), indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the new name without the content
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

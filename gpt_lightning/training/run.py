@@ -65,7 +65,7 @@ def fit(
     trainer.accumulate_grad_batches = accumulation
     trainer.val_check_interval = val_every_steps * accumulation  # Lightning counts micro-batches here
     path = folder / "summary.json"
-    earlier = json.loads(path.read_text(encoding="utf-8")) if checkpoint and path.exists() else {}
+    earlier = _earlier(path) if checkpoint else {}
     started = time.monotonic()
 
     def record(status: str, **results: Any) -> dict[str, Any]:
@@ -111,6 +111,14 @@ def fit(
                 raise
             log.debug("nothing more could be written: %s", error)  # what ended the run is the error to tell
     return summary
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    """The summary of the run so far; a lost or torn one is no reason not to go on with intact checkpoints."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError):
+        return {}
 
 
 def _results(module: LanguageModel, data: TextDataModule, trainer: pl.Trainer) -> dict[str, Any]:
