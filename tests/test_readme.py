@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import ROOT, TINY
@@ -20,9 +25,8 @@ COMMANDS = [
 ]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 SHRINK = [override for override in TINY if not override.startswith(("data=", "tokenizer=", "device="))]
-INLINE = (
-    "python -m gpt_lightning.train --config-dir mine model=bigram optimizer=sgd"  # in tests/test_config.py
-)
+INLINE = "python -m gpt_lightning.train --config-dir mine model=bigram optimizer=sgd"
+YAML = re.findall(r"```yaml\n# (mine/\S+)\n(.*?)```", README, re.S)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,75 @@ def prepared(command: str) -> str:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("make") and ".demo" not in c])
 def test_command_runs(command: str, place: Path) -> None:
     run(place, prepared(command))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "resume=" in c])
+def test_resume_goes_on_with_an_interrupted_run(
+    command: str,
+    place: Path,
+    call: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from gpt_lightning.training.module import LanguageModel
+
+    shutil.copy(place / "my.txt", tmp_path)
+    shutil.copytree(place / "outputs" / "gpt" / "first", tmp_path / "outputs" / "gpt" / "before")
+    monkeypatch.chdir(tmp_path)
+    step = LanguageModel.training_step
+
+    @functools.wraps(step)
+    def terminated(self: LanguageModel, *batch: Any) -> Any:
+        if self.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "training_step", terminated)
+        with pytest.raises(SystemExit) as stop:
+            call("train", *TINY, "data.path=my.txt", "hydra.run.dir=outputs/gpt/first")
+    assert stop.value.code == 128 + signal.SIGTERM
+    summary = tmp_path / "outputs" / "gpt" / "first" / "summary.json"
+    left = json.loads(summary.read_text())
+    assert (left["status"], left["steps"]) == ("interrupted", 6)
+    program, *arguments = shlex.split(prepared(command).removeprefix("python -m gpt_lightning."))
+    call(program, *arguments)  # in this process, which is quicker; test_command_runs starts one
+    assert re.search(r"^resuming from .* at step 6$", capsys.readouterr().out, re.M)
+    done = json.loads(summary.read_text())
+    assert (done["status"], done["steps"]) == ("finished", 8)
+
+
+BIGRAM = """
+from torch import nn
+
+class Bigram(nn.Module):
+    def __init__(self, vocab_size, block_size):
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, vocab_size)
+
+    def forward(self, idx, targets=None, *, reduction="mean"):
+        logits = self.table(idx)
+        if targets is None:
+            return logits
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+        return loss.view(idx.shape) if reduction == "none" else loss
+"""
+
+
+@pytest.mark.slow
+def test_model_and_optimizer_of_ones_own_run(small_text: Path, tmp_path: Path) -> None:
+    assert [name for name, _ in YAML] == ["mine/model/bigram.yaml", "mine/optimizer/sgd.yaml"]
+    for name, text in [*YAML, ("plugin.py", BIGRAM)]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    options = [option for option in TINY if not option.startswith("model.")]  # which are those of a GPT
+    run(tmp_path, " ".join([INLINE, *options, f"data.path={small_text}", "hydra.run.dir=run"]))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["parameters"] == 257 * 257  # a table of bytes and <|endoftext|>
+    assert summary["tokens"] == 8 * 8 * 64  # steps, sequences, and the block_size of the README
+    assert "_target_: torch.optim.SGD" in (tmp_path / "run" / ".hydra" / "config.yaml").read_text()
 
 
 @pytest.mark.slow
@@ -134,7 +207,7 @@ def test_python_example_runs(place: Path) -> None:
 
 def test_no_command_escapes_the_tests() -> None:
     shown = set(re.findall(r"(?:python -m gpt_lightning|make )[^`\n]*", README))
-    tested = {*COMMANDS, INLINE, "make help"}  # the last two have tests of their own
+    tested = {*COMMANDS, INLINE, "make help"}  # the last two in tests of their own
     assert {command.strip() for command in shown} <= tested
 
 

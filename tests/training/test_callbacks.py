@@ -209,6 +209,20 @@ def test_samples_are_written_by_step_and_repeat_with_their_seed(fit: Fit, tmp_pa
     assert written["a"] == written["b"] != written["c"]
 
 
+@pytest.mark.parametrize("show", [True, False])
+def test_samples_are_printed_only_if_asked(
+    fit: Fit, tmp_path: Path, caplog: pytest.LogCaptureFixture, show: bool
+) -> None:
+    caplog.set_level(logging.DEBUG, "gpt_lightning")
+    samples = Samples(tmp_path / "samples.md", prompt="the cat", max_new_tokens=20, show=show)
+    fit(samples, val_every_steps=3)
+    texts = sections(samples.path)
+    assert list(texts) == [3, 6]
+    lines = [(record.levelname, record.getMessage()) for record in caplog.records]
+    printed = [(level, line) for level, line in lines if "the cat" in line]
+    assert printed == ([("INFO", f"{text}\n") for text in texts.values()] if show else [])
+
+
 def test_samples_after_the_step_that_a_run_goes_on_from_are_dropped(fit: Fit, tmp_path: Path) -> None:
     samples = Samples(tmp_path / "samples.md", max_new_tokens=8)
     trainer = fit(samples, steps=4, val_every_steps=2)
