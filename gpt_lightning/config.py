@@ -22,6 +22,7 @@ from typing import Any, NoReturn, cast
 import hydra
 import hydra._internal.utils
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -299,6 +300,15 @@ def verbatim(*keys: str) -> Callable[[list[str]], list[str]]:
         return f"{key}='{value}'"
 
     return lambda arguments: [quote(argument) for argument in arguments]
+
+
+def unquoted(value: str) -> str:
+    """What Hydra takes for the text of a value, for code that needs it before Hydra."""
+    try:
+        text = OverridesParser.create().parse_override(f"key={value}").value()
+    except HydraException:  # Hydra will say so
+        return value
+    return text if isinstance(text, str) else value
 
 
 def _tells(error: Exception) -> bool:

@@ -9,11 +9,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from gpt_lightning.config import CONF, verbatim
-from gpt_lightning.resume import HYDRA, go_to, left_by_hydra
+from gpt_lightning.config import CONF, unquoted, verbatim
+from gpt_lightning.resume import HYDRA, go_to, left_by_hydra, overrides_of
 
 PLACES = ("paths.outputs", "hydra.run.dir", "hydra.sweep.dir")  # where a run goes
-QUOTES = "'\""
 
 
 def repeat_arguments(arguments: list[str]) -> list[str]:
@@ -44,7 +43,7 @@ def repeat_arguments(arguments: list[str]) -> list[str]:
     ours = [*_hydra_settings(), f"paths.outputs={config['paths']['outputs']}"]
     if config["init_from"] is not None:
         # what was asked of the model by name, as the rest of it comes with the weights
-        before = [str(override).lstrip("+") for override in left_by_hydra(run, "overrides.yaml")]
+        before = [override.lstrip("+") for override in overrides_of(run)]
         ours += [override for override in before if override.startswith("model.")]
     go_to(left_by_hydra(run, "hydra.yaml").hydra.runtime.cwd)
     changes = [argument for argument in given if re.match(r"~|[^-].*=", argument)]
@@ -67,4 +66,4 @@ def _from_here(argument: str, here: Path) -> str:
     key, _, value = argument.partition("=")
     if key not in PLACES or "${" in value:
         return argument
-    return verbatim(key)([f"{key}={here / value.strip(QUOTES)}"])[0]
+    return verbatim(key)([f"{key}={here / unquoted(value)}"])[0]

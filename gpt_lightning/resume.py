@@ -17,7 +17,7 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from gpt_lightning.config import ConfigError, verbatim, versions
+from gpt_lightning.config import ConfigError, unquoted, verbatim, versions
 
 try:
     import fcntl
@@ -50,6 +50,7 @@ HARMLESS = (
     "trainer.snapshot_every_steps",
     "time_limit",
 )
+VALIDATION = ("trainer.val_every_steps", "trainer.val_batches")  # decide when early stopping ends a run
 HYDRA = ".hydra"  # folder of a run directory
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # not 0 in all processes of a run but one
 
@@ -57,7 +58,8 @@ RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # not 0 in all proc
 def resume_arguments(arguments: list[str]) -> list[str]:
     """The command line of the run to resume, followed by what was given now.
 
-    A job that SLURM started again goes on with the run in its `hydra.run.dir=` without being told.
+    A job that SLURM started again goes on without being told: with the run in its `hydra.run.dir=`, or with
+    the one that the same command of this job began below `paths.outputs`.
 
     Args:
         arguments: As in sys.argv[1:]. Without a run to resume they come back as they are.
@@ -66,11 +68,11 @@ def resume_arguments(arguments: list[str]) -> list[str]:
         ConfigError: If there is no such run, or if a new one would overwrite what is there.
     """
     wanted, directory = _value(arguments, "resume"), _value(arguments, "hydra.run.dir")
-    rewritten = "hydra.output_subdir=null" in arguments  # in a process that another rank started
-    if wanted is None and directory and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-        wanted = directory if (Path(directory) / HYDRA / "overrides.yaml").is_file() else None
-    if rewritten:
+    if "hydra.output_subdir=null" in arguments:  # in a process that another rank started
         return arguments
+    if wanted is None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and _begins(arguments):
+        wanted = directory or _begun_by_this_job(arguments)
+        wanted = wanted if wanted and (Path(wanted) / HYDRA / "overrides.yaml").is_file() else None
     if wanted in (None, "null", ""):
         _check_free(arguments, directory)
         return arguments
@@ -79,7 +81,7 @@ def resume_arguments(arguments: list[str]) -> list[str]:
     folder = (_latest(arguments) if wanted == "latest" else Path(str(wanted)).expanduser()).resolve()
     if directory and Path(directory).resolve() != folder:
         raise ConfigError(f"resume={wanted} goes on in {folder}; leave out hydra.run.dir={directory}")
-    hydra, before = left_by_hydra(folder, "hydra.yaml").hydra, list(left_by_hydra(folder, "overrides.yaml"))
+    hydra, before = left_by_hydra(folder, "hydra.yaml").hydra, overrides_of(folder)
     dirs = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     # a run that repeats another has the same configuration itself, and the other may be gone
     dirs = [folder / HYDRA if Path(path).name == HYDRA else path for path in dirs]
@@ -93,9 +95,19 @@ def resume_arguments(arguments: list[str]) -> list[str]:
             f"resume={wanted} and init_from={other} exclude each other; resume continues a run exactly, "
             "init_from begins a new one from weights"
         )
+    if _value(given, "hydra.searchpath") is None:
+        settings: Any = OmegaConf.to_container(hydra.overrides.hydra, resolve=False)
+        flags += [setting for setting in settings if setting.startswith("hydra.searchpath=")]
     go_to(hydra.runtime.cwd)
     quoted = verbatim("resume", "hydra.run.dir")([f"{key}{folder}" for key in ours])
     return [*flags, *before, *given, *quoted, "hydra.output_subdir=null"]
+
+
+def _begins(arguments: list[str]) -> bool:
+    """Whether the command line begins one run, neither shows something nor sweeps."""
+    flags, _ = get_args_parser().parse_known_args(arguments)
+    shows = flags.cfg or flags.help or flags.hydra_help or flags.info or flags.shell_completion
+    return not (shows or flags.multirun or "hydra.mode=MULTIRUN" in arguments)
 
 
 def _check_free(arguments: list[str], directory: str | None) -> None:
@@ -104,10 +116,7 @@ def _check_free(arguments: list[str], directory: str | None) -> None:
     What ended before it trained, as with a wrong value, has nothing to lose. Of many ranks only the first one
     judges: for the others, it may have begun already.
     """
-    flags, _ = get_args_parser().parse_known_args(arguments)
-    shows = flags.cfg or flags.help or flags.hydra_help or flags.info or flags.shell_completion
-    sweeps = flags.multirun or "hydra.mode=MULTIRUN" in arguments
-    if directory is None or shows or sweeps or any(os.environ.get(name, "0") != "0" for name in RANKS):
+    if directory is None or not _begins(arguments) or any(os.environ.get(rank, "0") != "0" for rank in RANKS):
         return
     folder = Path(directory)
     trained = (folder / "summary.json").exists() or (folder / "checkpoints").exists()
@@ -120,7 +129,7 @@ def _check_free(arguments: list[str], directory: str | None) -> None:
 def _value(arguments: list[str], key: str) -> str | None:
     """What the command line says of a key, without Hydra's quotes; the last time counts."""
     values = [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{key}=")]
-    return re.sub(r"^(['\"])(.*)\1$", r"\2", values[-1]) if values else None
+    return unquoted(values[-1]) if values else None
 
 
 def go_to(folder: str) -> None:
@@ -144,13 +153,53 @@ def left_by_hydra(folder: Path, name: str) -> Any:
         raise ConfigError(f"resume=: {folder / HYDRA / name} is damaged; begin a new run") from error
 
 
-def _latest(arguments: list[str]) -> Path:
+def overrides_of(folder: Path) -> list[str]:
+    """The overrides of a run as they were given, with their interpolations."""
+    texts: Any = OmegaConf.to_container(left_by_hydra(folder, "overrides.yaml"), resolve=False)
+    return [str(text) for text in texts]
+
+
+def _runs(arguments: list[str]) -> tuple[list[Path], Path]:
+    """The runs that have begun to train below paths.outputs, and that folder."""
     root = Path(_value(arguments, "paths.outputs") or "outputs")
     runs = [path.parent.parent for path in root.glob(f"**/{HYDRA}/overrides.yaml")]
-    runs = [run for run in runs if (run / "summary.json").is_file()]
+    return [run for run in runs if (run / "summary.json").is_file()], root.resolve()
+
+
+def _newest(runs: list[Path]) -> Path:
+    """The newest run that is not finished; if all are, the newest of these."""
+
+    def rank(run: Path) -> tuple[bool, float]:
+        return status(run).get("status") != "finished", (run / "summary.json").stat().st_mtime
+
+    return max(runs, key=rank)
+
+
+def _latest(arguments: list[str]) -> Path:
+    runs, root = _runs(arguments)
     if not runs:
-        raise ConfigError(f"resume=latest: there is no run below {root.resolve()}; give resume=RUN_DIR")
-    return max(runs, key=lambda run: (run / "summary.json").stat().st_mtime)
+        raise ConfigError(f"resume=latest: there is no run below {root}; give resume=RUN_DIR")
+    return _newest(runs)
+
+
+def slurm_job() -> str | None:
+    """The SLURM job that this process belongs to, as `scontrol requeue` names it."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
+
+
+def _begun_by_this_job(arguments: list[str]) -> str | None:
+    """The run that this command began before SLURM started the job again; a job may hold several commands."""
+    job = slurm_job()
+    flags, others = get_args_parser().parse_known_args(arguments)
+    given = [argument for argument in (*flags.overrides, *others) if not re.match("[+~]*hydra[./]", argument)]
+
+    def same(run: Path) -> bool:
+        name = left_by_hydra(run, "hydra.yaml").hydra.job.config_name
+        return (given, flags.config_name or "train") == (overrides_of(run), name)
+
+    runs = [run for run in _runs(arguments)[0] if job and status(run).get("slurm_job") == job and same(run)]
+    return str(_newest(runs)) if runs else None
 
 
 def check_unchanged(cfg: DictConfig, folder: Path) -> None:
@@ -160,16 +209,23 @@ def check_unchanged(cfg: DictConfig, folder: Path) -> None:
         ConfigError: With a list of the keys that differ and both values.
     """
     before, now = _flat(left_by_hydra(folder, "config.yaml")), _flat(cfg)
+    harmless = [rule for rule in HARMLESS if rule not in VALIDATION or not _stops_early(cfg)]
     differing = [
         f"{key} (was {before.get(key)}, now {now.get(key)})"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(fnmatch.fnmatch(key, rule) for rule in HARMLESS)
+        if before.get(key) != now.get(key) and not any(fnmatch.fnmatch(key, rule) for rule in harmless)
     ]
     if differing:
         raise ConfigError(
             f"resume= goes on with the same run, but these would change it: {'; '.join(differing)}; "
             "begin a new run with init_from= instead"
         )
+
+
+def _stops_early(cfg: DictConfig) -> bool:
+    """Whether a callback ends the run by what validations find."""
+    nodes = [node for node in cfg.callbacks.values() if OmegaConf.is_dict(node)]
+    return any("patience" in node or "EarlyStopping" in str(node.get("_target_")) for node in nodes)
 
 
 def _flat(cfg: Any) -> dict[str, Any]:

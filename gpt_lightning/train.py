@@ -6,6 +6,7 @@ import logging
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -23,7 +24,17 @@ from gpt_lightning.checks import check, duration
 from gpt_lightning.config import entry_point, git_revision, lacks_memory, versions
 from gpt_lightning.memory import device_count, find_micro_batch, out_of_memory
 from gpt_lightning.repeat import repeat_arguments
-from gpt_lightning.resume import check_unchanged, claimed, resume_arguments, status, warn_of_versions
+from gpt_lightning.resume import (
+    check_unchanged,
+    claimed,
+    resume_arguments,
+    slurm_job,
+    status,
+    warn_of_versions,
+)
+
+if TYPE_CHECKING:
+    from gpt_lightning.data.token_store import TokenStore
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +63,19 @@ def micro_batch_size(cfg: DictConfig, checkpoint: Path | None) -> int:
             read_checkpoint(checkpoint, verify=False)["hyper_parameters"]["device"]["micro_batch_size"]
         )
     return find_micro_batch(cfg, device_count(cfg))
+
+
+def facts(cfg: DictConfig, store: TokenStore) -> dict[str, Any]:
+    """What decides a run beside its configuration, for its summary."""
+    return {
+        "seed": cfg.seed,
+        "device": cfg.device.accelerator,
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "slurm_job": slurm_job(),
+        "corpus_digest": store.corpus_digest,
+        "tokenizer_digest": store.tokenizer_digest,
+    }
 
 
 @entry_point("train", arguments=lambda arguments: resume_arguments(repeat_arguments(arguments)))
@@ -93,14 +117,6 @@ def train(cfg: DictConfig, folder: Path, deadline: float | None) -> float | None
     torch.set_float32_matmul_precision(cfg.device.matmul_precision)
     data, module = build_data(cfg, store), build_module(cfg, store, net)
     trainer = build_trainer(cfg, build_callbacks(cfg), build_loggers(cfg, resume_step))
-    facts = {
-        "seed": cfg.seed,
-        "device": cfg.device.accelerator,
-        "versions": versions(),
-        "git_revision": git_revision(),
-        "corpus_digest": store.corpus_digest,
-        "tokenizer_digest": store.tokenizer_digest,
-    }
     try:
         summary = fit(
             module,
@@ -108,7 +124,7 @@ def train(cfg: DictConfig, folder: Path, deadline: float | None) -> float | None
             trainer,
             folder=folder,
             val_every_steps=cfg.trainer.val_every_steps,
-            facts=facts,
+            facts=facts(cfg, store),
             checkpoint=checkpoint,
             deadline=deadline,
         )

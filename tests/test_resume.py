@@ -121,7 +121,7 @@ def assert_same(run: Path, reference: Path) -> None:
     a, b = (json.loads((folder / "summary.json").read_text()) for folder in (run, reference))
     assert a.keys() == b.keys()
     assert a["seconds"] > 0
-    for key in a.keys() - {"seconds", "tokens_per_second", "best_checkpoint", "git_revision"}:
+    for key in a.keys() - {"seconds", "tokens_per_second", "best_checkpoint", "git_revision", "slurm_job"}:
         assert a[key] == b[key], key
     assert a["best_checkpoint"] == str(run / "checkpoints" / "best.ckpt")
     assert not list(run.rglob("*.tmp"))
@@ -399,6 +399,41 @@ def test_slurm_requeues_a_job_that_then_goes_on(
     assert_same(run, uninterrupted)
 
 
+def test_slurm_job_without_a_run_directory_goes_on_with_its_own_run(
+    zygote: Zygote, options: list[str], uninterrupted: Path, tmp_path: Path
+) -> None:
+    job = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    job |= {"SLURM_NODEID": "0", "SLURM_JOB_ID": "78", "SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1"}
+
+    def folders() -> set[Path]:
+        return {path.parent for path in tmp_path.glob("outputs/**/summary.json")}
+
+    process = zygote.start("train", *options, cwd=tmp_path, **job)
+    process.wait_for(lambda: any(reached(folder, 11)() for folder in folders()))
+    process.kill()
+    process.wait()
+    (run,) = folders()
+    assert json.loads((run / "summary.json").read_text())["slurm_job"] == "77_1"
+    decoys = {"task": {"slurm_job": "77_2"}, "none": {"slurm_job": None}, "command": {}}
+    for name, changes in decoys.items():  # newer runs: of others, and of the job's next command
+        shutil.copytree(run, run.parent / name)
+        summary = json.loads((run / "summary.json").read_text()) | changes
+        (run.parent / name / "summary.json").write_text(json.dumps(summary))
+    other = run.parent / "command" / ".hydra" / "overrides.yaml"
+    other.write_text(other.read_text() + "- trainer.keep_last=3\n")
+    code, out = zygote.run("train", *options, cwd=tmp_path, **job, SLURM_RESTART_COUNT="1")
+    assert code == 0, out
+    assert f"resuming from {run}" in out
+    assert_same(run, uninterrupted)
+    code, out = zygote.run("train", *options, cwd=tmp_path, **job, SLURM_RESTART_COUNT="2")
+    assert (code, out) == (0, f"the run in {run} is finished; there is nothing to resume\n")
+    before = folders()
+    few = ["trainer.max_steps=1", "scheduler.warmup_steps=0", "logger=none", "callbacks.samples=null"]
+    code, out = zygote.run("train", *options, *few, cwd=tmp_path, **job, SLURM_RESTART_COUNT="2")
+    assert code == 0, out  # a command of the job that has not begun
+    assert len(folders() - before) == 1
+
+
 @pytest.mark.parametrize(
     "end",
     [["target_loss=3.7"], ["callbacks.early_stopping.patience=1", "callbacks.early_stopping.min_delta=9"]],
@@ -436,6 +471,51 @@ def test_run_directory_may_move_and_latest_finds_it(
     assert_same(moved, uninterrupted)
 
 
+def test_latest_prefers_a_run_that_is_not_finished(tmp_path: Path) -> None:
+    states = {"a": "interrupted", "b": "failed", "c": "finished", "d": "finished"}
+    for age, (name, state) in enumerate(states.items()):  # the last one is the newest
+        path = tmp_path / name / "summary.json"
+        write_json(path, {"status": state})
+        os.utime(path, (1000 + age, 1000 + age))
+        for file in ("overrides.yaml", "hydra.yaml"):
+            (tmp_path / name / ".hydra").mkdir(exist_ok=True)
+            (tmp_path / name / ".hydra" / file).write_text("[]\n")
+        (tmp_path / name / ".hydra" / "hydra.yaml").write_text(
+            f"hydra: {{job: {{config_name: train}}, overrides: {{hydra: []}}, "
+            f"runtime: {{cwd: {tmp_path}/gone, config_sources: []}}}}\n"
+        )
+
+    def latest() -> str:
+        arguments = resume_arguments(["resume=latest", f"paths.outputs={tmp_path}"])
+        return next(argument for argument in arguments if argument.startswith("resume="))
+
+    assert latest() == f"resume='{tmp_path}/b'"
+    write_json(tmp_path / "b" / "summary.json", {"status": "finished"})
+    assert latest() == f"resume='{tmp_path}/a'"
+    shutil.rmtree(tmp_path / "a")
+    shutil.rmtree(tmp_path / "b")
+    assert latest() == f"resume='{tmp_path}/d'"
+
+
+def test_choices_and_interpolations_of_the_command_line_come_back(
+    zygote: Zygote, options: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine" / "optimizer").mkdir(parents=True)
+    (tmp_path / "mine" / "optimizer" / "plain.yaml").write_text(
+        "_target_: torch.optim.SGD\n_partial_: true\nlr: 0.1\n"
+    )
+    run = tmp_path / "run"
+    mine = ["hydra.searchpath=[file://mine]", "optimizer=plain", "hydra.run.dir=${name}", "name=run"]
+    few = ["trainer.max_steps=8", "scheduler.warmup_steps=0", "callbacks.samples=null", "logger=none"]
+    few += ["lora.lora_alpha=${trainer.keep_last}"]
+    code, out = zygote.run("train", *options, *mine, *few, cwd=tmp_path)
+    assert code == 0, out
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"status": "interrupted"}))
+    assert "at step 8" in resume(zygote, run)
+    assert status(run) == "finished"
+
+
 def test_what_would_change_a_run_is_refused_and_the_rest_allowed(
     start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -448,6 +528,7 @@ def test_what_would_change_a_run_is_refused_and_the_rest_allowed(
     process.kill()
     process.wait()
     changes = ["model.n_layer=3", "optimizer.lr=1", "seed=2", "data.batch_size=16", "trainer.max_steps=500"]
+    changes += ["trainer.val_every_steps=7", "trainer.val_batches=3"]  # since it may stop early
     code, out = zygote.run("train", f"resume={run}", *changes, "logger=none")
     assert code == 1
     assert out.count("\n") == 1
@@ -503,7 +584,7 @@ def test_validations_at_other_steps_do_not_change_the_weights(
     start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    process = start()
+    process = start("callbacks.early_stopping=null")  # which never stops the other
     process.wait_for(reached(run, 23))
     process.kill(signal.SIGTERM)
     process.wait()
