@@ -21,9 +21,18 @@ LORA = ["lora.r=2", "lora.lora_alpha=8", "lora.lora_dropout=0.1", "lora.target_m
 
 
 @pytest.fixture(scope="module")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    with Zygote(tmp_path_factory.mktemp("zygote")) as started:
-        yield started
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache that the Hugging Face hub leaves on a machine."""
+    return tmp_path_factory.mktemp("huggingface") / "hub"
+
+
+@pytest.fixture(scope="module")
+def zygote(tmp_path_factory: pytest.TempPathFactory, hub: Path) -> Iterator[Zygote]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(hub.parent))  # read when it is imported, which is before a run starts
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        with Zygote(tmp_path_factory.mktemp("zygote")) as started:
+            yield started
 
 
 @pytest.fixture
@@ -92,6 +101,35 @@ def test_interrupted_run_goes_on_exactly_though_what_it_began_from_is_gone(
     ours, theirs = weights_of(run), weights_of(whole)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_weights_from_the_hubs_cache_train_a_step(
+    zygote: Zygote, hub: Path, options: list[str], tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {"vocab_size": 257, "n_positions": 32, "n_layer": 1, "n_head": 2, "n_embd": 16}
+    ends = {"bos_token_id": 256, "eos_token_id": 256}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **ends))
+    snapshot = hub / "models--someone--small" / "snapshots" / ("0" * 40)
+    theirs.save_pretrained(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    run, lr = tmp_path / "run", 1e-3
+    code, out = zygote.run(
+        "train", *options, "init_from=hf:someone/small", "model.dropout=0", "trainer.max_steps=1",
+        f"optimizer.lr={lr}", "optimizer.weight_decay=0", f"hydra.run.dir={run}",
+    )  # fmt: skip
+    assert code == 0, out
+    trained, moved = weights_of(run), []
+    for name, weight in theirs.transformer.state_dict().items():
+        ours = trained[f"net.transformer.{name}"][: len(weight) if name == "wte.weight" else None]
+        conv1d = name.startswith("h.") and weight.dim() == 2  # theirs are (in, out)
+        moved.append((ours - (weight.T if conv1d else weight)).abs().flatten())
+    steps = torch.cat(moved)
+    # Adam's first step is the rate times the sign of the gradient, where that is much above its epsilon
+    assert steps.max() < 1.001 * lr
+    assert steps.median() > 0.99 * lr
 
 
 def test_adapters_without_weights_are_refused(
