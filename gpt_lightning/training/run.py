@@ -128,7 +128,7 @@ def _results(module: LanguageModel, data: TextDataModule, trainer: pl.Trainer) -
     metrics = StepMetrics.of(trainer)
     best_loss = module.best_val_loss
     return {
-        "parameters": sum(p.numel() for p in module.net.parameters()),
+        "parameters": module.n_parameters,
         "steps": trainer.global_step,
         "tokens": trainer.global_step * data.tokens_per_step,
         "train_loss": float(module.train_loss),
@@ -167,19 +167,8 @@ def _log_hyperparameters(module: LanguageModel, trainer: pl.Trainer, summary: Ma
     results = {f"hparams/{key}": summary[key] for key in keys if summary.get(key) is not None}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and results:
-            logger.log_hyperparams(flatten(module.hparams), results, step=trainer.global_step)
+            logger.log_hyperparams(dict(module.hparams), results, step=trainer.global_step)
             logger.save()
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys joined by dots; values that are not scalars as text."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return flat
 
 
 def describe(summary: Mapping[str, Any], trainer: pl.Trainer, folder: Path) -> str:
