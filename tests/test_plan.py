@@ -56,9 +56,10 @@ PARAMETERS = MATRICES + 16 * 32
 FLOPS = 6 * MATRICES + 12 * 2 * 32 * 16  # N is what is multiplied: all but the table of positions
 
 
-def test_plan_by_hand(plan: Plan) -> None:
+def test_plan_by_hand(plan: Plan, tmp_path: Path) -> None:
     assert (PARAMETERS, FLOPS, FLOPS * 1280) == (36_224, 226_560, 289_996_800)
     lines = plan()
+    assert not list((tmp_path / "here").iterdir())  # no run directory
     memory = lines.pop("memory estimate")
     curve = lines.pop("learning rate")[0].split("  ")
     assert lines == {
@@ -84,7 +85,13 @@ def test_plan_by_hand(plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ("device.micro_batch_size=3", {"tokens per step": "128 = 2 sequences × 4 accumulated × 1 device(s)"}),
+        (
+            "device.micro_batch_size=3 data.random_offset=true",
+            {
+                "tokens per step": "128 = 2 sequences × 4 accumulated × 1 device(s)",
+                "steps per epoch": "6 (55 windows)",  # up to 15 tokens are skipped
+            },
+        ),
         (
             "device.micro_batch_size=99 device.devices=2 trainer.num_nodes=2 data.sequence_length=8",
             {
@@ -92,9 +99,8 @@ def test_plan_by_hand(plan: Plan) -> None:
                 "steps per epoch": "14 (112 windows)",
             },
         ),
-        ("data.stride=4", {"steps per epoch": "27 (221 windows)"}),  # at 0, 4, … 880; 221 = 27 * 8 + 5
+        # at 0, 4, … 880; 221 = 27 * 8 + 5
         ("data.stride=4 data.drop_last=false", {"steps per epoch": "28 (221 windows)"}),
-        ("data.random_offset=true", {"steps per epoch": "6 (55 windows)"}),  # up to 15 tokens are skipped
         (
             "data.val_fraction=0.5 model.tie_weights=false trainer.max_steps=null trainer.max_epochs=3",
             {
@@ -130,10 +136,9 @@ def test_adapters_are_counted_apart(plan: Plan, tmp_path: Path) -> None:
 
 
 def test_plan_leaves_nothing_behind(plan: Plan, tmp_path: Path) -> None:
-    plan()
-    assert not list((tmp_path / "here").iterdir())
     plan(f"hydra.run.dir={tmp_path / 'run'}")  # as it is given to train
     assert not list(tmp_path.glob("run/*"))
+    assert not list((tmp_path / "here").iterdir())
 
 
 def test_preview_draws_every_height() -> None:
@@ -147,7 +152,7 @@ def test_preview_draws_every_height() -> None:
 @functools.cache
 def composed(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("plan", overrides=["device=cpu", "trainer.max_steps=500", *overrides])
+        return compose("plan", overrides=["device=cpu", "trainer.max_steps=1000", *overrides])
 
 
 @pytest.mark.parametrize(
@@ -161,11 +166,10 @@ def composed(*overrides: str) -> DictConfig:
         ([], {"tokens": 999, "epochs": 1.0}, []),  # no token is read twice
         ([], {"tokens": 1000, "epochs": 1.01}, []),
         (["device.micro_batch_size=auto"], {}, ["these figures are for 32"]),
-        (["trainer.val_every_steps=500"], {}, []),
-        (["trainer.val_every_steps=501"], {}, ["the only validation is the last"]),
-        (["trainer.save_every_steps=501"], {}, ["a crash would lose everything"]),
+        (["trainer.val_every_steps=1001"], {}, ["the only validation is the last"]),
+        (["trainer.save_every_steps=1001"], {}, ["a crash would lose everything"]),
         (
-            ["trainer.val_every_steps=501", "trainer.save_every_steps=501", "device.micro_batch_size=auto"],
+            ["trainer.val_every_steps=1001", "trainer.save_every_steps=1001", "device.micro_batch_size=auto"],
             {"tokens": 1, "epochs": 200},
             ["200 times", "fewer", "auto", "validation", "crash"],
         ),
