@@ -44,11 +44,15 @@ CONF = ROOT / "conf"
 
 
 def detect_device() -> str:
-    """`cuda`, `mps` or `cpu`, found without importing torch, which takes longer than all of Hydra."""
+    """`cuda`, `mps` or `cpu`, without torch where possible: importing it takes longer than all of Hydra."""
     spec = importlib.util.find_spec("torch")
     version = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
-    built_for_cuda = bool(version and version.exists() and runpy.run_path(str(version)).get("cuda"))
-    if built_for_cuda:
+    built = runpy.run_path(str(version)) if version and version.exists() else {}
+    if built.get("hip"):  # AMD's GPUs, which torch calls cuda; only it knows how to find them
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if built.get("cuda"):
         try:
             driver = ctypes.CDLL("libcuda.so.1")
             count = ctypes.c_int(0)
@@ -63,6 +67,8 @@ def user_cache() -> str:
     """Folder for what can be computed again, as the XDG base directory specification has it."""
     return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt_lightning")
 
+
+PLACES = ("paths.outputs", "hydra.run.dir", "hydra.sweep.dir")  # where a run goes
 
 OmegaConf.register_new_resolver("detect_device", detect_device, replace=True)
 OmegaConf.register_new_resolver("user_cache", user_cache, replace=True)
@@ -258,6 +264,7 @@ def entry_point(
             try:
                 if arguments is not None:
                     sys.argv[1:] = arguments(sys.argv[1:])
+                sys.argv[1:] = readable(sys.argv[1:])
                 return command()
             except KeyboardInterrupt:
                 raise SystemExit(130) from None  # as a shell has it
@@ -287,19 +294,51 @@ def _wrong_choice(error: Exception) -> ConfigError | None:
 def verbatim(*keys: str) -> Callable[[list[str]], list[str]]:
     """For `entry_point`: the values of these keys are text as it stands, not Hydra's language of values.
 
-    Only null, and what is quoted for Hydra already, is left to it.
+    Only null, and what is one text in single quotes already, is left to it.
     """
 
     def quote(argument: str) -> str:
         key, _, value = argument.partition("=")
-        if key not in keys or value == "null" or re.fullmatch(r"'.*'|\".*\"", value, re.DOTALL):
+        if key not in keys or value == "null" or re.fullmatch(r"'(\\.|[^'\\])*'", value, re.DOTALL):
             return argument
         value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # not an interpolation
-        # within Hydra's quotes, backslashes count only before a quote
-        value = re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + (m[2] and r"\'"), value)
-        return f"{key}='{value}'"
+        return f"{key}={_quoted(value)}"
 
     return lambda arguments: [quote(argument) for argument in arguments]
+
+
+def _quoted(text: str) -> str:
+    # within Hydra's quotes, backslashes count only before a quote
+    escaped = re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + (m[2] and r"\'"), text)
+    return f"'{escaped}'"
+
+
+def readable(arguments: list[str]) -> list[str]:
+    """The command line with quotes around plain text that Hydra's language of values lacks, such as ~/é.txt.
+
+    What begins as a list, keys or a quoted text, and in a sweep what may be several values, stays as it is.
+    """
+    parser = OverridesParser.create()
+    sweeps = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
+
+    def reads(argument: str) -> bool:
+        try:
+            parser.parse_override(argument)
+        except HydraException:
+            return False
+        return True
+
+    def quote(argument: str) -> str:
+        key, _, value = argument.partition("=")
+        several = sweeps and "," in value
+        if not value or key.startswith("-") or value[0] in "[{'\"" or several or reads(argument):
+            return argument
+        if key in PLACES and value.startswith("~/"):  # Hydra makes these folders
+            value = str(Path(value).expanduser())
+        quoted = f"{key}={_quoted(value)}"
+        return quoted if reads(quoted) else argument
+
+    return [quote(argument) for argument in arguments]
 
 
 def unquoted(value: str) -> str:

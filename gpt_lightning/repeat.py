@@ -9,10 +9,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from gpt_lightning.config import CONF, unquoted, verbatim
+from gpt_lightning.config import CONF, PLACES, unquoted, verbatim
 from gpt_lightning.resume import HYDRA, go_to, left_by_hydra, overrides_of
-
-PLACES = ("paths.outputs", "hydra.run.dir", "hydra.sweep.dir")  # where a run goes
 
 
 def repeat_arguments(arguments: list[str]) -> list[str]:

@@ -21,7 +21,7 @@ from gpt_lightning.build import (
     starting_point,
 )
 from gpt_lightning.checks import check, duration
-from gpt_lightning.config import entry_point, git_revision, lacks_memory, versions
+from gpt_lightning.config import entry_point, git_revision, lacks_memory, readable, versions
 from gpt_lightning.memory import device_count, find_micro_batch, out_of_memory
 from gpt_lightning.repeat import repeat_arguments
 from gpt_lightning.resume import (
@@ -78,7 +78,7 @@ def facts(cfg: DictConfig, store: TokenStore) -> dict[str, Any]:
     }
 
 
-@entry_point("train", arguments=lambda arguments: resume_arguments(repeat_arguments(arguments)))
+@entry_point("train", arguments=lambda given: resume_arguments(repeat_arguments(readable(given))))
 def main(cfg: DictConfig) -> float | None:
     started = time.monotonic()
     check(cfg)

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
-from gpt_lightning.config import detect_device, one_line
+from gpt_lightning.config import detect_device, one_line, readable, verbatim
 
 
 def error_of(call: Callable[..., Any], capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -76,6 +78,107 @@ def test_device_is_one_that_torch_has() -> None:
 
     expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     assert detect_device() == expected
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(True, "cuda"), (False, "cpu")])
+def test_torch_itself_is_asked_for_amd_gpus(
+    gpus: bool, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "torch"
+    package.mkdir()
+    (package / "version.py").write_text("cuda = None\nhip = '6.4.43482'\n")
+    (package / "__init__.py").write_text(f"class cuda:\n    is_available = staticmethod(lambda: {gpus})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "torch"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert detect_device() == expected
+
+
+def hydra_reads(argument: str) -> Any:
+    """The value that reaches the configuration, interpolations resolved."""
+    override = OverridesParser.create().parse_override(argument)
+    cfg = OmegaConf.create({"name": "gpt"})
+    OmegaConf.update(cfg, override.key_or_group, override.value(), force_add=True)
+    return OmegaConf.select(cfg, override.key_or_group)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/tmp/ü/é.txt",
+        "~/x.txt",
+        "run(1)",
+        "a#b",
+        "it's",
+        "a=b",
+        "a;b & 'c' !",
+        "x\\'ü\\",
+        "日本, 東京",
+        "a{b",
+    ],
+)
+def test_plain_text_that_hydra_cannot_read_stays_as_it_is(text: str) -> None:
+    (argument,) = readable([f"data.path={text}"])
+    assert hydra_reads(argument) == text
+    assert readable([argument]) == [argument]
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "seed=3", "data.path=a/b.txt", "data.path=[a,ü]", "+x={a: ü}", "x='ü'", 'x="ü"', "x=[ü", "x=", "seed",
+        "--config-dir=ü", "x=a,b", "x=${name}/a", "x=null",
+    ],
+)  # fmt: skip
+def test_what_hydra_reads_and_what_is_its_own_language_is_left_to_it(argument: str) -> None:
+    assert readable([argument]) == [argument]
+
+
+def test_values_of_a_sweep_stay_several_and_places_mean_what_a_shell_means(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ü")
+    assert readable(["-m", "data.path=ü,é", "name=ü"]) == ["-m", "data.path=ü,é", "name='ü'"]
+    (place,) = readable(["hydra.run.dir=~/${name}"])
+    assert hydra_reads(place) == "/home/ü/gpt"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ['"Hi," said Tom. "Bye."', '"Oh no!"', "'a' and 'b'", "'", '"', "'a\\'", "it's \\' so", "'' ''"],
+)
+def test_quotes_belong_to_a_text_unless_it_is_quoted_as_a_whole(prompt: str) -> None:
+    (argument,) = verbatim("prompt")([f"prompt={prompt}"])
+    assert hydra_reads(argument) == prompt
+    assert verbatim("prompt")([argument]) == [argument]  # quoted as a whole
+
+
+def test_run_goes_where_hydra_cannot_read_and_repeats_and_resumes_there(
+    command: Callable[..., Any], tiny: list[str], tmp_path: Path
+) -> None:
+    text = tmp_path / "é (1).txt"
+    text.write_text("the cat sees a dog.\n" * 900, encoding="utf-8")
+    given = [*(option for option in tiny if not option.startswith(("data.path", "hydra"))), "logger=none"]
+    given += [f"data.path={text}", "hydra.run.dir=it's #1", "callbacks.samples=null"]
+    run = tmp_path / "it's #1"
+    result = command("train", *given)
+    assert result.returncode == 0, result.stderr
+    result = command("train", *given)
+    line = "hydra.run.dir=it's #1 holds a run; go on with resume=it's #1 or name another directory"
+    assert result.stderr == f"error: {line}\n"
+    result = command("train", "resume=it's #1")
+    assert (result.returncode, result.stdout) == (
+        0,
+        f"the run in {run} is finished; there is nothing to resume\n",
+    )
+    result = command(
+        "train", f"--config-dir={run}/.hydra", "--config-name=config", "hydra.run.dir=and it's ü"
+    )
+    assert result.returncode == 0, result.stderr
+    first, second = (
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in (run, "and it's ü")
+    )
+    assert second["val_loss"] == first["val_loss"]
 
 
 def test_missing_package_names_the_extra() -> None:
