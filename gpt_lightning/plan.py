@@ -40,7 +40,8 @@ def preview(schedule: Callable[[int], float], lr: float, max_steps: int, *, widt
     factors = [schedule(step) for step in steps]
     # a schedule of the user's own may leave 0 … 1
     line = "".join(bars[min(max(round(7 * factor), 0), 7)] for factor in factors)
-    return f"{line}  {lr * factors[0]:.1e} → {lr * max(factors):.1e} → {lr * factors[-1]:.1e}"
+    peak = max(map(schedule, range(0, max_steps, max(1, max_steps // 1000))))  # between the bars, it may be
+    return f"{line}  {lr * factors[0]:.1e} → {lr * peak:.1e} → {lr * factors[-1]:.1e}"
 
 
 @entry_point("plan")
@@ -66,7 +67,7 @@ def main(cfg: DictConfig) -> None:
     total, epochs = cfg.trainer.max_steps * tokens_per_step, cfg.trainer.max_steps / steps_per_epoch
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     memory = memory_estimate(cfg, parameters, micro, trained=trained)
-    flops = net.flops_per_token() if hasattr(net, "flops_per_token") else 6 * parameters
+    flops = net.flops_per_token(cut["block_size"]) if hasattr(net, "flops_per_token") else 6 * parameters
     lines: dict[str, Any] = {
         "parameters": f"{parameters:,}" + f", {trained:,} of them trained" * (trained < parameters),
         "training tokens": f"{tokens:,} ({tokens / parameters:.2f} per parameter)",

@@ -97,6 +97,7 @@ def test_plan_by_hand(plan: Plan, tmp_path: Path) -> None:
             {
                 "tokens per step": "64 = 2 sequences × 1 accumulated × 4 device(s) × 8 tokens",
                 "steps per epoch": "14 (112 windows)",
+                "compute": "2.2e+05 FLOPs per token, 1.41e+08 in all",  # half of 12 * 2 * 32 * 16 less
             },
         ),
         # at 0, 4, … 880; 221 = 27 * 8 + 5
@@ -139,6 +140,10 @@ def test_plan_leaves_nothing_behind(plan: Plan, tmp_path: Path) -> None:
     plan(f"hydra.run.dir={tmp_path / 'run'}")  # as it is given to train
     assert not list(tmp_path.glob("run/*"))
     assert not list((tmp_path / "here").iterdir())
+
+
+def test_preview_names_a_peak_between_its_bars() -> None:
+    assert preview(lambda step: float(step == 500), 1e-2, 1000).endswith("0.0e+00 → 1.0e-02 → 0.0e+00")
 
 
 def test_preview_draws_every_height() -> None:
