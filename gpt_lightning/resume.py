@@ -52,14 +52,15 @@ HARMLESS = (
 )
 VALIDATION = ("trainer.val_every_steps", "trainer.val_batches")  # decide when early stopping ends a run
 HYDRA = ".hydra"  # folder of a run directory
+RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")  # of SLURM's jobs, and of torchrun's
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # not 0 in all processes of a run but one
 
 
 def resume_arguments(arguments: list[str]) -> list[str]:
     """The command line of the run to resume, followed by what was given now.
 
-    A job that SLURM started again goes on without being told: with the run in its `hydra.run.dir=`, or with
-    the one that the same command of this job began below `paths.outputs`.
+    A job that SLURM or torchrun started again goes on without being told: with the run in its
+    `hydra.run.dir=`, or with the one that the same command of this SLURM job began below `paths.outputs`.
 
     Args:
         arguments: As in sys.argv[1:]. Without a run to resume they come back as they are.
@@ -70,7 +71,8 @@ def resume_arguments(arguments: list[str]) -> list[str]:
     wanted, directory = _value(arguments, "resume"), _value(arguments, "hydra.run.dir")
     if "hydra.output_subdir=null" in arguments:  # in a process that another rank started
         return arguments
-    if wanted is None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and _begins(arguments):
+    restarted = any(os.environ.get(count, "0") != "0" for count in RESTARTS)
+    if wanted is None and restarted and _begins(arguments):
         wanted = directory or _begun_by_this_job(arguments)
         wanted = wanted if wanted and (Path(wanted) / HYDRA / "overrides.yaml").is_file() else None
     if wanted in (None, "null", ""):

@@ -397,6 +397,9 @@ def test_slurm_requeues_a_job_that_then_goes_on(
     assert again.wait() == 0, again.out.read_text()
     assert "resuming from" in again.out.read_text()
     assert_same(run, uninterrupted)
+    again = start(TORCHELASTIC_RESTART_COUNT="1")  # torchrun's way to say the same
+    assert again.wait() == 0, again.out.read_text()
+    assert "is finished; there is nothing to resume" in again.out.read_text()
 
 
 def test_slurm_job_without_a_run_directory_goes_on_with_its_own_run(
