@@ -74,9 +74,8 @@ def test_plan_by_hand(plan: Plan, tmp_path: Path) -> None:
         "compute": ["2.27e+05 FLOPs per token, 2.9e+08 in all"],
         "note": ["there are fewer training tokens than parameters; watch the validation loss, use dropout"],
     }
-    # a third of the peak, the peak, and 7/8 of half a cosine down to a tenth:
-    # 0.1 + 0.9 * (1 + cos(157.5°)) / 2 = 0.1 + 0.45 * 0.07612
-    assert curve[1] == "3.3e-03 → 1.0e-02 → 1.3e-03"
+    # a third of the peak, the peak, and 7/8 of half a cosine down to nothing: (1 + cos(157.5°)) / 2 = 0.03806
+    assert curve[1] == "3.3e-03 → 1.0e-02 → 3.8e-04"
     assert len(curve[0]) == 48
     assert "█" in curve[0][10:20]  # steps 2 and 3 of 10
     assert len(memory) == 1
