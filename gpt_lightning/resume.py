@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import logging
 import os
 import re
@@ -18,6 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from gpt_lightning.config import ConfigError, unquoted, verbatim, versions
+from gpt_lightning.training.files import read_json
+from gpt_lightning.training.slurm import slurm_job
 
 try:
     import fcntl
@@ -184,12 +185,6 @@ def _latest(arguments: list[str]) -> Path:
     return _newest(runs)
 
 
-def slurm_job() -> str | None:
-    """The SLURM job that this process belongs to, as `scontrol requeue` names it."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
-
-
 def _begun_by_this_job(arguments: list[str]) -> str | None:
     """The run that this command began before SLURM started the job again; a job may hold several commands."""
     job = slurm_job()
@@ -242,10 +237,7 @@ def _flat(cfg: Any) -> dict[str, Any]:
 
 def status(folder: Path) -> dict[str, Any]:
     """The summary that the run left so far; empty if it has none."""
-    try:
-        return dict(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError):
-        return {}
+    return read_json(folder / "summary.json")
 
 
 def warn_of_versions(folder: Path) -> None:

@@ -28,13 +28,13 @@ from gpt_lightning.resume import (
     check_unchanged,
     claimed,
     resume_arguments,
-    slurm_job,
     status,
     warn_of_versions,
 )
 
 if TYPE_CHECKING:
     from gpt_lightning.data.token_store import TokenStore
+from gpt_lightning.training.slurm import slurm_job
 
 log = logging.getLogger(__name__)
 

@@ -24,3 +24,20 @@ TINY = [  # the least that trains
     "device=cpu",
     "callbacks.samples.max_new_tokens=16",
 ]
+
+# a plugin with a model of one's own: a token from the one before it
+BIGRAM = """
+from torch import nn
+
+class Bigram(nn.Module):
+    def __init__(self, vocab_size, block_size):
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, vocab_size)
+
+    def forward(self, idx, targets=None, *, reduction="mean"):
+        logits = self.table(idx)
+        if targets is None:
+            return logits
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+        return loss.view(idx.shape) if reduction == "none" else loss
+"""

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from support import BIGRAM
 
 from gpt_lightning.config import detect_device, one_line, readable, verbatim
 
@@ -187,22 +188,7 @@ def test_missing_package_names_the_extra() -> None:
     )
 
 
-PLUGIN = '''
-import torch
-from torch import nn
-
-class Bigram(nn.Module):
-    """Predicts a token from the one before it."""
-    def __init__(self, vocab_size, block_size):
-        super().__init__()
-        self.table = nn.Embedding(vocab_size, vocab_size)
-    def forward(self, idx, targets=None, *, reduction="mean"):
-        logits = self.table(idx)
-        if targets is None:
-            return logits
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
-        return loss.view(idx.shape) if reduction == "none" else loss
-
+CORPUS_AND_SCHEDULE = '''
 class Digits:
     """A corpus of one's own: the numbers from one to n in words of digits."""
     separated = True
@@ -223,7 +209,7 @@ def halving(step, *, every):
 def test_own_model_corpus_optimizer_and_schedule_need_no_change_of_the_core(
     tmp_path: Path, command: Callable[..., Any]
 ) -> None:
-    (tmp_path / "plugin.py").write_text(PLUGIN)
+    (tmp_path / "plugin.py").write_text(BIGRAM + CORPUS_AND_SCHEDULE)
     files = {
         "model/bigram.yaml": "_target_: plugin.Bigram\nvocab_size: null\nblock_size: 8\n",
         "data/digits.yaml": "defaults: [_windows, _self_]\nbatch_size: 4\n"

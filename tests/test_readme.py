@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT, TINY
+from support import BIGRAM, ROOT, TINY
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -110,23 +110,6 @@ def test_resume_goes_on_with_an_interrupted_run(
     assert re.search(r"^resuming from .* at step 6$", capsys.readouterr().out, re.M)
     done = json.loads(summary.read_text())
     assert (done["status"], done["steps"]) == ("finished", 8)
-
-
-BIGRAM = """
-from torch import nn
-
-class Bigram(nn.Module):
-    def __init__(self, vocab_size, block_size):
-        super().__init__()
-        self.table = nn.Embedding(vocab_size, vocab_size)
-
-    def forward(self, idx, targets=None, *, reduction="mean"):
-        logits = self.table(idx)
-        if targets is None:
-            return logits
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
-        return loss.view(idx.shape) if reduction == "none" else loss
-"""
 
 
 @pytest.mark.slow

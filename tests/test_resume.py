@@ -176,9 +176,7 @@ def test_signal_finishes_the_step_and_leaves_a_run_that_goes_on(
 ) -> None:
     run = tmp_path / "run"
     process = start()
-    process.wait_for(reached(run, 25))
-    process.kill(number)
-    assert process.wait() == 128 + number
+    assert process.end_when(reached(run, 25), number) == 128 + number
     out = process.out.read_text()
     assert out.splitlines()[-1] == f"stopped by {number.name}; go on with resume={run}"
     assert "Traceback" not in out
@@ -196,13 +194,9 @@ def test_kill_while_validating(
     run = tmp_path / "run"
     process = start(slow={VALIDATION_STEP: 0.05} if step == 20 else {})
     if step == STEPS:  # the last validation; without waiting for all those before
-        process.wait_for(reached(run, STEPS - 9))
-        process.kill()
-        process.wait()
+        process.end_when(reached(run, STEPS - 9))
         process = zygote.start("train", f"resume={run}", slow={VALIDATION_STEP: 0.05})
-    process.wait_for(lambda: f"step {step}/{STEPS}" in process.out.read_text())
-    process.kill()
-    process.wait()
+    process.end_when(lambda: f"step {step}/{STEPS}" in process.out.read_text())
     assert f"step {step} | validation" not in process.out.read_text()
     assert status(run) == "interrupted"
     resume(zygote, run)
@@ -215,13 +209,10 @@ def test_signal_does_not_wait_for_a_validation_which_is_done_again(
 ) -> None:
     run = tmp_path / "run"
     process = start()
-    process.wait_for(reached(run, step - 9))
-    process.kill()
-    process.wait()
+    process.end_when(reached(run, step - 9))
     process = zygote.start("train", f"resume={run}", slow={VALIDATION_STEP: 0.5})
-    process.wait_for(lambda: f"step {step}/{STEPS}" in process.out.read_text())
-    process.kill(signal.SIGTERM)
-    assert process.wait() == 128 + signal.SIGTERM, process.out.read_text()
+    code = process.end_when(lambda: f"step {step}/{STEPS}" in process.out.read_text(), signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM, process.out.read_text()
     assert f"step {step} | validation" not in process.out.read_text()
     assert read_checkpoint(run / "checkpoints" / "last.ckpt")["progress"]["step"] == step
     resume(zygote, run)
@@ -249,9 +240,7 @@ def test_damaged_last_checkpoint_is_replaced_by_the_one_before(
     run = tmp_path / "run"
     last, before = run / "checkpoints" / "last.ckpt", run / "checkpoints" / "last-1.ckpt"
     process = start()
-    process.wait_for(reached(run, 31))
-    process.kill(signal.SIGTERM)
-    process.wait()
+    process.end_when(reached(run, 31), signal.SIGTERM)
     last.write_bytes(last.read_bytes()[:20000])
     out = resume(zygote, run)
     assert re.search(rf"damaged: {last} \(.*\); going on from {before}", out)
@@ -263,9 +252,7 @@ def test_torn_summary_does_not_keep_an_intact_run_from_going_on(
 ) -> None:
     run = tmp_path / "run"
     process = start()
-    process.wait_for(reached(run, 31))
-    process.kill(signal.SIGTERM)
-    process.wait()
+    process.end_when(reached(run, 31), signal.SIGTERM)
     path = run / "summary.json"
     path.write_text(path.read_text()[:100])
     assert "resuming from" in resume(zygote, run)
@@ -298,9 +285,7 @@ def test_checkpoint_that_cannot_be_written_leaves_the_one_before(
     run = tmp_path / "run"
     last = run / "checkpoints" / "last.ckpt"
     process = start()
-    process.wait_for(reached(run, 31))
-    process.kill(signal.SIGTERM)
-    process.wait()
+    process.end_when(reached(run, 31), signal.SIGTERM)
     before = last.read_bytes()
     code, out = zygote.run("train", f"resume={run}", file_limit=100_000)
     assert code == 1
@@ -357,9 +342,7 @@ def test_run_killed_before_its_first_checkpoint_begins_again(
 ) -> None:
     run = tmp_path / "run"
     process = start(slow={TRAINING_STEP: 0.02})
-    process.wait_for(reached(run, 3))
-    process.kill()
-    process.wait()
+    process.end_when(reached(run, 3))
     assert not (run / "checkpoints" / "last.ckpt").exists()
     assert status(run) == "interrupted"
     assert "it begins again" in resume(zygote, run)
@@ -389,9 +372,7 @@ def test_slurm_requeues_a_job_that_then_goes_on(
     slurm = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "77", "SLURM_PROCID": "0"}
     slurm |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "PATH": f"{tools}:{os.environ['PATH']}"}
     process = start(**slurm)
-    process.wait_for(reached(run, 11))
-    process.kill(signal.SIGUSR1)
-    assert process.wait() == 128 + signal.SIGUSR1, process.out.read_text()
+    assert process.end_when(reached(run, 11), signal.SIGUSR1) == 128 + signal.SIGUSR1, process.out.read_text()
     assert (tmp_path / "asked").read_text() == "requeue 77\n"
     again = start(**slurm, SLURM_RESTART_COUNT="1")  # the very same command
     assert again.wait() == 0, again.out.read_text()
@@ -412,9 +393,7 @@ def test_slurm_job_without_a_run_directory_goes_on_with_its_own_run(
         return {path.parent for path in tmp_path.glob("outputs/**/summary.json")}
 
     process = zygote.start("train", *options, cwd=tmp_path, **job)
-    process.wait_for(lambda: any(reached(folder, 11)() for folder in folders()))
-    process.kill()
-    process.wait()
+    process.end_when(lambda: any(reached(folder, 11)() for folder in folders()))
     (run,) = folders()
     assert json.loads((run / "summary.json").read_text())["slurm_job"] == "77_1"
     decoys = {"task": {"slurm_job": "77_2"}, "none": {"slurm_job": None}, "command": {}}
@@ -462,9 +441,7 @@ def test_run_directory_may_move_and_latest_finds_it(
     start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
 ) -> None:
     process = start()
-    process.wait_for(reached(tmp_path / "run", 46))
-    process.kill()
-    process.wait()
+    process.end_when(reached(tmp_path / "run", 46))
     moved = tmp_path / "outputs" / "another place, it's new" / "run=1"
     moved.parent.mkdir(parents=True)
     (tmp_path / "run").rename(moved)
@@ -532,6 +509,7 @@ def test_what_would_change_a_run_is_refused_and_the_rest_allowed(
     process.wait()
     changes = ["model.n_layer=3", "optimizer.lr=1", "seed=2", "data.batch_size=16", "trainer.max_steps=500"]
     changes += ["trainer.val_every_steps=7", "trainer.val_batches=3"]  # since it may stop early
+    before = (run / "metrics.csv").read_bytes()
     code, out = zygote.run("train", f"resume={run}", *changes, "logger=none")
     assert code == 1
     assert out.count("\n") == 1
@@ -539,7 +517,6 @@ def test_what_would_change_a_run_is_refused_and_the_rest_allowed(
         key, value = change.split("=")
         assert re.search(rf"{re.escape(key)} \(was [^)]*, now {value}\)", out)
     assert "logger" not in out
-    before = (run / "metrics.csv").read_bytes()
     assert before == (run / "metrics.csv").read_bytes()
     resume(zygote, run, "callbacks.samples=null", "trainer.save_every_steps=50", "data.num_workers=1")
     a, b = (read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (run, uninterrupted))
@@ -588,9 +565,7 @@ def test_validations_at_other_steps_do_not_change_the_weights(
 ) -> None:
     run = tmp_path / "run"
     process = start("callbacks.early_stopping=null")  # which never stops the other
-    process.wait_for(reached(run, 23))
-    process.kill(signal.SIGTERM)
-    process.wait()
+    process.end_when(reached(run, 23), signal.SIGTERM)
     stopped = logged_step(run)
     resume(zygote, run, "trainer.val_every_steps=7")
     a, b = (read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (run, uninterrupted))
@@ -619,9 +594,7 @@ def test_two_ranks_with_workers_go_on_exactly(zygote: Zygote, options: list[str]
     process.kill()
     process.wait()
     process = zygote.start("train", f"resume={b}")
-    process.wait_for(reached(b, 61))
-    process.kill(signal.SIGTERM)
-    assert process.wait() == 128 + signal.SIGTERM, process.out.read_text()
+    assert process.end_when(reached(b, 61), signal.SIGTERM) == 128 + signal.SIGTERM, process.out.read_text()
     resume(zygote, b)
     assert whole.wait(300) == 0, whole.communicate()[1]
     whole.communicate()

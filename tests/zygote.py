@@ -51,6 +51,12 @@ class Process:
                 raise AssertionError(f"the run ended too early:\n{self.out.read_text()}")
             time.sleep(0.005)
 
+    def end_when(self, condition: Callable[[], object], number: int = signal.SIGKILL) -> int:
+        """Send a signal as soon as the condition holds; the exit code."""
+        self.wait_for(condition)
+        self.kill(number)
+        return self.wait()
+
 
 class Zygote:
     """The client's side. Use as a context manager; `folder` is for output."""

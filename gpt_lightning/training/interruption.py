@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
-import subprocess
 import time
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+from gpt_lightning.training.slurm import requeue
 
 log = logging.getLogger(__name__)
 
@@ -91,16 +91,3 @@ class Interruption:
         if self._requeue_signal is not None and code == 128 + self._requeue_signal and trainer.is_global_zero:
             requeue()
         raise Interrupted(code)
-
-
-def requeue() -> None:
-    """Ask SLURM to start this job again."""
-    environment = os.environ
-    job = environment["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in environment:
-        job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
-    try:
-        subprocess.run(["scontrol", "requeue", job], check=True)
-        log.info("asked SLURM to requeue job %s", job)
-    except (OSError, subprocess.CalledProcessError) as error:
-        log.warning("job %s could not be requeued (%s)", job, error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import math
 import os
@@ -25,7 +24,7 @@ from gpt_lightning.data.datamodule import TextDataModule, split_batch
 from gpt_lightning.training.callbacks import Samples, StepMetrics, duration
 from gpt_lightning.training.checkpoints import LastCheckpoint
 from gpt_lightning.training.curves import plot_curves
-from gpt_lightning.training.files import write_json
+from gpt_lightning.training.files import read_json, write_json
 from gpt_lightning.training.incidents import Incidents
 from gpt_lightning.training.interruption import Interrupted, Interruption
 from gpt_lightning.training.loggers import read_metrics
@@ -65,7 +64,7 @@ def fit(
     trainer.accumulate_grad_batches = accumulation
     trainer.val_check_interval = val_every_steps * accumulation  # Lightning counts micro-batches here
     path = folder / "summary.json"
-    earlier = _earlier(path) if checkpoint else {}
+    earlier = read_json(path) if checkpoint else {}
     started = time.monotonic()
 
     def record(status: str, **results: Any) -> dict[str, Any]:
@@ -111,14 +110,6 @@ def fit(
                 raise
             log.debug("nothing more could be written: %s", error)  # what ended the run is the error to tell
     return summary
-
-
-def _earlier(path: Path) -> dict[str, Any]:
-    """The summary of the run so far; a lost or torn one is no reason not to go on with intact checkpoints."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError):
-        return {}
 
 
 def _results(module: LanguageModel, data: TextDataModule, trainer: pl.Trainer) -> dict[str, Any]:
