@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
-from gpt_lightning.inference.generator import generate
-from gpt_lightning.inference.packing import pack
+from gpt_lightning.inference.cpu_kernels import pack
+from gpt_lightning.inference.decoding import generate
 from gpt_lightning.inference.sampling import SamplingSettings
+from gpt_lightning.interop.gpt2 import load_gpt2, save_gpt2
 from gpt_lightning.model.gpt import GPT, GPTConfig
-from gpt_lightning.model.huggingface import load_gpt2, save_gpt2
 
 Generate = Callable[[list[list[int]], int, bool], list[list[int]]]  # prompts, new tokens, sampled
 OURS = ("plain", "float32", "bfloat16", "int8")

@@ -20,7 +20,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 
-from gpt_lightning.build import (
+from gpt_lightning.config.build import (
     build_callbacks,
     build_data,
     build_loggers,
@@ -28,11 +28,11 @@ from gpt_lightning.build import (
     build_trainer,
     prepare_data,
 )
-from gpt_lightning.config import CONF, build
+from gpt_lightning.config.command import CONF, build
 from gpt_lightning.data.token_store import TokenStore
-from gpt_lightning.training.callbacks import StepMetrics
+from gpt_lightning.training.callbacks.metrics import StepMetrics
+from gpt_lightning.training.fit import fit, quiet_lightning
 from gpt_lightning.training.optimizers import decay_groups
-from gpt_lightning.training.run import fit, quiet_lightning
 
 
 def framework(cfg: DictConfig, store: TokenStore, folder: Path) -> float:

@@ -11,7 +11,8 @@ A trained model in Python:
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpt_lightning.inference.pretrained import TextGenerator, load
+    from gpt_lightning.inference.loading import load
+    from gpt_lightning.inference.text import TextGenerator
 
 __version__ = "0.1.0"
 __all__ = ["TextGenerator", "__version__", "load"]
@@ -20,7 +21,7 @@ __all__ = ["TextGenerator", "__version__", "load"]
 def __getattr__(name: str) -> Any:
     """torch takes seconds to import, so what needs it waits until it is asked for."""
     if name in ("TextGenerator", "load"):
-        from gpt_lightning.inference import pretrained
+        from gpt_lightning.inference import loading
 
-        return getattr(pretrained, name)
+        return getattr(loading, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,7 @@ import socket
 from omegaconf import DictConfig
 
 import gpt_lightning
-from gpt_lightning.config import ConfigError, entry_point, verbatim
+from gpt_lightning.config.command import ConfigError, entry_point, verbatim
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -32,8 +32,8 @@ def main(cfg: DictConfig) -> None:
     if cfg.checkpoint is None:
         raise ConfigError("checkpoint= is missing; give a checkpoint, a run directory or an exported folder")
     with contextlib.suppress(KeyboardInterrupt), listen(str(cfg.host), cfg.port) as listener:
-        from gpt_lightning.inference.pretrained import find_curves
-        from gpt_lightning.inference.server import Site, run
+        from gpt_lightning.rundir.checkpoint import find_curves
+        from gpt_lightning.serving.server import Site, run
 
         model = gpt_lightning.load(cfg.checkpoint, cfg.device.accelerator, cfg.dtype)
         limits = {key: cfg[key] for key in ("max_prompt_chars", "max_new_tokens", "queue")}

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from gpt_lightning.config import ConfigError, build, check_output, entry_point, verbatim
+from gpt_lightning.config.command import ConfigError, build, check_output, entry_point, verbatim
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from gpt_lightning.data.corpus import Corpus
+    from gpt_lightning.data.corpus.base import Corpus
     from gpt_lightning.inference.text import TextGenerator
 
 SETTINGS = ("max_new_tokens", "temperature", "top_k", "seed")  # of the texts to generate
@@ -63,10 +63,10 @@ def read_tokens(
     cfg: DictConfig, corpus: Corpus | None, model: TextGenerator
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """The tokens to score, and what is known of their text."""
-    from gpt_lightning.data.corpus import TextFiles
+    from gpt_lightning.data.corpus.files import TextFiles
     from gpt_lightning.data.token_store import prepare
     from gpt_lightning.data.tokenizer import Given
-    from gpt_lightning.inference.evaluation import count_words, lay_out
+    from gpt_lightning.evaluation.losses import count_words, lay_out
 
     if corpus is not None:
         store = prepare(corpus, Given(model.tokenizer), cfg.paths.cache)
@@ -93,7 +93,7 @@ def read_lines(path: str) -> list[str]:
 
 def judge(cfg: DictConfig, corpus: Corpus | None, model: TextGenerator) -> dict[str, Any]:
     """Whether texts of the model are its own, beside text that it has not seen."""
-    from gpt_lightning.inference.overlap import alike, distinct, excerpt, originality
+    from gpt_lightning.evaluation.originality import alike, distinct, excerpt, originality
 
     settings = {key: cfg[key] for key in SETTINGS}
     if cfg.samples is not None:
@@ -134,8 +134,8 @@ def show(result: dict[str, Any]) -> None:
 @entry_point("evaluate", arguments=verbatim("checkpoint", "text", "samples", "reference", "output"))
 def main(cfg: DictConfig) -> None:
     check(cfg)
-    from gpt_lightning.inference.evaluation import evaluate
-    from gpt_lightning.inference.pretrained import load
+    from gpt_lightning.evaluation.losses import evaluate
+    from gpt_lightning.inference.loading import load
     from gpt_lightning.inference.session import check as check_settings
 
     check_settings(num_samples=max(1, cfg.num_samples), stop=None, **{key: cfg[key] for key in SETTINGS})

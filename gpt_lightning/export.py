@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from gpt_lightning.config import ConfigError, entry_point, verbatim
+from gpt_lightning.config.command import ConfigError, entry_point, verbatim
 
 
 @entry_point("export", arguments=verbatim("checkpoint", "output"))
@@ -14,8 +14,9 @@ def main(cfg: DictConfig) -> None:
             raise ConfigError(f"{key}= is missing; give checkpoint=CHECKPOINT output=FOLDER")
     if not isinstance(cfg.overwrite, bool):
         raise ConfigError(f"overwrite={cfg.overwrite!r} must be true or false")
-    from gpt_lightning.inference.exporting import export
-    from gpt_lightning.inference.pretrained import find_curves, read_model
+    from gpt_lightning.inference.loading import read_model
+    from gpt_lightning.interop.export import export
+    from gpt_lightning.rundir.checkpoint import find_curves
 
     model = read_model(cfg.checkpoint, merge=cfg.format != "peft")
     curves = find_curves(cfg.checkpoint)

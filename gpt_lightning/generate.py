@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from gpt_lightning.config import ConfigError, check_output, entry_point, plain, verbatim
+from gpt_lightning.config.command import ConfigError, check_output, entry_point, plain, verbatim
 
 if TYPE_CHECKING:
     from gpt_lightning.inference.session import Session
@@ -125,7 +125,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.checkpoint is None:
         raise ConfigError("checkpoint= is missing; give a checkpoint, a run directory or an exported folder")
     check_output(cfg.output)
-    from gpt_lightning.inference.pretrained import load
+    from gpt_lightning.inference.loading import load
     from gpt_lightning.inference.session import Session, check
 
     values = {key: plain(cfg)[key] for key in SETTINGS}

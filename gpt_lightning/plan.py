@@ -7,10 +7,17 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from gpt_lightning.build import build_net, build_schedule, prepare_data, rehearse, starting_point, windows
-from gpt_lightning.checks import check
-from gpt_lightning.config import entry_point
-from gpt_lightning.memory import ENOUGH, GIB, device_count, memory_estimate
+from gpt_lightning.config.build import (
+    build_net,
+    build_schedule,
+    prepare_data,
+    rehearse,
+    starting_point,
+    windows,
+)
+from gpt_lightning.config.command import entry_point
+from gpt_lightning.config.memory import ENOUGH, GIB, device_count, memory_estimate
+from gpt_lightning.config.rules import check
 
 
 def warnings_for(cfg: DictConfig, *, tokens: int, parameters: int, epochs: float) -> list[str]:
@@ -50,7 +57,7 @@ def main(cfg: DictConfig) -> None:
     rehearse(cfg, trainer=False)
     import torch
 
-    from gpt_lightning.data.datamodule import epoch_size, split_batch
+    from gpt_lightning.data.windows import epoch_size, split_batch
 
     devices = device_count(cfg)
     limit = ENOUGH if cfg.device.micro_batch_size == "auto" else cfg.device.micro_batch_size

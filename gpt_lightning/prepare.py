@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from gpt_lightning.config import ConfigError, build, entry_point
+from gpt_lightning.config.command import ConfigError, build, entry_point
 
 
 @entry_point("prepare")

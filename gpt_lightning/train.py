@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from gpt_lightning.build import (
+from gpt_lightning.config.build import (
     build_callbacks,
     build_data,
     build_loggers,
@@ -20,17 +20,17 @@ from gpt_lightning.build import (
     rehearse,
     starting_point,
 )
-from gpt_lightning.checks import check, duration
-from gpt_lightning.config import entry_point, git_revision, lacks_memory, readable, versions
-from gpt_lightning.memory import device_count, find_micro_batch, out_of_memory
-from gpt_lightning.repeat import repeat_arguments
-from gpt_lightning.resume import (
+from gpt_lightning.config.command import entry_point, git_revision, lacks_memory, readable, versions
+from gpt_lightning.config.memory import device_count, find_micro_batch, out_of_memory
+from gpt_lightning.config.repeat import repeat_arguments
+from gpt_lightning.config.resume import (
     check_unchanged,
     claimed,
     resume_arguments,
     status,
     warn_of_versions,
 )
+from gpt_lightning.config.rules import check, duration
 
 if TYPE_CHECKING:
     from gpt_lightning.data.token_store import TokenStore
@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 
 def resume_from(folder: Path) -> tuple[Path | None, int]:
     """The checkpoint to go on from and its step; None and -1 where the run was killed before its first."""
-    from gpt_lightning.inference.pretrained import read_checkpoint
-    from gpt_lightning.training.checkpoints import good_checkpoint
+    from gpt_lightning.rundir.checkpoint import read_checkpoint
+    from gpt_lightning.training.callbacks.checkpoints import good_checkpoint
 
     warn_of_versions(folder)
     path = good_checkpoint(folder / "checkpoints")
@@ -56,7 +56,7 @@ def resume_from(folder: Path) -> tuple[Path | None, int]:
 
 def micro_batch_size(cfg: DictConfig, checkpoint: Path | None) -> int:
     """The number that device.micro_batch_size=auto stands for; a run goes on with the one it began with."""
-    from gpt_lightning.inference.pretrained import read_checkpoint
+    from gpt_lightning.rundir.checkpoint import read_checkpoint
 
     if checkpoint is not None:
         return int(
@@ -100,9 +100,9 @@ def train(cfg: DictConfig, folder: Path, deadline: float | None) -> float | None
     import lightning.pytorch as pl
     import torch
 
-    from gpt_lightning.data.datamodule import split_batch
-    from gpt_lightning.training.interruption import Interrupted
-    from gpt_lightning.training.run import describe, end_with_parent, fit, quiet_lightning
+    from gpt_lightning.data.windows import split_batch
+    from gpt_lightning.training.callbacks.interruption import Interrupted
+    from gpt_lightning.training.fit import describe, end_with_parent, fit, quiet_lightning
 
     quiet_lightning()
     end_with_parent()

@@ -12,7 +12,7 @@ from typing import Any
 
 import hypothesis
 import pytest
-from support import TINY
+from support.runs import TINY
 
 # the same examples on every machine, however slow it is
 hypothesis.settings.register_profile("tests", derandomize=True, deadline=None)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import BYTES, random_net, save_checkpoint
-from support import ROOT
+from support.models import BYTES, random_net, save_checkpoint
+from support.runs import ROOT
 
 from gpt_lightning.data.tales import Tales
-from gpt_lightning.inference.evaluation import evaluate, lay_out
+from gpt_lightning.evaluation.losses import evaluate, lay_out
 from gpt_lightning.inference.text import TextGenerator
 
 Call = Callable[..., Any]

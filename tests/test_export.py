@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import Evil, random_net, save_checkpoint
+from support.models import Evil, random_net, save_checkpoint
 
-from gpt_lightning.inference.pretrained import read_model
+from gpt_lightning.inference.loading import read_model
 
 transformers = pytest.importorskip("transformers")
 Call = Callable[..., Any]

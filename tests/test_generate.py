@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import BYTES, random_net, reciting, save_checkpoint
+from support.models import BYTES, random_net, reciting, save_checkpoint
 
 from gpt_lightning.inference.text import TextGenerator
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT, TINY
+from support.runs import ROOT, TINY
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from models import random_net, save_checkpoint
 from omegaconf import DictConfig
+from support.models import random_net, save_checkpoint
 
-from gpt_lightning.config import CONF
+from gpt_lightning.config.command import CONF
 from gpt_lightning.plan import preview, warnings_for
 
 Plan = Callable[..., dict[str, list[str]]]

@@ -13,12 +13,12 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from support import ROOT, SHARED
+from support.runs import ROOT, SHARED
 
-from gpt_lightning.build import build_schedule
-from gpt_lightning.checks import check
-from gpt_lightning.config import CONF, build, detect_device
-from gpt_lightning.data.datamodule import split_batch
+from gpt_lightning.config.build import build_schedule
+from gpt_lightning.config.command import CONF, build, detect_device
+from gpt_lightning.config.rules import check
+from gpt_lightning.data.windows import split_batch
 
 GROUPS = (
     "model",

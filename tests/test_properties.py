@@ -15,19 +15,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import BYTES, random_net
+from support.models import BYTES, random_net
 
 from gpt_lightning.data import tokenizer as tokenizers
-from gpt_lightning.data.datamodule import (
-    IGNORE,
-    EvalBatches,
-    PositionedLoader,
-    TrainBatches,
-    permute,
-    split_batch,
-)
-from gpt_lightning.inference.pretrained import load_net, read_checkpoint
-from gpt_lightning.training.checkpoints import AtomicCheckpointIO
+from gpt_lightning.data.datamodule import PositionedLoader
+from gpt_lightning.data.windows import IGNORE, EvalBatches, TrainBatches, permute, split_batch
+from gpt_lightning.inference.loading import load_net
+from gpt_lightning.rundir.checkpoint import read_checkpoint
+from gpt_lightning.training.callbacks.checkpoints import AtomicCheckpointIO
 from gpt_lightning.training.schedules import constant, cosine, linear, wsd
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import BIGRAM, ROOT, TINY
+from support.runs import BIGRAM, ROOT, TINY
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [

@@ -20,9 +20,10 @@ import pytest
 import torch
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
-from support import ROOT, TINY
+from support.runs import ROOT, TINY
 
-from gpt_lightning.inference.pretrained import load_net, load_tokenizer, read_checkpoint
+from gpt_lightning.inference.loading import load_net, load_tokenizer
+from gpt_lightning.rundir.checkpoint import read_checkpoint
 
 SUMMARY_KEYS = {
     "status", "parameters", "steps", "tokens", "train_loss", "val_loss", "best_val_loss", "perplexity",

@@ -26,7 +26,8 @@ import tiktoken
 from tqdm import tqdm
 
 from gpt_lightning.data import tokenizer as tokenizers
-from gpt_lightning.data.corpus import Corpus, Split, TokenBins, file_sha256
+from gpt_lightning.data.corpus.base import Corpus, Split, file_sha256
+from gpt_lightning.data.corpus.token_bins import TokenBins
 from gpt_lightning.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

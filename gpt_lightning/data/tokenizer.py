@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import tiktoken
 
-from gpt_lightning.data.corpus import END_OF_TEXT, Split
+from gpt_lightning.data.corpus.base import END_OF_TEXT, Split
 
 log = logging.getLogger(__name__)
 

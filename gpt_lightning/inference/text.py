@@ -11,8 +11,8 @@ from typing import Any, Literal, overload
 import tiktoken
 
 from gpt_lightning.data import tokenizer as tokenizers
-from gpt_lightning.data.corpus import END_OF_TEXT
-from gpt_lightning.inference.generator import stream
+from gpt_lightning.data.corpus.base import END_OF_TEXT
+from gpt_lightning.inference.decoding import stream
 from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.model.gpt import GPT
 

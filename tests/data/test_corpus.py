@@ -14,8 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpt_lightning.data import corpus as corpora
-from gpt_lightning.data.corpus import BLOCK, HuggingFace, Shakespeare, TextFiles, TokenBins, download
+import gpt_lightning.data.corpus.base as corpus_base
+import gpt_lightning.data.corpus.files as corpus_files
+from gpt_lightning.data.corpus.base import BLOCK
+from gpt_lightning.data.corpus.files import TextFiles
+from gpt_lightning.data.corpus.huggingface import HuggingFace
+from gpt_lightning.data.corpus.shakespeare import Shakespeare, download
+from gpt_lightning.data.corpus.token_bins import TokenBins
 
 ROOT = Path(__file__).parents[2]
 SHAKESPEARE = ROOT / "../shared/data/tinyshakespeare/input.txt"
@@ -39,7 +44,7 @@ def write_parquet(path: Path, **columns: list) -> str:
     return str(path)
 
 
-def read(corpus: corpora.Corpus) -> tuple[list[str], list[str]]:
+def read(corpus: corpus_base.Corpus) -> tuple[list[str], list[str]]:
     return list(corpus.documents("train")), list(corpus.documents("val"))
 
 
@@ -51,7 +56,7 @@ def error_of(make: object, kind: type[Exception] | tuple = (ValueError, OSError)
     return str(caught.value)
 
 
-def read_and_digest(corpus: corpora.Corpus) -> None:
+def read_and_digest(corpus: corpus_base.Corpus) -> None:
     corpus.digest()
     read(corpus)
 
@@ -190,7 +195,7 @@ WORDS = [
     size=st.integers(1, 20),
 )
 def test_pieces_are_tokenized_as_the_whole_text(text, block, size, encodings):
-    pieces = list(corpora._pieces([text[i : i + block] for i in range(0, len(text), block)], size))
+    pieces = list(corpus_files._pieces([text[i : i + block] for i in range(0, len(text), block)], size))
     assert "".join(pieces) == text
     if all(len(piece) < 8 * size for piece in pieces):  # else a cut may have been forced
         for encoding in encodings:
@@ -209,14 +214,14 @@ def encodings():
 
 def test_pieces_are_about_the_size_asked_for():
     text = "some words\n" * 1000
-    *pieces, _ = corpora._pieces([text[i : i + 64] for i in range(0, len(text), 64)], 512)
+    *pieces, _ = corpus_files._pieces([text[i : i + 64] for i in range(0, len(text), 64)], 512)
     assert len(pieces) == len(text) // 512
     assert {len(piece) for piece in pieces} <= set(range(500, 590))
 
 
 def test_text_without_spaces_is_cut_before_lines_and_without_lines_anywhere():
-    assert list(corpora._pieces(["abc\ndef\n", "ghi"], 5)) == ["abc\ndef", "\nghi"]
-    assert list(corpora._pieces(["x" * 10] * 5, 5)) == ["x" * 40, "x" * 10]
+    assert list(corpus_files._pieces(["abc\ndef\n", "ghi"], 5)) == ["abc\ndef", "\nghi"]
+    assert list(corpus_files._pieces(["x" * 10] * 5, 5)) == ["x" * 40, "x" * 10]
 
 
 # -- digest ------------------------------------------------------------------------------------------
@@ -327,7 +332,7 @@ def test_missing_parquet_column_lists_the_columns(tmp_path):
 
 
 def test_missing_package_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(corpus_base.importlib.util, "find_spec", lambda name: None)
     path = write(tmp_path / "a.parquet", "x")
     assert "needs the package pyarrow; pip install" in error_of(lambda: TextFiles(path), ImportError)
     assert "needs the package datasets; pip install" in error_of(lambda: HuggingFace("x/y"), ImportError)
@@ -475,7 +480,7 @@ def test_errors_of_a_dataset_give_one_clear_line(no_datasets_cache):
 @pytest.mark.slow
 def test_dataset_that_cannot_be_reached_gives_one_clear_line(tmp_path):
     pytest.importorskip("datasets")
-    code = "from gpt_lightning.data.corpus import HuggingFace\nHuggingFace('nobody/nothing').digest()"
+    code = "from gpt_lightning.data.corpus.files import HuggingFace\nHuggingFace('nobody/nothing').digest()"
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]

@@ -11,16 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from gpt_lightning.data.datamodule import (
-    IGNORE,
-    EvalBatches,
-    PositionedLoader,
-    TextDataModule,
-    TrainBatches,
-    epoch_size,
-    permute,
-    split_batch,
-)
+from gpt_lightning.data.datamodule import PositionedLoader, TextDataModule
+from gpt_lightning.data.windows import IGNORE, EvalBatches, TrainBatches, epoch_size, permute, split_batch
 
 
 @dataclass

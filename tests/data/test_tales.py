@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
+from support.runs import ROOT
 
 from gpt_lightning.data.tales import RULES, SEPARATOR, STORIES, Tales, options, tell
 

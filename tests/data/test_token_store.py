@@ -18,7 +18,10 @@ import pytest
 import tiktoken
 
 from gpt_lightning.data import tokenizer as tokenizers
-from gpt_lightning.data.corpus import HuggingFace, Shakespeare, TextFiles, TokenBins
+from gpt_lightning.data.corpus.files import TextFiles
+from gpt_lightning.data.corpus.huggingface import HuggingFace
+from gpt_lightning.data.corpus.shakespeare import Shakespeare
+from gpt_lightning.data.corpus.token_bins import TokenBins
 from gpt_lightning.data.token_store import GROUP, TokenStore, prepare, prepare_shard
 from gpt_lightning.data.tokenizer import BPE, GPT2, Byte, Char, Given
 
@@ -277,7 +280,7 @@ def test_error_of_the_corpus_leaves_nothing_behind(stories, tmp_path):
 SCRIPT = """
 import logging, resource, sys
 from pathlib import Path
-from gpt_lightning.data.corpus import TextFiles
+from gpt_lightning.data.corpus.files import TextFiles
 from gpt_lightning.data.token_store import prepare, prepare_shard
 from gpt_lightning.data.tokenizer import BPE, Byte
 

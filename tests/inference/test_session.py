@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from models import BYTES, random_net, reciting
+from support.models import BYTES, random_net, reciting
 
 from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.inference.session import Session

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import BYTES, random_net, reciting
+from support.models import BYTES, random_net, reciting
 
 from gpt_lightning.data.tokenizer import end_of_text
 from gpt_lightning.inference.text import BATCH, TextGenerator

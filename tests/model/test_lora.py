@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import random_net
+from support.models import random_net
 
+from gpt_lightning.interop.gpt2 import save_gpt2
 from gpt_lightning.model.gpt import GPT
-from gpt_lightning.model.huggingface import save_gpt2
 from gpt_lightning.model.lora import LoRAConfig, LoRALinear, add_adapters, merge_adapters
 
 CONFIG = LoRAConfig(r=3, lora_alpha=6, target_modules=("c_attn", "c_proj"))

@@ -14,11 +14,11 @@ import torch
 from omegaconf import OmegaConf
 
 from gpt_lightning import memory
-from gpt_lightning.config import ConfigError
-from gpt_lightning.inference.pretrained import read_checkpoint
-from gpt_lightning.memory import FOUND, device_count, find_micro_batch, out_of_memory
+from gpt_lightning.config.command import ConfigError
+from gpt_lightning.config.memory import FOUND, device_count, find_micro_batch, out_of_memory
 from gpt_lightning.model.gpt import GPT, GPTConfig
 from gpt_lightning.plan import preview
+from gpt_lightning.rundir.checkpoint import read_checkpoint
 from gpt_lightning.training import micro_batch
 from gpt_lightning.training.micro_batch import largest_that_fits, sizes_of
 from gpt_lightning.training.optimizers import adamw

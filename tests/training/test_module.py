@@ -11,14 +11,15 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from gpt_lightning.data.corpus import TextFiles
-from gpt_lightning.data.datamodule import EvalBatches, TextDataModule, TrainBatches
+from gpt_lightning.data.corpus.files import TextFiles
+from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.token_store import TokenStore, prepare
 from gpt_lightning.data.tokenizer import Byte
+from gpt_lightning.data.windows import EvalBatches, TrainBatches
 from gpt_lightning.model.gpt import GPT, GPTConfig
+from gpt_lightning.training.fit import quiet_lightning
 from gpt_lightning.training.module import LanguageModel
 from gpt_lightning.training.optimizers import adamw, decay_groups
-from gpt_lightning.training.run import quiet_lightning
 from gpt_lightning.training.schedules import linear
 
 

@@ -1,0 +1,98 @@
+"""Datasets of the Hugging Face hub, or local folders in its layout."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt_lightning.data.corpus.base import (
+    Split,
+    check_fraction,
+    digest_files,
+    field_of,
+    files_below,
+    one_line,
+    require,
+    select,
+    text_of,
+)
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """Documents from a dataset of the Hugging Face hub, or from a local folder in the hub's layout.
+
+    Args:
+        name: Name on the hub, such as "roneneldan/TinyStories", or a folder.
+        config: Configuration of the dataset, where it has several.
+        revision: Branch, tag or commit on the hub.
+        field: Name of the text column.
+        split: The dataset's split to train on.
+        val_split: The dataset's split to validate on; None takes `val_fraction` of the documents of `split`.
+        val_fraction: Share of validation, spread as in TextFiles.
+        streaming: Read over the network as needed and store nothing.
+
+    Raises:
+        ValueError: If an argument is out of range, and, when read, for an unknown field, split or config.
+        OSError: When read, if the dataset can neither be reached nor is stored here.
+        ImportError: When read, if `datasets` is not installed.
+    """
+
+    name: str
+    _: KW_ONLY
+    config: str | None = None
+    revision: str | None = None
+    field: str = "text"
+    split: str = "train"
+    val_split: str | None = None
+    val_fraction: float = 0.1
+    streaming: bool = False
+
+    separated = True
+
+    def __post_init__(self) -> None:
+        check_fraction(self.val_fraction)
+
+    @property
+    def _folder(self) -> Path | None:
+        folder = Path(self.name).expanduser()
+        return folder if folder.is_dir() else None
+
+    def digest(self) -> str:
+        settings: list[object] = ["HuggingFace", 1, self.config, self.field, self.split, self.val_split]
+        settings.append(None if self.val_split else self.val_fraction)
+        if self._folder is not None:
+            return digest_files(settings, files_below(self._folder))
+        return digest_files([*settings, self.name, self._load("load_dataset_builder").hash])  # of the commit
+
+    def documents(self, split: Split) -> Iterator[str]:
+        name = self.val_split if split == "val" and self.val_split else self.split
+        fraction = None if self.val_split else self.val_fraction
+        return select(filter(str.strip, self._texts(name)), split, fraction, f"data.name={self.name}")
+
+    def floor_bits(self, document: str) -> float | None:
+        return None
+
+    def _texts(self, split: str) -> Iterator[str]:
+        where = f"data.name={self.name}"
+        dataset = self._load("load_dataset", split=split, streaming=self.streaming)
+        if self.field in (dataset.column_names or ()):
+            dataset = dataset.select_columns([self.field])  # does not read the others
+        for batch in dataset.iter(batch_size=256):
+            for text in field_of(batch, self.field, where):
+                yield text_of(text, f"{where}: data.field={self.field}")
+
+    def _load(self, function: str, **options: object) -> Any:
+        datasets = require("datasets", f"data.name={self.name}")
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
+        place = str(self._folder or self.name)
+        try:
+            return getattr(datasets, function)(place, self.config, revision=self.revision, **options)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            kind = ValueError if isinstance(error, ValueError) else OSError
+            raise kind(
+                f"cannot read data.name={self.name}: {one_line(error)}; give a name on the hub that can be "
+                "reached, or a local folder in the hub's layout"
+            ) from error

@@ -1,0 +1,72 @@
+"""Tiny Shakespeare, downloaded on first use."""
+
+import contextlib
+import http.client
+import logging
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+
+from gpt_lightning.data.corpus.base import BLOCK, file_sha256, one_line
+from gpt_lightning.data.corpus.files import TextFiles
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shakespeare(TextFiles):
+    """Tiny Shakespeare (1,115,394 characters), downloaded to `folder` on first use.
+
+    Source: https://github.com/karpathy/char-rnn/tree/master/data/tinyshakespeare
+
+    Args:
+        path: A local copy instead; the other arguments of TextFiles hold as well.
+
+    Raises:
+        ValueError, OSError: When read, as TextFiles and `download`.
+    """
+
+    path: str | Sequence[str] | None = None  # type: ignore[assignment]
+    _: KW_ONLY
+    folder: str = "data"
+    url: str = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+    sha256: str = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+    def _find(self) -> list[Path]:
+        if self.path is not None:
+            return super()._find()
+        return [download(self.url, Path(self.folder).expanduser() / "tinyshakespeare.txt", self.sha256)]
+
+
+def download(url: str, target: Path, sha256: str) -> Path:
+    """Fetches a file once, checks it, and gives it its name only then.
+
+    Raises:
+        OSError: If it cannot be fetched or written.
+        ValueError: If what came is not what was expected.
+    """
+    if target.is_file():
+        if file_sha256(target) == sha256:
+            return target
+        log.warning("%s is damaged (its checksum differs); downloading it again", target)
+    remedy = "download it in another way and set data.path= to the file"
+    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file, urllib.request.urlopen(url, timeout=30) as response:
+            while block := response.read(BLOCK):
+                file.write(block)
+        if file_sha256(partial) != sha256:
+            raise ValueError(f"{url} sent something else than expected (the checksum differs); {remedy}")
+        partial.replace(target)
+    except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
+        raise OSError(f"cannot download {url} to {target} ({one_line(error)}); {remedy}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+    return target

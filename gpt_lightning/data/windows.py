@@ -1,0 +1,236 @@
+"""Windows of tokens for training and validation, as pure functions of their number.
+
+B sequences of a micro-batch, T block_size.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from gpt_lightning.data.corpus.base import Split
+from gpt_lightning.data.token_store import TokenStore
+
+IGNORE = -100  # target of a padded position, F.cross_entropy's default
+Batch = tuple[Tensor, Tensor]  # inputs and targets, both (B, T) int64
+
+
+def split_batch(batch_size: int, micro_batch_size: int | None, world_size: int) -> tuple[int, int]:
+    """Micro-batch size and accumulation that make up a batch exactly.
+
+    Args:
+        batch_size: Sequences per optimizer step over all devices.
+        micro_batch_size: At most this many sequences per device per forward; None is no limit.
+        world_size: Devices.
+
+    Returns:
+        Sequences per device per forward, and forwards per optimizer step.
+
+    Raises:
+        ValueError: If the devices cannot share the batch evenly.
+    """
+    if batch_size % world_size:
+        raise ValueError(
+            f"data.batch_size={batch_size} cannot be shared by {world_size} devices; "
+            f"use a multiple of {world_size}"
+        )
+    share = batch_size // world_size
+    limit = min(micro_batch_size or share, share)
+    micro = next(size for size in range(limit, 0, -1) if share % size == 0)
+    return micro, share // micro
+
+
+def permute(index: np.ndarray, n: int, *, seed: int, epoch: int) -> np.ndarray:
+    """Where `index` goes in a pseudo-random permutation of range(n), without storing it.
+
+    A Feistel network permutes the next power of four; values that land outside range(n) walk on until
+    they land inside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+
+    Args:
+        index: Any shape, int64, values in range(n).
+        n: Size of the permutation.
+        seed: Choice of the permutation, together with
+        epoch: how often the data was seen.
+    """
+    half = np.uint64(max(1, -(-max(n - 1, 1).bit_length() // 2)))
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(6, np.uint64)
+    value = index.astype(np.uint64)
+    outside = np.ones(value.shape, dtype=bool)
+    while outside.any():
+        left, right = value[outside] >> half, value[outside] & mask
+        for key in keys:
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)  # the multiplier of splitmix64
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        value[outside] = (left << half) | right
+        outside = value >= n
+    return value.astype(np.int64)
+
+
+class _Batches(Dataset[Batch]):
+    """Batches cut from one split of a store."""
+
+    def __init__(self, store: TokenStore, split: Split):
+        self.store, self.split = store, split
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        return self.store.tokens(self.split)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a worker process maps the file itself; to pickle a memory map would copy the corpus
+        return {key: value for key, value in self.__dict__.items() if key != "tokens"}
+
+
+class TrainBatches(_Batches):
+    """Micro-batch number b of a whole run, as a pure function of b.
+
+    One epoch is `windows // batch_size` optimizer steps (one more, filled up from the epoch's beginning,
+    if `drop_last` is false); the epochs follow one another without a seam.
+
+    Args:
+        store: The tokens; its training split is read.
+        block_size: Tokens of a window, T.
+        batch_size: Sequences per optimizer step over all devices.
+        micro_batch_size: Sequences per device per forward, B, as from `split_batch`.
+        steps: Optimizer steps of the run.
+        seed: Chooses the order.
+        stride: Tokens between the beginnings of two windows; None is block_size.
+        shuffle: Whether windows come in a new random order each epoch or one after the other.
+        drop_last: Whether the windows that do not fill a batch are left out of an epoch.
+        random_offset: Whether each epoch's first window begins at another of the first `stride` tokens, so
+            that epochs cut the text differently; costs at most one window.
+        rank: This process among
+        world_size: all of them.
+
+    Raises:
+        ValueError: If the split has too few tokens for a window or a batch.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        *,
+        block_size: int,
+        batch_size: int,
+        micro_batch_size: int,
+        steps: int,
+        seed: int,
+        stride: int | None = None,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        random_offset: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        super().__init__(store, "train")
+        self.block_size, self.batch_size, self.micro = block_size, batch_size, micro_batch_size
+        self.seed, self.stride, self.shuffle = seed, stride or block_size, shuffle
+        self.rank, self.world_size, self.steps = rank, world_size, steps
+        self.random_offset = random_offset
+        self.windows, self.steps_per_epoch = epoch_size(
+            store,
+            block_size=block_size,
+            batch_size=batch_size,
+            stride=stride,
+            drop_last=drop_last,
+            random_offset=random_offset,
+        )
+        self.accumulation = batch_size // (micro_batch_size * world_size)
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulation
+
+    def starts(self, b: int) -> np.ndarray:
+        """First token of each window of micro-batch b, (B,) int64."""
+        step, part = divmod(b, self.accumulation)
+        epoch, step = divmod(step, self.steps_per_epoch)
+        first = step * self.batch_size + (part * self.world_size + self.rank) * self.micro
+        index = np.arange(first, first + self.micro) % self.windows
+        if self.shuffle:
+            index = permute(index, self.windows, seed=self.seed, epoch=epoch)
+        offset = 0
+        if self.random_offset:
+            offset = int(np.random.SeedSequence([self.seed, epoch, 1]).generate_state(1)[0]) % self.stride
+        return offset + index * self.stride
+
+    def __getitem__(self, b: int) -> Batch:
+        window = self.tokens[self.starts(b)[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
+        return torch.from_numpy(window[:, :-1].copy()), torch.from_numpy(window[:, 1:].copy())
+
+
+def epoch_size(
+    store: TokenStore,
+    *,
+    block_size: int,
+    batch_size: int,
+    stride: int | None = None,
+    drop_last: bool = True,
+    random_offset: bool = False,
+) -> tuple[int, int]:
+    """Windows and optimizer steps of one epoch over the training split; arguments as in `TrainBatches`.
+
+    Raises:
+        ValueError: If there are too few tokens for a window, or for a batch where `drop_last` is set.
+    """
+    stride, tokens = stride or block_size, len(store.tokens("train"))
+    last_start = tokens - block_size - 1 - (stride - 1 if random_offset else 0)
+    if last_start < 0:
+        raise ValueError(
+            f"the training split has {tokens} tokens, fewer than one window of {block_size} and its target; "
+            "use more text or a smaller model.block_size"
+        )
+    windows = last_start // stride + 1
+    if drop_last and windows < batch_size:
+        raise ValueError(
+            f"the training split has {windows} windows of {block_size} tokens, fewer than data.batch_size="
+            f"{batch_size}; lower it, or model.block_size, or set data.drop_last=false"
+        )
+    return windows, windows // batch_size if drop_last else -(-windows // batch_size)
+
+
+class EvalBatches(_Batches):
+    """Every token of a split but the first as a target exactly once, windows end to end.
+
+    The last window is filled up with targets that do not count, and so are the micro-batches of the
+    ranks that would run out first.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        split: Split = "val",
+        *,
+        block_size: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        super().__init__(store, split)
+        self.block_size, self.micro = block_size, micro_batch_size
+        self.rank, self.world_size = rank, world_size
+        if len(self.tokens) < 2:
+            raise ValueError(
+                f"the {split} split has {len(self.tokens)} tokens; two are the least to measure a loss; "
+                "use more text or raise data.val_fraction"
+            )
+
+    def __len__(self) -> int:
+        windows = -(-(len(self.tokens) - 1) // self.block_size)
+        return -(-windows // (self.micro * self.world_size))
+
+    def __getitem__(self, b: int) -> Batch:
+        first = (b * self.world_size + self.rank) * self.micro
+        starts = np.arange(first, first + self.micro) * self.block_size
+        position = starts[:, None] + np.arange(self.block_size)
+        last = len(self.tokens) - 1
+        x = self.tokens[np.minimum(position, last)].astype(np.int64)
+        y = self.tokens[np.minimum(position + 1, last)].astype(np.int64)
+        y[position + 1 > last] = IGNORE
+        return torch.from_numpy(x), torch.from_numpy(y)

@@ -1,0 +1,180 @@
+"""A model as a folder that other programs load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import tiktoken
+
+from gpt_lightning.data import tokenizer as tokenizers
+from gpt_lightning.interop.gpt2 import save_gpt2, write_safetensors
+from gpt_lightning.interop.space import write_app
+from gpt_lightning.interop.tokenizer import save_tokenizer
+from gpt_lightning.model.gpt import GPT
+from gpt_lightning.model.lora import LoRALinear
+
+CARD = "card.json"  # what is known of a model; in every exported folder
+# What config.json of a folder of bare weights says, so that no other program's folder is taken for one.
+WEIGHTS_FORMAT = {"format": "gpt_lightning", "version": 1}
+
+
+class Model(Protocol):
+    """What is exported, such as `gpt_lightning.TextGenerator`."""
+
+    net: GPT
+    tokenizer: tiktoken.Encoding
+    info: dict[str, Any]
+
+
+def write_huggingface(model: Model, folder: Path) -> None:
+    """config.json, model.safetensors and tokenizer files for transformers' AutoModelForCausalLM.
+
+    Raises:
+        ValueError: If the model has an option that GPT-2 cannot express.
+    """
+    spare = model.net.config.vocab_size - model.tokenizer.n_vocab
+    if spare:
+        raise ValueError(
+            f"model.vocab_size={model.net.config.vocab_size} has {spare} ids that the tokenizer lacks, so "
+            "transformers could produce what it cannot decode; export format=weights instead"
+        )
+    save_gpt2(model.net, folder, end_of_text=tokenizers.end_of_text(model.tokenizer))
+    save_tokenizer(model.tokenizer, folder, block_size=model.net.config.block_size)
+    (folder / "README.md").write_text(card(model), encoding="utf-8")
+
+
+def write_weights(model: Model, folder: Path) -> None:
+    """The parameters as they are, the fields of GPTConfig, and the tokenizer, for `gpt_lightning.load`."""
+    config = {**WEIGHTS_FORMAT, "model": asdict(model.net.config)}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    weights = {name: parameter.detach().contiguous() for name, parameter in model.net.named_parameters()}
+    write_safetensors(weights, folder / "model.safetensors")  # a tied head is the token table, once
+    tokenizers.save(model.tokenizer, folder / "tokenizer.json")
+
+
+def write_space(model: Model, folder: Path) -> None:
+    """The bare weights, and what makes a Hugging Face Space of them."""
+    write_weights(model, folder)
+    write_app(model.info, folder)
+
+
+def write_peft(model: Model, folder: Path) -> None:
+    """The adapters alone, for peft's PeftModel.from_pretrained(BASE, folder).
+
+    Raises:
+        ValueError: If the model has none.
+    """
+    layers = {name: layer for name, layer in model.net.named_modules() if isinstance(layer, LoRALinear)}
+    if not layers:
+        raise ValueError("format=peft writes adapters, and the model was trained without; use another format")
+    first = next(iter(layers.values()))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(model.info.get("init_from") or "").removeprefix("hf:"),
+        "r": first.lora_A.out_features,
+        "lora_alpha": first.scaling * first.lora_A.out_features,
+        "lora_dropout": first.lora_dropout.p,
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "fan_in_fan_out": True,  # transformers' GPT-2 keeps its weights transposed
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    weights = {
+        f"base_model.model.{name}.{part}.weight": getattr(layer, part).weight.detach()
+        for name, layer in layers.items()
+        for part in ("lora_A", "lora_B")
+    }
+    write_safetensors(weights, folder / "adapter_model.safetensors")
+
+
+FORMATS: dict[str, Callable[[Model, Path], None]] = {
+    "huggingface": write_huggingface,
+    "weights": write_weights,
+    "space": write_space,
+    "peft": write_peft,
+}
+
+
+def export(
+    model: Model,
+    output: str | Path,
+    *,
+    format: str,
+    overwrite: bool = False,
+    curves: Path | None = None,
+) -> Path:
+    """Write a model to a folder, which appears when it is complete.
+
+    Args:
+        model: As from `gpt_lightning.inference.loading.read_model`.
+        output: The folder.
+        format: A key of FORMATS.
+        overwrite: Whether an earlier export may be there; nothing else is ever replaced.
+        curves: Picture of the model's run, which a Space shows.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OSError: If the folder cannot be written.
+        ValueError: If the format does not exist or cannot express the model.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} does not exist; use {', '.join(FORMATS)}")
+    folder = Path(output).expanduser().absolute()
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output={output} is a file; give the name of a folder")
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / CARD).is_file():
+            raise FileExistsError(f"output={output} is a folder with other files; give another one")
+        if not overwrite:
+            raise FileExistsError(f"output={output} holds an export; add overwrite=true to replace it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        new = partial / "new"
+        new.mkdir()  # with the user's usual permissions, which mkdtemp does not give
+        FORMATS[format](model, new)
+        if curves is not None and format == "space":
+            shutil.copyfile(curves, new / "curves.png")
+        (new / CARD).write_text(json.dumps(model.info, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            folder.rename(partial / "old")
+        new.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def card(model: Model) -> str:
+    """What a reader of the folder should know of the model, as Markdown."""
+    info = {key: value for key, value in model.info.items() if value is not None}
+    rows = "\n".join(f"| {key} | {value} |" for key, value in info.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {info.get("name", "model")}
+
+A language model with GPT-2's architecture, trained with gpt_lightning. Losses are in nats per token.
+
+| | |
+| --- | --- |
+{rows}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
+ids = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=100, do_sample=True)[0]))
+```
+"""

@@ -1,0 +1,163 @@
+"""A tiktoken encoding as the files from which `transformers` makes the same tokenizer, and back."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+
+from gpt_lightning.data.corpus.base import END_OF_TEXT
+from gpt_lightning.data.tokenizer import GPT2_PATTERN
+
+
+def save_tokenizer(encoding: tiktoken.Encoding, folder: str | Path, *, block_size: int) -> None:
+    """Write tokenizer.json and its small companions, which `AutoTokenizer` loads without this package.
+
+    Ids equal `encoding.encode(text, allowed_special="all")`; a character that the vocabulary lacks,
+    which tiktoken cannot encode, is left out.
+
+    Args:
+        encoding: The tokenizer.
+        folder: Where the files go, beside config.json; made if it does not exist.
+        block_size: Longest text the model takes, in tokens.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
+        "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False,
+        **special,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (
+        ("tokenizer.json", to_tokenizer_json(encoding)),
+        ("tokenizer_config.json", settings),
+        ("special_tokens_map.json", special),
+    ):
+        text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def to_tokenizer_json(encoding: tiktoken.Encoding) -> dict[str, Any]:
+    """The contents of tokenizer.json: split by the pattern, then BPE on bytes written as characters."""
+    ranks = encoding._mergeable_ranks
+    letters = _byte_letters()
+    written = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    # Rust's "s", with which a dot matches line breaks too, is "m" in the Oniguruma of `tokenizers`.
+    pattern = encoding._pat_str.replace("(?s:", "(?m:")
+    pieces = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    as_letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": token, **flags} for token, i in encoding._special_tokens.items()
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [pieces, as_letters]},
+        "post_processor": None,
+        "decoder": as_letters,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,  # a piece that is a token stays whole, as in tiktoken
+            "vocab": {written[token]: rank for token, rank in ranks.items()},
+            "merges": [[written[a], written[b]] for a, b in recover_merges(ranks)],
+        },
+    }
+
+
+def load_tokenizer(folder: str | Path) -> tiktoken.Encoding | None:
+    """The encoding that gives the ids of a folder's tokenizer.json; None if there is no such file.
+
+    Raises:
+        ValueError: If tiktoken cannot do what the file asks for, or there is no <|endoftext|>.
+    """
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        return from_tokenizer_json(json.loads(path.read_bytes()))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        reason = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is not a byte-level BPE that tiktoken can do ({reason})") from error
+
+
+def from_tokenizer_json(content: dict[str, Any]) -> tiktoken.Encoding:
+    """The encoding that `to_tokenizer_json` described, or GPT-2's own tokenizer.json.
+
+    Raises:
+        ValueError: If the content asks for what tiktoken cannot do.
+    """
+    model, before = content["model"], content["pre_tokenizer"]
+    steps = before["pretokenizers"] if before["type"] == "Sequence" else [before]
+    pattern = GPT2_PATTERN  # what ByteLevel splits by if it is not told not to
+    if len(steps) == 2 and steps[0]["type"] == "Split" and steps[0]["behavior"] == "Isolated":
+        pattern = steps[0]["pattern"]["Regex"].replace("(?m:", "(?s:")
+    elif len(steps) != 1 or not steps[0].get("use_regex", True):
+        raise ValueError("it splits text in another way than GPT-2")
+    unknown = [key for key in ("normalizer", "truncation", "padding") if content.get(key)]
+    unknown += [key for key in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
+    unknown += [key for key in ("dropout", "byte_fallback") if model.get(key)]
+    if model["type"] != "BPE" or steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"] or unknown:
+        raise ValueError(f"it has {unknown[0]}" if unknown else "it is of another kind")
+    special = {token["content"]: int(token["id"]) for token in content["added_tokens"]}
+    if END_OF_TEXT not in special:
+        raise ValueError(f"it has no {END_OF_TEXT}")
+    letters = {letter: byte for byte, letter in _byte_letters().items()}
+    ranks = {
+        bytes(letters[letter] for letter in token): int(rank)
+        for token, rank in model["vocab"].items()
+        if token not in special
+    }
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    merges = [(bytes(letters[c] for c in a), bytes(letters[c] for c in b)) for a, b in pairs]
+    singles = sum(len(token) == 1 for token in ranks)
+    whole = model.get("ignore_merges") or len(merges) + singles == len(ranks)
+    if merges != recover_merges(ranks) or not whole:
+        raise ValueError("its merges are not in the order of their ids")
+    name = f"bpe-{len(ranks) + len(special)}"
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The pairs that make each token longer than a byte, in the order of their ranks.
+
+    tiktoken keeps no pairs: it merges the neighbours whose bytes together have the lowest rank. Inside
+    a token's own bytes, the merges of lower rank therefore leave the two parts that make it. A token for
+    which they leave more is never merged, only found as a whole piece, and needs no pair.
+    """
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            joined = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
+            lowest = min(joined)
+            if lowest >= rank:
+                break
+            i = joined.index(lowest)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2 and all(part in ranks for part in parts):
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _byte_letters() -> dict[int, str]:
+    """GPT-2's printable character for each byte: itself where it is one, else one from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {b: chr(256 + i) for i, b in enumerate(others)}

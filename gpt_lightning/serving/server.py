@@ -1,0 +1,260 @@
+"""Completions over HTTP in OpenAI's format, with the web page beside them.
+
+Source: https://platform.openai.com/docs/api-reference/completions. What is not implemented, such as
+logprobs, is refused rather than ignored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import re
+import secrets
+import socket
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from pathlib import Path
+from typing import Any, Literal
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.types import Receive, Scope, Send
+
+from gpt_lightning.inference.text import BATCH, Piece, TextGenerator
+from gpt_lightning.serving.engine import Busy, Engine
+from gpt_lightning.serving.page import build_page, mount
+
+log = logging.getLogger(__name__)
+
+# Everything else is refused, Gradio's ways to files, uploads and addresses on the network among it.
+PATHS = re.compile(
+    r"/(|health|v1/models|v1/completions|config|theme\.css|favicon\.ico|manifest\.json|robots\.txt"
+    r"|(assets|static)/((?!\.\.)[\w./-])+|gradio_api/(startup-events|cancel|heartbeat/\w+|queue/(join|data)))"
+)
+# sampling as OpenAI's default has it, from all tokens; the ranges are checked where the settings are used
+DEFAULTS = {"max_new_tokens": 16, "temperature": 1.0, "top_k": None}
+
+
+class Completion(BaseModel):
+    """Body of a request; null is the default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    prompt: str | list[str] = ""
+    max_new_tokens: int | None = Field(None, alias="max_tokens")
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int = Field(1, ge=1, le=BATCH)
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    stream: bool = False
+    stream_options: dict[str, bool] | None = None
+    user: str | None = None
+    # not OpenAI's
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    # OpenAI's, at the only value that is implemented
+    best_of: int | None = Field(None, ge=1, le=1)
+    echo: Literal[False] | None = None
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    logit_bias: None = None
+    logprobs: None = None
+    suffix: None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, body: Any) -> Any:
+        return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
+
+
+SETTINGS = {"max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "seed"}
+
+
+async def chunks(engine: Engine, body: Completion, model: str) -> AsyncGenerator[dict[str, Any], None]:
+    """New text as it comes, a choice at a time; no choice and the usage in the end."""
+    distinct = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    prompts = [prompt for prompt in distinct for _ in range(body.n)]
+    settings = {"seed": secrets.randbelow(2**31), **DEFAULTS}
+    settings |= body.model_dump(include=SETTINGS, exclude_none=True)
+    head: dict[str, Any] = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion"}
+    head |= {"created": int(time.time()), "model": model}
+    made: list[Piece] = []
+    async with contextlib.aclosing(engine.pieces(prompts, **settings)) as steps:
+        async for made in steps:
+            for index, piece in enumerate(made):
+                if piece.text or piece.finish:
+                    choice = {
+                        "text": piece.text,
+                        "index": index,
+                        "finish_reason": piece.finish,
+                        "logprobs": None,
+                    }
+                    yield {**head, "choices": [choice]}
+    read, new = sum(len(engine.model.encode(text)) for text in distinct), sum(piece.tokens for piece in made)
+    usage = {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
+    yield {**head, "choices": [], "usage": usage}
+
+
+async def whole(parts: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
+    """The chunks in one answer."""
+    choices: dict[int, dict[str, Any]] = {}
+    async for part in parts:
+        for new in part["choices"]:
+            text = choices[new["index"]]["text"] if new["index"] in choices else ""
+            choices[new["index"]] = {**new, "text": text + new["text"]}
+    return {**part, "choices": [choices[index] for index in sorted(choices)]}
+
+
+async def events(
+    first: dict[str, Any], parts: AsyncGenerator[dict[str, Any], None], with_usage: bool
+) -> AsyncGenerator[str, None]:
+    """The chunks as server-sent events."""
+    part: dict[str, Any] | None = first
+    async with contextlib.aclosing(parts):
+        try:
+            while part is not None:
+                if with_usage or part["choices"]:
+                    yield f"data: {json.dumps({'usage': None, **part} if with_usage else part)}\n\n"
+                part = await anext(parts, None)
+            yield "data: [DONE]\n\n"
+        except Exception as error:  # too late for a status
+            if not isinstance(error, Busy):
+                log.exception("a completion failed")
+            yield f"data: {json.dumps(problem(500, str(error)))}\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Closes the iterator, and with it the computation, when the client goes away."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with contextlib.aclosing(self.body_iterator):  # type: ignore[type-var]
+            await super().__call__(scope, receive, send)
+
+
+@contextlib.asynccontextmanager
+async def while_connected(request: Request) -> AsyncIterator[None]:
+    """Cancels what is inside when the client goes away."""
+    task = asyncio.current_task()
+    assert task is not None
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+
+
+def problem(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """An error in OpenAI's format."""
+    kind = {429: "rate_limit_error", 500: "server_error"}.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def refusal(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
+    return JSONResponse(problem(status, message, param, code), status)
+
+
+def api(engine: Engine, model: str) -> FastAPI:
+    """`POST /v1/completions`, `GET /v1/models` and `GET /health` for one model."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "requests": engine.inside}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": model, "object": "model", "owned_by": "gpt_lightning"}]}
+
+    @app.post("/v1/completions", response_model=None)
+    async def completions(body: Completion, request: Request) -> Response:
+        if body.model not in (None, model):
+            message = f"the model {body.model!r} does not exist; this server has {model!r}"
+            return refusal(404, message, "model", "model_not_found")
+        parts = chunks(engine, body, model)
+        try:
+            async with while_connected(request):
+                if not body.stream:
+                    return JSONResponse(await whole(parts))
+                first = await anext(parts)
+        except asyncio.CancelledError:
+            return Response(status_code=499)  # nobody reads it
+        except Busy as error:
+            return refusal(429, str(error), code="queue_full")
+        except ValueError as error:
+            return refusal(400, str(error).replace("max_new_tokens", "max_tokens"))
+        with_usage = bool((body.stream_options or {}).get("include_usage"))
+        return EventStream(events(first, parts, with_usage), media_type="text/event-stream")
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        param = str(first["loc"][1]) if len(first["loc"]) > 1 else "body"
+        return refusal(400, f"{param}: {first['msg']}", param)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return refusal(500, "the server failed; its log says why")
+
+    return app
+
+
+class Site:
+    """Page, completions and health; refuses other paths, and requests longer than a prompt can make them.
+
+    Args:
+        model: The model.
+        curves: A picture of its run, for the page.
+        limits: As for `Engine`.
+
+    Raises:
+        ValueError: If a limit is out of range.
+    """
+
+    def __init__(self, model: TextGenerator, *, curves: Path | None = None, **limits: Any):
+        self.engine = Engine(model, **limits)
+        self.max_bytes = 2**16 + 12 * self.engine.max_prompt_chars  # JSON may spend 12 bytes on a character
+        self.app = api(self.engine, str(model.info.get("name") or "gpt_lightning"))
+        mount(self.app, build_page(self.engine, curves))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refused = None if scope["type"] == "lifespan" else self.refuse(scope)
+        await (refused or self.app)(scope, receive, send)
+
+    def refuse(self, scope: Scope) -> Response | None:
+        if scope["type"] != "http" or not PATHS.fullmatch(scope["path"]):
+            return refusal(404, "there is nothing here")
+        length = dict(scope["headers"]).get(b"content-length")
+        if length is None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+            return refusal(411, "the request must say its Content-Length")
+        if length is not None and int(length) > self.max_bytes:
+            return refusal(413, f"the request has {int(length)} bytes; at most {self.max_bytes} are accepted")
+        return None
+
+
+class Server(uvicorn.Server):
+    """Ends what is being computed before it waits for open connections."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.config.app.engine.stopped = True  # type: ignore[union-attr]
+        await super().shutdown(sockets)
+
+
+def run(site: Site, listener: socket.socket) -> None:
+    """Answer requests until Ctrl-C."""
+    config = uvicorn.Config(site, log_level="warning", timeout_graceful_shutdown=5, server_header=False)
+    with contextlib.suppress(KeyboardInterrupt):
+        Server(config).run(sockets=[listener])

@@ -1,0 +1,293 @@
+"""Checkpoints that are never half written and from which a run goes on exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
+
+from gpt_lightning.rundir.checkpoint import read_checkpoint
+from gpt_lightning.training.callbacks.interruption import Interruption
+
+log = logging.getLogger(__name__)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes to a temporary name, flushes to disk and renames: a reader never sees half a checkpoint."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            OSError: If there is no room or no right to; what was there before is untouched.
+        """
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            if os.name == "posix":  # Windows does not open folders
+                directory = os.open(path.parent, os.O_RDONLY)
+                try:
+                    os.fsync(directory)  # the new name, too, survives a power cut
+                finally:
+                    os.close(directory)
+        except (OSError, RuntimeError) as error:
+            # torch covers an error of the file by one of its own
+            reason = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(reason, OSError):
+                raise
+            raise OSError(
+                f"cannot write the checkpoint {path} ({reason.strerror}); make room or give the right to "
+                f"write there, then go on from the checkpoint before it with resume={path.parent.parent}"
+            ) from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def random_state() -> dict[str, Any]:
+    """State of every global random generator of this process, as tensors and numbers only."""
+    version, internal, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = tuple(np.random.get_state(legacy=True))
+    state: dict[str, Any] = {
+        "python": [version, list(internal), gauss],
+        "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restore what `random_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"].cpu())
+
+
+def good_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint among last.ckpt, last-1.ckpt, …; None if there has never been one.
+
+    Raises:
+        ValueError: If there are some and all are damaged.
+    """
+    older = (path for path in folder.glob("last-*.ckpt") if path.stem[5:].isdecimal())
+    names = [folder / "last.ckpt", *sorted(older, key=lambda path: int(path.stem[5:]))]
+    damaged: list[str] = []
+    for path in filter(Path.exists, names):
+        problem = _damage(path)
+        if problem is None:
+            if damaged:
+                log.warning("damaged: %s; going on from %s", "; ".join(damaged), path)
+            return path
+        damaged.append(f"{path} ({problem})")
+    if damaged:
+        raise ValueError(
+            f"every checkpoint of the run is damaged: {'; '.join(damaged)}; begin a new run, or one from "
+            "the weights of another checkpoint with init_from="
+        )
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, None if nothing is."""
+    try:
+        missing = {"loops", "optimizer_states", "progress", "random_states"} - read_checkpoint(path).keys()
+        return f"it lacks {', '.join(sorted(missing))}" if missing else None
+    except (OSError, ValueError) as error:
+        return str(error).removeprefix(f"{path} ").removesuffix("; use another one")
+
+
+def validation_is_due(trainer: pl.Trainer) -> bool:
+    """Whether Lightning validates after the batch that just ended."""
+    if trainer.should_stop:
+        return True
+    batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+    return bool(trainer.val_check_batch) and batches % int(trainer.val_check_batch or 1) == 0
+
+
+class LastCheckpoint(Checkpoint):
+    """Saves last.ckpt every so many optimizer steps and at a clean end, and keeps the ones before it.
+
+    A checkpoint is written between two optimizer steps; where a validation is due, after it, so that it
+    holds the validation's results and a resumed run does not repeat it.
+
+    Args:
+        folder: Where checkpoints go.
+        every_steps: Optimizer steps between two.
+        keep: How many to keep: last.ckpt, last-1.ckpt (the one before it), and so on.
+        snapshot_every_steps: Optimizer steps between checkpoints that stay (step-1000.ckpt); None for none.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        every_steps: int,
+        keep: int = 2,
+        snapshot_every_steps: int | None = None,
+    ):
+        for key, value in {
+            "save_every_steps": every_steps,
+            "keep_last": keep,
+            "snapshot_every_steps": snapshot_every_steps,
+        }.items():
+            if value is not None and value < 1:
+                raise ValueError(f"trainer.{key}={value} must be at least 1")
+        self.folder, self.every_steps, self.keep = Path(folder), every_steps, keep
+        self.snapshot_every_steps = snapshot_every_steps
+        self.interruption: Interruption | None = None  # what may end the run early
+        self.after_save: Callable[[], object] = lambda: None
+        self._restored: dict[str, Any] | None = None
+        self._saved_step = -1
+        self._validating = False  # whether a validation is under way
+        self._pending = {"stop": False, "validation": False}  # what the loaded checkpoint had yet to do
+        self._max_steps = -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.interruption is not None:
+            self.interruption.listen(trainer)
+        if self._pending["validation"]:  # it was cut short: once more, from its beginning
+            loop = trainer.fit_loop.epoch_loop
+            loop.max_steps = self._max_steps
+            loop.val_loop.restarting = False
+            trainer.should_stop = self._pending["stop"]
+            trainer.validating = True
+            loop.val_loop.run()
+            trainer.training = True
+        trainer.should_stop = trainer.should_stop or self._pending["stop"]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.fit_loop._should_accumulate() or validation_is_due(trainer):
+            return
+        self._save_if_due(trainer)
+        self._leave_if_asked(trainer)
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        if trainer.world_size == 1 or batch_idx % 10 == 0:  # several ranks have to wait for each other
+            self._validating = True
+            self._leave_if_asked(trainer)
+            self._validating = False
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._save_if_due(trainer, clean_end=trainer.should_stop)
+            if not trainer.should_stop:
+                self._leave_if_asked(trainer)
+
+    def _leave_if_asked(self, trainer: pl.Trainer) -> None:
+        if self.interruption is None:
+            return
+        code = self.interruption.code(trainer)
+        if code:
+            self.save_last(trainer)
+            self.interruption.leave(code, trainer)
+
+    def _save_if_due(self, trainer: pl.Trainer, *, clean_end: bool = False) -> None:
+        step = trainer.global_step
+        if clean_end or step % self.every_steps == 0:
+            self.save_last(trainer)
+        if self.snapshot_every_steps and step % self.snapshot_every_steps == 0:
+            trainer.save_checkpoint(self.folder / f"step-{step}.ckpt")
+
+    def save_last(self, trainer: pl.Trainer) -> None:
+        """Write last.ckpt after moving the older ones on; at no moment is there no checkpoint."""
+        if trainer.global_step == self._saved_step:
+            return
+        started = time.monotonic()
+        for logger in trainer.loggers:
+            logger.save()  # what the log tells of this step must not be lost when the checkpoint is not
+        if trainer.is_global_zero:
+            self._move_on()
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+        self._saved_step = trainer.global_step
+        self.after_save()
+        if self.interruption is not None:
+            self.interruption.saved(time.monotonic() - started)
+
+    def _move_on(self) -> None:
+        """last.ckpt becomes last-1.ckpt too, and so on."""
+        names = ["last.ckpt", *(f"last-{age}.ckpt" for age in range(1, self.keep))]
+        for older, newer in zip(reversed(names[1:]), reversed(names[:-1]), strict=True):
+            if not (self.folder / newer).exists():
+                continue
+            link = self.folder / f"{older}.tmp"
+            link.unlink(missing_ok=True)
+            try:
+                os.link(self.folder / newer, link)
+            except OSError:  # a file system without links: last.ckpt is away until the new one is whole
+                link = self.folder / newer
+            os.replace(link, self.folder / older)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        own = self._restored or random_state()  # a loaded state comes into force with the first batch
+        states: list[Any] = [own]
+        if trainer.world_size > 1:
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, own)
+        checkpoint["random_states"] = states
+        checkpoint["pending"] = {"stop": trainer.should_stop, "validation": self._validating}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._move(checkpoint["callbacks"])
+        states = checkpoint["random_states"]
+        # another number of devices cannot go on exactly; ranks that are new keep their seed
+        if trainer.world_size == len(states):
+            self._restored = states[trainer.global_rank]
+        self._pending = checkpoint["pending"]
+        self._max_steps = trainer.max_steps
+        if self._pending["validation"] and checkpoint["global_step"] >= self._max_steps:
+            trainer.fit_loop.epoch_loop.max_steps += 1  # else Lightning would not even begin
+
+    def _move(self, states: dict[str, Any]) -> None:
+        """ModelCheckpoint remembers absolute paths; let it find its files in a run directory that moved."""
+        for state in states.values():
+            if not isinstance(state, dict) or not (old := state.get("dirpath")):
+                continue
+            for key, value in state.items():
+                if isinstance(value, str):
+                    state[key] = value.replace(old, str(self.folder))
+                elif isinstance(value, dict):
+                    state[key] = {k.replace(old, str(self.folder)): v for k, v in value.items()}
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self._restored is not None:  # as late as can be: setting up a run may draw random numbers
+            set_random_state(self._restored)
+            self._restored = None

@@ -1,0 +1,247 @@
+"""The configuration as a user meets it: help, choices, errors, choices of their own."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from support.runs import BIGRAM
+
+from gpt_lightning.config.command import detect_device, one_line, readable, verbatim
+
+
+def error_of(call: Callable[..., Any], capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a wrong command leaves on standard error."""
+    with pytest.raises(SystemExit) as stop:
+        call(*arguments)
+    assert stop.value.code == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_traceback_of_a_mistake_is_in_the_log(
+    call: Callable[..., Any], tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error_of(call, capsys, "train", *tiny, "optimizer.lr=-1")
+    assert "Traceback" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_full_error_shows_the_traceback(command: Callable[..., Any], tiny: list[str]) -> None:
+    import os
+
+    result = command("train", *tiny, "trainer.max_steps=0", env={**os.environ, "HYDRA_FULL_ERROR": "1"})
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+def test_wrong_job_of_a_sweep_is_told_and_the_others_train(
+    command: Callable[..., Any], tiny: list[str], tmp_path: Path
+) -> None:
+    options = [option for option in tiny if not option.startswith("hydra.run.dir")]
+    jobs = ["optimizer.lr=1e-3,-1,3e-3", "hydra.sweep.dir=sweep", "logger=none", "callbacks.samples=null"]
+    result = command("train", "-m", *options, *jobs)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stdout + result.stderr
+    first, *_, last = result.stderr.splitlines()
+    assert re.fullmatch(r"error: optimizer\.lr=-1 must be .*; job 1 of the sweep fails", first)
+    assert last == "error: job 1 of the sweep failed; the reasons are above"
+    trained = {job: (tmp_path / "sweep" / job / "summary.json").exists() for job in ("0", "1", "2")}
+    assert trained == {"0": True, "1": False, "2": True}
+
+
+@pytest.mark.parametrize("flag", ["--help", "--cfg=job"])
+@pytest.mark.parametrize("name", ["train", "prepare", "plan", "generate"])
+def test_help_does_not_wait_for_torch(name: str, flag: str, tmp_path: Path) -> None:
+    program = (
+        f"import sys; sys.argv = ['x', {flag!r}]\n"
+        f"import gpt_lightning.{name} as entry\n"
+        "try: entry.main()\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "assert 'torch' not in sys.modules and 'lightning' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "model:" in result.stdout or "checkpoint" in result.stdout
+
+
+def test_device_is_one_that_torch_has() -> None:
+    import torch
+
+    expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert detect_device() == expected
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(True, "cuda"), (False, "cpu")])
+def test_torch_itself_is_asked_for_amd_gpus(
+    gpus: bool, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "torch"
+    package.mkdir()
+    (package / "version.py").write_text("cuda = None\nhip = '6.4.43482'\n")
+    (package / "__init__.py").write_text(f"class cuda:\n    is_available = staticmethod(lambda: {gpus})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "torch"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert detect_device() == expected
+
+
+def hydra_reads(argument: str) -> Any:
+    """The value that reaches the configuration, interpolations resolved."""
+    override = OverridesParser.create().parse_override(argument)
+    cfg = OmegaConf.create({"name": "gpt"})
+    OmegaConf.update(cfg, override.key_or_group, override.value(), force_add=True)
+    return OmegaConf.select(cfg, override.key_or_group)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/tmp/ü/é.txt",
+        "~/x.txt",
+        "run(1)",
+        "a#b",
+        "it's",
+        "a=b",
+        "a;b & 'c' !",
+        "x\\'ü\\",
+        "日本, 東京",
+        "a{b",
+    ],
+)
+def test_plain_text_that_hydra_cannot_read_stays_as_it_is(text: str) -> None:
+    (argument,) = readable([f"data.path={text}"])
+    assert hydra_reads(argument) == text
+    assert readable([argument]) == [argument]
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "seed=3", "data.path=a/b.txt", "data.path=[a,ü]", "+x={a: ü}", "x='ü'", 'x="ü"', "x=[ü", "x=", "seed",
+        "--config-dir=ü", "x=a,b", "x=${name}/a", "x=null",
+    ],
+)  # fmt: skip
+def test_what_hydra_reads_and_what_is_its_own_language_is_left_to_it(argument: str) -> None:
+    assert readable([argument]) == [argument]
+
+
+def test_values_of_a_sweep_stay_several_and_places_mean_what_a_shell_means(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ü")
+    assert readable(["-m", "data.path=ü,é", "name=ü"]) == ["-m", "data.path=ü,é", "name='ü'"]
+    (place,) = readable(["hydra.run.dir=~/${name}"])
+    assert hydra_reads(place) == "/home/ü/gpt"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ['"Hi," said Tom. "Bye."', '"Oh no!"', "'a' and 'b'", "'", '"', "'a\\'", "it's \\' so", "'' ''"],
+)
+def test_quotes_belong_to_a_text_unless_it_is_quoted_as_a_whole(prompt: str) -> None:
+    (argument,) = verbatim("prompt")([f"prompt={prompt}"])
+    assert hydra_reads(argument) == prompt
+    assert verbatim("prompt")([argument]) == [argument]  # quoted as a whole
+
+
+def test_run_goes_where_hydra_cannot_read_and_repeats_and_resumes_there(
+    command: Callable[..., Any], tiny: list[str], tmp_path: Path
+) -> None:
+    text = tmp_path / "é (1).txt"
+    text.write_text("the cat sees a dog.\n" * 900, encoding="utf-8")
+    given = [*(option for option in tiny if not option.startswith(("data.path", "hydra"))), "logger=none"]
+    given += [f"data.path={text}", "hydra.run.dir=it's #1", "callbacks.samples=null"]
+    run = tmp_path / "it's #1"
+    result = command("train", *given)
+    assert result.returncode == 0, result.stderr
+    result = command("train", *given)
+    line = "hydra.run.dir=it's #1 holds a run; go on with resume=it's #1 or name another directory"
+    assert result.stderr == f"error: {line}\n"
+    result = command("train", "resume=it's #1")
+    assert (result.returncode, result.stdout) == (
+        0,
+        f"the run in {run} is finished; there is nothing to resume\n",
+    )
+    result = command(
+        "train", f"--config-dir={run}/.hydra", "--config-name=config", "hydra.run.dir=and it's ü"
+    )
+    assert result.returncode == 0, result.stderr
+    first, second = (
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in (run, "and it's ü")
+    )
+    assert second["val_loss"] == first["val_loss"]
+
+
+def test_missing_package_names_the_extra() -> None:
+    assert one_line(ModuleNotFoundError(name="datasets")) == (
+        "the package datasets is not installed; pip install 'gpt-lightning[hf]'"
+    )
+
+
+CORPUS_AND_SCHEDULE = '''
+class Digits:
+    """A corpus of one's own: the numbers from one to n in words of digits."""
+    separated = True
+    def __init__(self, n):
+        self.n = n
+    def digest(self):
+        return f"digits-{self.n}"
+    def documents(self, split):
+        return (str(i) * 8 for i in range(1, self.n) if (i % 10 == 0) == (split == "val"))
+    def floor_bits(self, document):
+        return None
+
+def halving(step, *, every):
+    return 0.5 ** (step // every)
+'''
+
+
+def test_own_model_corpus_optimizer_and_schedule_need_no_change_of_the_core(
+    tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    (tmp_path / "plugin.py").write_text(BIGRAM + CORPUS_AND_SCHEDULE)
+    files = {
+        "model/bigram.yaml": "_target_: plugin.Bigram\nvocab_size: null\nblock_size: 8\n",
+        "data/digits.yaml": "defaults: [_windows, _self_]\nbatch_size: 4\n"
+        "corpus: {_target_: plugin.Digits, n: 300}\n",
+        "optimizer/sgd.yaml": "_target_: torch.optim.SGD\n_partial_: true\nlr: 30.0\n",
+        "scheduler/halving.yaml": "_target_: plugin.halving\n_partial_: true\nevery: 50\n",
+    }
+    for name, text in files.items():
+        path = tmp_path / "mine" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    import os
+
+    result = command(
+        "train", "--config-dir", str(tmp_path / "mine"), "model=bigram", "data=digits", "optimizer=sgd",
+        "scheduler=halving", "tokenizer=byte", "trainer.max_steps=200", "trainer.val_every_steps=200",
+        "hydra.run.dir=run", "device=cpu", env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["parameters"] == 257 * 257
+    assert summary["train_loss"] < 4.0  # it began at about ln 257 = 5.5
+
+
+def test_two_starts_at_once_get_two_run_directories() -> None:
+    from hydra import compose, initialize_config_dir
+
+    from gpt_lightning.config.command import CONF
+
+    folders = set()
+    for _ in range(2):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            folders.add(compose("train", return_hydra_config=True).hydra.run.dir)
+        time.sleep(0.001)
+    assert len(folders) == 2

@@ -1,0 +1,166 @@
+"""Models from checkpoints, run directories and folders; nothing in them is ever run."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.models import BYTES, Evil, random_net, save_checkpoint
+
+import gpt_lightning
+from gpt_lightning.data import tokenizer as tokenizers
+from gpt_lightning.inference.loading import read_model
+from gpt_lightning.inference.text import TextGenerator
+from gpt_lightning.rundir.checkpoint import find_checkpoint, read_checkpoint
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory with a best and a last checkpoint, of different weights."""
+    save_checkpoint(tmp_path / "run" / "checkpoints" / "best.ckpt", random_net(seed=1))
+    save_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt", random_net(seed=2))
+    return tmp_path / "run"
+
+
+def test_run_directory_means_its_best_checkpoint_else_the_last(run: Path) -> None:
+    best, last = run / "checkpoints" / "best.ckpt", run / "checkpoints" / "last.ckpt"
+    assert find_checkpoint(run) == find_checkpoint(run / "checkpoints") == find_checkpoint(best) == best
+    assert find_checkpoint(last) == last
+    best.unlink()
+    assert find_checkpoint(run) == last
+    last.unlink()
+    for path in (run, run / "nowhere"):
+        with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+            find_checkpoint(path)
+
+
+def test_model_is_what_was_saved(run: Path) -> None:
+    model = read_model(run)
+    for (name, mine), (_, saved) in zip(
+        model.net.named_parameters(), random_net(seed=1).named_parameters(), strict=True
+    ):
+        assert torch.equal(mine, saved), name
+    assert tokenizers.digest(model.tokenizer) == tokenizers.digest(BYTES)
+    assert not model.net.training
+
+
+def test_card_tells_shape_data_and_losses_but_no_path(run: Path) -> None:
+    info = read_model(run).info
+    assert info["parameters"] == sum(p.numel() for p in random_net().parameters())
+    assert (info["name"], info["data"], info["step"], info["n_layer"]) == ("test", "tales.txt", 7, 2)
+    assert (info["train_loss"], info["val_loss"], info["bits_per_byte"]) == (2.25, 2.5, 1.5)
+    assert "/a/folder" not in json.dumps(info)
+
+
+def test_load_from_the_package_generates(run: Path) -> None:
+    model: TextGenerator = gpt_lightning.load(run, device="cpu")
+    plain = TextGenerator(random_net(seed=1), BYTES)
+    options = {"max_new_tokens": 30, "temperature": 0.0}
+    assert model.generate("abc", **options) == plain.generate("abc", **options)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_smaller_weights_predict_nearly_the_same(run: Path, dtype: str) -> None:
+    try:
+        small = gpt_lightning.load(run, "cpu", dtype)
+    except ValueError as error:
+        pytest.skip(str(error))
+    idx = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = random_net(seed=1)(idx)[..., :257].softmax(-1)
+        torch.testing.assert_close(
+            small.net(idx)[..., :257].float().softmax(-1), expected, atol=0.02, rtol=0.2
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "gpu"}, "device='gpu' does not exist; use auto, cpu, cuda or mps"),
+        ({"device": "cuda:99"}, "device=cuda:99 is not on this machine"),
+        ({"device": "meta"}, "device=meta is not on this machine"),
+        ({"dtype": "float8"}, "dtype='float8' does not exist; use float32"),
+    ],
+)
+def test_wrong_device_or_type_is_named(run: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gpt_lightning.load(run, **options)
+
+
+def test_importing_the_package_is_light_and_typos_are_errors() -> None:
+    code = "import sys, gpt_lightning; assert 'torch' not in sys.modules; gpt_lightning.lod"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "has no attribute 'lod'" in done.stderr
+
+
+@pytest.mark.parametrize("where", ["state_dict", "hyper_parameters", "tokenizer", "extra"])
+def test_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path, where: str) -> None:
+    path, trap = save_checkpoint(tmp_path / "evil.ckpt", random_net()), tmp_path / "ran"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint[where] = Evil(trap)
+    torch.save(checkpoint, path)
+    for read in (read_checkpoint, read_model, gpt_lightning.load):
+        with pytest.raises(ValueError, match="holds more than tensors and plain values") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+    assert not trap.exists()
+    torch.load(path, weights_only=False)
+    assert trap.exists()  # the trap works where nobody is careful
+
+
+def test_bare_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "evil.ckpt"
+    path.write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        read_checkpoint(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    good = save_checkpoint(tmp_path / "good.ckpt", random_net()).read_bytes()
+    for name, data in {"empty": b"", "cut": good[: len(good) // 2], "text": b"hello" * 100}.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match="is damaged or not a checkpoint") as caught:
+            read_checkpoint(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    lightning = {"state_dict": {}, "hyper_parameters": {"lr": 1.0}, "tokenizer": {}}
+    for foreign in ({"model": torch.zeros(2)}, torch.zeros(2), lightning):
+        torch.save(foreign, tmp_path / "foreign")
+        with pytest.raises(ValueError, match="not a checkpoint of gpt_lightning"):
+            read_checkpoint(tmp_path / "foreign")
+
+
+def test_changed_byte_in_the_weights_is_noticed(tmp_path: Path) -> None:
+    net = random_net()
+    data = bytearray(save_checkpoint(tmp_path / "good.ckpt", net).read_bytes())
+    place = data.index(net.transformer.wpe.weight.detach().numpy().tobytes())
+    data[place + 3] ^= 1
+    (tmp_path / "bad.ckpt").write_bytes(data)
+    torch.load(tmp_path / "bad.ckpt", weights_only=True)  # torch does not mind
+    with pytest.raises(ValueError, match=r"bad\.ckpt is damaged .*wrong checksum"):
+        read_model(tmp_path / "bad.ckpt")
+
+
+def test_model_of_another_class_is_not_built(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "own.ckpt", random_net(), target="os.mkdir")
+    with pytest.raises(ValueError, match=r"model is a os\.mkdir"):
+        read_model(path)
+
+
+def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "odd.ckpt", random_net())
+    for change, message in (
+        ({"net.transformer.wpe.weight": torch.zeros(3, 16)}, r"transformer\.wpe\.weight is \(3, 16\) there"),
+        ({"net.more": torch.zeros(1)}, "there is also more"),
+    ):
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["state_dict"] |= change
+        torch.save(checkpoint, tmp_path / "changed.ckpt")
+        with pytest.raises(ValueError, match=message):
+            read_model(tmp_path / "changed.ckpt")

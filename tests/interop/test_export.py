@@ -1,0 +1,178 @@
+"""Exported folders in `transformers`, and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiktoken
+import torch
+from support.models import BYTES, random_net
+from support.runs import SHARED
+
+from gpt_lightning.data import tokenizer as tokenizers
+from gpt_lightning.inference.loading import read_folder, read_model
+from gpt_lightning.inference.start import start_from
+from gpt_lightning.inference.text import TextGenerator
+from gpt_lightning.interop.export import export
+from gpt_lightning.model.gpt import GPTConfig
+
+transformers = pytest.importorskip("transformers")
+TEXT = "Once upon a time there was a naïve fox who said: it's 12 o'clock!\n\n"
+
+
+def gpt2() -> tiktoken.Encoding:
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+    if not Path(folder).is_dir():
+        pytest.skip("needs ../shared/tiktoken_cache or TIKTOKEN_CACHE_DIR")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", folder)
+        return tokenizers.GPT2().build(lambda split: iter(()))
+
+
+ENCODINGS: dict[str, Callable[[], tiktoken.Encoding]] = {
+    "bpe": lambda: tokenizers.BPE(vocab_size=290).build(lambda split: iter([TEXT * 3])),
+    "gpt2": gpt2,
+    "byte": lambda: BYTES,
+}
+SHAPES = {
+    "tied, padded": {},
+    "untied, not padded": {"tie_weights": False, "vocab_multiple": 1},
+    "without biases": {"bias": False, "qkv_bias": False, "n_inner": 40},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_transformers_gives_the_same_logits_and_the_same_text(
+    tmp_path: Path, encoding: str, shape: dict
+) -> None:
+    tokenizer = ENCODINGS[encoding]()
+    model = TextGenerator(random_net(tokenizer, block_size=64, **shape), tokenizer, {"name": "x"})
+    folder = export(model, tmp_path / "new", format="huggingface")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = their_tokenizer(TEXT[:30], return_tensors="pt").input_ids
+    assert ids[0].tolist() == model.encode(TEXT[:30])
+    with torch.no_grad():
+        logits = model.net(ids)[..., : tokenizer.n_vocab]
+        torch.testing.assert_close(theirs(ids).logits, logits, atol=1e-4, rtol=1e-4)
+    new = 64 - ids.size(1)  # as long as no window has to move
+    said = theirs.generate(ids, max_new_tokens=new, do_sample=False, pad_token_id=tokenizer.n_vocab - 1)
+    text = their_tokenizer.decode(said[0, ids.size(1) :], skip_special_tokens=True)
+    assert model.generate(TEXT[:30], max_new_tokens=new, temperature=0.0) == text
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("format", ["huggingface", "weights"])
+def test_exported_folder_is_read_back(tmp_path: Path, format: str, encoding: str) -> None:
+    tokenizer = ENCODINGS[encoding]()
+    info = {"name": "x", "data": "tales", "val_loss": 1.5}
+    model = TextGenerator(random_net(tokenizer, tie_weights=format == "weights"), tokenizer, info)
+    again = read_model(export(model, tmp_path / "new", format=format))
+    idx = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again.net(idx), model.net(idx), atol=1e-6, rtol=1e-6)
+    assert again.encode(TEXT) == model.encode(TEXT)
+    assert again.info.items() >= info.items()
+    assert again.net.num_parameters() == again.info["parameters"]
+
+
+def test_run_begins_from_an_exported_folder_with_its_tokenizer(tmp_path: Path) -> None:
+    tokenizer = ENCODINGS["bpe"]()
+    model = TextGenerator(random_net(tokenizer, vocab_multiple=1), tokenizer)
+    for format in ("huggingface", "weights"):
+        net, found = start_from(str(export(model, tmp_path / format, format=format)), dropout=0.1)
+        assert found is not None
+        assert found._mergeable_ranks == tokenizer._mergeable_ranks
+        assert net.training
+        assert net.config.dropout == 0.1
+        torch.testing.assert_close(net.lm_head.weight[: tokenizer.n_vocab], model.net.lm_head.weight)
+
+
+def test_weights_keep_what_gpt2_cannot_express(tmp_path: Path) -> None:
+    model = TextGenerator(random_net(vocab_size=300), BYTES)  # ids to spare
+    with pytest.raises(ValueError, match=r"43 ids that the tokenizer lacks.*format=weights"):
+        export(model, tmp_path / "new", format="huggingface")
+    assert list(tmp_path.iterdir()) == []  # neither the folder nor a part of it
+    again = read_model(export(model, tmp_path / "new", format="weights"))
+    assert again.net.config == model.net.config
+
+
+@pytest.mark.slow
+def test_loading_needs_nothing_of_this_package(tmp_path: Path) -> None:
+    folder = export(TextGenerator(random_net(), BYTES), tmp_path / "new", format="huggingface")
+    code = f"""
+import sys
+sys.modules["gpt_lightning"] = sys.modules["tiktoken"] = None  # importing them is an error
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r})
+print(type(model).__name__, tokenizer.decode(tokenizer("naïve 你好").input_ids))
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "GPT2LMHeadModel naïve 你好", done.stderr
+
+
+def test_nothing_but_an_earlier_export_is_replaced(tmp_path: Path) -> None:
+    model = TextGenerator(random_net(), BYTES)
+    folder = export(model, tmp_path / "deep" / "new", format="weights")
+    with pytest.raises(FileExistsError, match="holds an export; add overwrite=true"):
+        export(model, folder, format="weights")
+    export(model, folder, format="huggingface", overwrite=True)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "gpt2"
+    assert [path.name for path in folder.parent.iterdir()] == ["new"]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="a folder with other files"):
+            export(model, mine, format="weights", overwrite=overwrite)
+    with pytest.raises(FileExistsError, match="is a file"):
+        export(model, mine / "thesis.txt", format="weights", overwrite=True)
+    assert (mine / "thesis.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    export(model, tmp_path / "empty", format="weights")
+
+
+def test_unknown_format_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="format='onnx' does not exist; use huggingface, weights"):
+        export(TextGenerator(random_net(), BYTES), tmp_path / "new", format="onnx")
+
+
+def test_damaged_folders_are_refused_in_one_line(tmp_path: Path) -> None:
+    folder = export(TextGenerator(random_net(), BYTES), tmp_path / "new", format="weights")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    config = json.loads(files["config.json"])
+    config["model"]["n_experts"] = 4
+    changes = {
+        "config.json": [b"{", b"[]", b'{"model_type": "bert"}', json.dumps(config).encode()],
+        "model.safetensors": [b"", files["model.safetensors"][:-9], b"\x80\x04."],
+        "tokenizer.json": [b"{}", files["tokenizer.json"][:50]],
+        "card.json": [b"{", b"3"],
+    }
+    for name, contents in changes.items():
+        for content in contents:
+            (folder / name).write_bytes(content)
+            with pytest.raises(ValueError, match=r"\S") as caught:
+                read_model(folder)
+            assert str(folder) in str(caught.value)
+            assert "\n" not in str(caught.value)
+        (folder / name).write_bytes(files[name])
+    read_model(folder)
+
+
+def test_folder_without_a_tokenizer_is_no_text_generator_but_a_beginning(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=99, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        read_model(tmp_path)
+    net, tokenizer, _ = read_folder(tmp_path)
+    assert isinstance(net.config, GPTConfig)
+    assert tokenizer is None

@@ -1,0 +1,70 @@
+"""One model, several clients: nobody keeps the others waiting."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+import torch
+
+from gpt_lightning.data import tokenizer as tokenizers
+from gpt_lightning.inference.text import TextGenerator
+from gpt_lightning.model.gpt import GPT, GPTConfig
+from gpt_lightning.serving.engine import Engine
+
+SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "seed": 1, "temperature": 0.9}
+
+
+@pytest.fixture
+def model() -> TextGenerator:
+    encoding = tokenizers.Byte().build(lambda split: iter(()))
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(vocab_size=encoding.n_vocab, block_size=32, n_layer=1, n_head=2, n_embd=16))
+    return TextGenerator(net.eval(), encoding)
+
+
+def engine(model: TextGenerator) -> Engine:
+    return Engine(model, max_prompt_chars=100, max_new_tokens=100, queue=1)
+
+
+async def read(engine: Engine, prompt: str) -> str:
+    async with aclosing(engine.pieces([prompt], **SETTINGS)) as steps:
+        return "".join([piece.text async for (piece,) in steps])
+
+
+def test_client_that_reads_nothing_more_does_not_hold_up_the_next(model: TextGenerator) -> None:
+    async def both() -> tuple[str, str]:
+        waiter = engine(model)
+        async with aclosing(waiter.pieces(["first"], **SETTINGS)) as slow:
+            (piece,) = await anext(slow)
+            other = await asyncio.wait_for(read(waiter, "second"), 60)
+            return piece.text + "".join([piece.text async for (piece,) in slow]), other
+
+    assert asyncio.run(both()) == tuple(model.generate(text, **SETTINGS) for text in ("first", "second"))
+
+
+def test_closed_request_leaves_the_engine_empty_and_able_to_answer(model: TextGenerator) -> None:
+    async def closed() -> str:
+        waiter = engine(model)
+        async with aclosing(waiter.pieces(["first"], **{**SETTINGS, "max_new_tokens": 100})) as steps:
+            await anext(steps)
+        text = await asyncio.wait_for(read(waiter, "second"), 60)
+        assert waiter.inside == 0
+        return text
+
+    assert asyncio.run(closed()) == model.generate("second", **SETTINGS)
+
+
+def test_error_of_a_step_reaches_who_asked_and_the_next_is_answered(model: TextGenerator) -> None:
+    async def failing() -> str:
+        waiter = engine(model)
+        weight = model.net.transformer.wte.weight.data
+        model.net.transformer.wte.weight.data = weight[:, :3]  # no layer fits it
+        with pytest.raises(RuntimeError):
+            await read(waiter, "first")
+        model.net.transformer.wte.weight.data = weight
+        return await read(waiter, "second")
+
+    assert asyncio.run(failing()) == model.generate("second", **SETTINGS)

@@ -1,0 +1,193 @@
+"""A process that has everything imported and forks a run per request: a start costs a second, not six.
+
+The runs are real processes: they are killed, signalled and waited for like any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class Process:
+    """A run that a zygote started; its output is in `out`."""
+
+    def __init__(self, zygote: Zygote, pid: int, out: Path):
+        self.zygote, self.pid, self.out = zygote, pid, out
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+
+    def poll(self) -> int | None:
+        """The exit code, minus the signal's number if one ended it; None while it runs."""
+        return self.zygote.ask(poll=self.pid)["code"]
+
+    def wait(self, timeout: float = 120) -> int:
+        end = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                self.kill()
+                raise TimeoutError(self.out.read_text())
+            time.sleep(0.02)
+        return code
+
+    def wait_for(self, condition: Callable[[], object], timeout: float = 120) -> None:
+        """Return as soon as the condition holds; fail if the run ends before."""
+        end = time.monotonic() + timeout
+        while not condition():
+            if self.poll() is not None or time.monotonic() > end:
+                raise AssertionError(f"the run ended too early:\n{self.out.read_text()}")
+            time.sleep(0.005)
+
+    def end_when(self, condition: Callable[[], object], number: int = signal.SIGKILL) -> int:
+        """Send a signal as soon as the condition holds; the exit code."""
+        self.wait_for(condition)
+        self.kill(number)
+        return self.wait()
+
+
+class Zygote:
+    """The client's side. Use as a context manager; `folder` is for output."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.started = folder, 0
+
+    def __enter__(self) -> Zygote:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # one thread: a fork copies no other
+        command = [sys.executable, __file__]
+        self.server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.server.stdin
+        assert self.server.stdout
+        self.server.stdin.close()
+        self.server.wait(60)
+        self.server.stdout.close()
+
+    def ask(self, **request: Any) -> Any:
+        assert self.server.stdin
+        assert self.server.stdout
+        print(json.dumps(request), file=self.server.stdin, flush=True)
+        return json.loads(self.server.stdout.readline())
+
+    def start(
+        self,
+        name: str,
+        *arguments: str,
+        cwd: Path | None = None,
+        slow: dict[str, float] | None = None,
+        file_limit: int | None = None,
+        **environment: str,
+    ) -> Process:
+        """Start an entry point.
+
+        Args:
+            name: Of the entry point; then its command line.
+            cwd: Working directory; an empty one if not given.
+            slow: Functions that take some seconds more in this process, as `module:function`.
+            file_limit: Bytes that a file of the process may have.
+            environment: Added to the variables of this process.
+        """
+        out = self.folder / f"{self.started}.txt"
+        self.started += 1
+        out.touch()
+        answer = self.ask(
+            name=name,
+            argv=arguments,
+            env=environment,
+            cwd=str(cwd or self.folder),
+            out=str(out),
+            slow=slow or {},
+            file_limit=file_limit,
+        )
+        return Process(self, answer["pid"], out)
+
+    def run(self, name: str, *arguments: str, **options: Any) -> tuple[int, str]:
+        """Exit code and output of an entry point."""
+        process = self.start(name, *arguments, **options)
+        return process.wait(), process.out.read_text()
+
+
+def _slow_down(place: str, seconds: float) -> None:
+    module, names = place.split(":")
+    *owners, last = names.split(".")
+    owner = importlib.import_module(module)
+    for name in owners:
+        owner = getattr(owner, name)
+    function = getattr(owner, last)
+
+    @functools.wraps(function)
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return function(*args, **kwargs)
+
+    setattr(owner, last, slowly)
+
+
+def _child(request: dict[str, Any]) -> None:
+    os.setsid()
+    os.chdir(request["cwd"])
+    file = os.open(request["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((null, 0), (file, 1), (file, 2)):
+        os.dup2(source, target)
+    os.environ.update(request["env"])
+    for place, seconds in request["slow"].items():
+        _slow_down(place, seconds)
+    if request["file_limit"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"],) * 2)
+    module = f"gpt_lightning.{request['name']}"
+    sys.argv = [importlib.import_module(module).__file__ or "", *request["argv"]]
+    sys.modules["__main__"].__spec__ = importlib.util.find_spec(module)  # further ranks start with -m
+    importlib.import_module(module).main()
+
+
+def _serve() -> None:
+    import lightning.pytorch as pl
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure
+    import torch.utils.tensorboard
+
+    import gpt_lightning.config.build
+    import gpt_lightning.training.fit  # noqa: F401
+    from gpt_lightning import train
+
+    assert pl
+    assert matplotlib
+    assert torch
+    assert train
+    codes: dict[int, int] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if (pid := request.get("poll")) is not None:
+            with contextlib.suppress(ChildProcessError):
+                found, status = os.waitpid(pid, os.WNOHANG)
+                if found:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+            answer = {"code": codes.get(pid)}
+        else:
+            pid = os.fork()
+            if pid == 0:
+                _child(request)
+                return
+            answer = {"pid": pid}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

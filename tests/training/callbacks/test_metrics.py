@@ -1,0 +1,331 @@
+"""Callbacks in real runs of a tiny model: what they log, show and write, and when they stop a run."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from gpt_lightning.data.corpus.files import TextFiles
+from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.token_store import TokenStore, prepare
+from gpt_lightning.data.tokenizer import Byte
+from gpt_lightning.model.gpt import GPT, GPTConfig
+from gpt_lightning.rundir.metrics import Row, read_metrics
+from gpt_lightning.training.callbacks.metrics import StepMetrics, Throughput
+from gpt_lightning.training.callbacks.progress import Layers, Progress, duration
+from gpt_lightning.training.callbacks.samples import Samples
+from gpt_lightning.training.callbacks.stop import Stop
+from gpt_lightning.training.fit import quiet_lightning
+from gpt_lightning.training.loggers import MetricsCSV
+from gpt_lightning.training.module import LanguageModel
+from gpt_lightning.training.optimizers import adamw
+from gpt_lightning.training.schedules import constant
+
+T, BATCH, MICRO, STEPS = 16, 8, 2, 7
+PARTS = BATCH // MICRO  # micro-batches of an optimizer step
+TOKENS = BATCH * T  # of an optimizer step
+
+
+@pytest.fixture(scope="module")
+def store(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    return prepare(TextFiles(str(small_text)), Byte(), tmp_path_factory.mktemp("store"), progress=False)
+
+
+def module(store: TokenStore, *, lr: float = 1e-2, **shape: Any) -> LanguageModel:
+    torch.manual_seed(0)
+    shape = {"block_size": T, "n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.1, **shape}
+    return LanguageModel(
+        GPT(GPTConfig(vocab_size=store.n_vocab, **shape)),
+        optimizer=partial(adamw, lr=lr),
+        schedule=partial(constant, max_steps=STEPS),
+        tokenizer=store.tokenizer,
+        config={"model": {}},
+    )
+
+
+Fit = Callable[..., pl.Trainer]
+
+
+@pytest.fixture
+def fit(store: TokenStore, tmp_path: Path) -> Fit:
+    """Train a module, or a new one, under callbacks; metrics go to tmp_path/metrics.csv."""
+
+    def run(
+        *callbacks: pl.Callback,
+        net: LanguageModel | None = None,
+        steps: int = STEPS,
+        val_every_steps: int = 3,
+        checkpoint: Path | None = None,
+    ) -> pl.Trainer:
+        quiet_lightning()
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            max_epochs=-1,
+            accumulate_grad_batches=PARTS,
+            val_check_interval=val_every_steps * PARTS,
+            check_val_every_n_epoch=None,
+            limit_val_batches=2,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            callbacks=list(callbacks),
+            logger=MetricsCSV(tmp_path / "metrics.csv"),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        data = TextDataModule(
+            store, block_size=T, batch_size=BATCH, micro_batch_size=MICRO, max_steps=STEPS, seed=1
+        )
+        trainer.fit(net or module(store), datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        return trainer
+
+    return run
+
+
+class Losses(pl.Callback):
+    """The loss of every micro-batch, as the training step returned it."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self.values.append(float(outputs["loss"]) * PARTS)  # Lightning divides it by their number
+
+    @property
+    def of_steps(self) -> list[float]:
+        return [sum(self.values[i : i + PARTS]) / PARTS for i in range(0, len(self.values), PARTS)]
+
+
+def rows(folder: Path, key: str) -> list[Row]:
+    return [row for row in read_metrics(folder / "metrics.csv") if key in row]
+
+
+def test_metrics_are_means_over_the_step_and_logged_when_due(fit: Fit, tmp_path: Path) -> None:
+    losses, metrics = Losses(), StepMetrics(every_steps=3)
+    fit(losses, metrics)
+    logged = rows(tmp_path, "train/loss")
+    assert [row["step"] for row in logged] == [1, 3, 6]
+    for row in logged:
+        step = int(row["step"])
+        assert row["train/loss"] == pytest.approx(losses.of_steps[step - 1], rel=1e-6)
+        assert row["train/tokens"] == step * TOKENS
+        assert row["speed/tokens_per_second"] * row["speed/ms_per_step"] == pytest.approx(1000 * TOKENS)
+    last_parts = [losses.values[int(row["step"]) * PARTS - 1] for row in logged]
+    assert max(abs(row["train/loss"] - part) for row, part in zip(logged, last_parts, strict=True)) > 0.01
+    # each row is about the steps since the one before: one, two and three
+    assert metrics.steps == 6
+    seconds = [row["speed/ms_per_step"] / 1000 * n for row, n in zip(logged, (1, 2, 3), strict=True)]
+    assert metrics.seconds == pytest.approx(sum(seconds))
+    assert metrics.latest["train/loss"] == logged[-1]["train/loss"]
+
+
+class Pause(pl.Callback):
+    """Optimizer steps and validations that take their time, in seconds."""
+
+    def __init__(self, *, step: float = 0.0, validation: float = 0.0):
+        self.step, self.validation = step, validation
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        time.sleep(self.step)
+
+    def on_validation_start(self, *_: Any) -> None:
+        time.sleep(self.validation)
+
+
+def test_speed_is_that_of_training_alone(fit: Fit) -> None:
+    metrics, started = StepMetrics(every_steps=1), time.perf_counter()
+    fit(metrics, Pause(validation=0.5), val_every_steps=2)  # after steps 2, 4 and 6
+    assert metrics.steps == STEPS
+    assert metrics.seconds + 3 * 0.5 < time.perf_counter() - started
+
+
+def test_run_stops_at_the_first_step_whose_mean_loss_reaches_the_target(fit: Fit, store: TokenStore) -> None:
+    losses = Losses()
+    fit(losses, net=module(store, lr=1e-3))
+    target = losses.of_steps[5] + 1e-4
+    assert all(mean > target for mean in losses.of_steps[:5])
+    assert min(losses.values[: 5 * PARTS]) < target  # a part of a step was that low before: it does not count
+    stopped, stop = Losses(), Stop(target_loss=target)
+    trainer = fit(stopped, stop, net=module(store, lr=1e-3), val_every_steps=100)
+    assert trainer.global_step == 6
+    assert len(stopped.values) == 6 * PARTS
+    assert "val/loss" in trainer.callback_metrics  # validated on the way out
+
+
+def test_run_ends_with_one_validation_at_its_last_step(fit: Fit, tmp_path: Path) -> None:
+    fit(Stop(), val_every_steps=STEPS)  # due there anyway: still one
+    assert [row["step"] for row in rows(tmp_path, "val/loss")] == [STEPS]
+    fit(Stop(), val_every_steps=4)
+    assert [row["step"] for row in rows(tmp_path, "val/loss")] == [4, STEPS]
+
+
+def test_samples_do_not_change_the_training(fit: Fit, store: TokenStore, tmp_path: Path) -> None:
+    """Not the weights, under dropout, nor what is drawn afterwards."""
+    nets, draws = [], []
+    for callbacks in ([], [Samples(tmp_path / "samples.md", max_new_tokens=20)]):
+        net = module(store)
+        fit(*callbacks, net=net, val_every_steps=2)
+        nets.append(net.state_dict())
+        draws.append(torch.rand(3).tolist())
+    assert all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
+    assert draws[0] == draws[1]
+
+
+def sections(path: Path) -> dict[int, str]:
+    """The texts of samples.md by step."""
+    found = re.findall(r"## Step (\d+)\n\n```text\n(.*?)\n```\n\n", path.read_text(), re.S)
+    return {int(step): text for step, text in found}
+
+
+def test_samples_are_written_by_step_and_repeat_with_their_seed(fit: Fit, tmp_path: Path) -> None:
+    written = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        samples = Samples(tmp_path / name / "samples.md", prompt="the cat", max_new_tokens=20, seed=seed)
+        fit(samples, val_every_steps=3)
+        written[name] = sections(samples.path)
+        assert list(written[name]) == [3, 6]
+        assert all(text.startswith("the cat") for text in written[name].values())
+        assert samples.latest == written[name][6]
+        assert len(samples.latest.encode(errors="replace")) > len("the cat")
+    assert written["a"] == written["b"] != written["c"]
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_samples_are_printed_only_if_asked(
+    fit: Fit, tmp_path: Path, caplog: pytest.LogCaptureFixture, show: bool
+) -> None:
+    caplog.set_level(logging.DEBUG, "gpt_lightning")
+    samples = Samples(tmp_path / "samples.md", prompt="the cat", max_new_tokens=20, show=show)
+    fit(samples, val_every_steps=3)
+    texts = sections(samples.path)
+    assert list(texts) == [3, 6]
+    lines = [(record.levelname, record.getMessage()) for record in caplog.records]
+    printed = [(level, line) for level, line in lines if "the cat" in line]
+    assert printed == ([("INFO", f"{text}\n") for text in texts.values()] if show else [])
+
+
+def test_samples_after_the_step_that_a_run_goes_on_from_are_dropped(fit: Fit, tmp_path: Path) -> None:
+    samples = Samples(tmp_path / "samples.md", max_new_tokens=8)
+    trainer = fit(samples, steps=4, val_every_steps=2)
+    trainer.save_checkpoint(tmp_path / "at-4.ckpt")
+    before = sections(samples.path)
+    with samples.path.open("a") as file:
+        file.write("## Step 6\n\n```text\nwill be written again\n```\n\n## Step 10\n\n```text\nhalf of")
+    fit(samples, val_every_steps=2, checkpoint=tmp_path / "at-4.ckpt")
+    after = sections(samples.path)
+    assert list(after) == [2, 4, 6]
+    assert {step: after[step] for step in (2, 4)} == before
+    assert "again" not in after[6]
+    fit(samples, steps=2, val_every_steps=2)  # a new run in the same place
+    assert list(sections(samples.path)) == [2]
+
+
+def test_progress_without_a_terminal_is_a_line_per_log(fit: Fit, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "gpt_lightning")
+    metrics = StepMetrics(every_steps=3)
+    fit(metrics, Pause(step=0.2), Progress())  # else all would be left in 0:00
+    lines = [line for line in caplog.messages if line.startswith("step ")]
+    steps = [line for line in lines if "validation" not in line]
+    assert [re.match(r"step (\d+)/7 \| loss \d\.\d{4} \| ", line)[1] for line in steps] == ["1", "3", "6"]  # type: ignore[index]
+    assert [line.split(" | ")[0] for line in lines if "validation" in line] == ["step 3", "step 6"]
+    latest = metrics.latest
+    left = duration((STEPS - 6) * latest["speed/ms_per_step"] / 1000)
+    assert steps[-1].endswith(f"| grad norm {latest['train/grad_norm']:.2f} | lr 1.00e-02 | {left} left")
+    assert f"loss {latest['train/loss']:.4f}" in steps[-1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals on this system")
+def test_progress_on_a_terminal_is_one_bar_for_the_run(
+    fit: Fit, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+    import termios
+
+    caplog.set_level(logging.INFO, "gpt_lightning")
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # rows and columns
+    shown: list[bytes] = []
+
+    def read() -> None:
+        try:
+            while piece := os.read(ours, 4096):
+                shown.append(piece)
+        except OSError:  # the other end is closed
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        progress = Progress()
+        fit(StepMetrics(every_steps=1), progress)
+    reader.join()
+    os.close(ours)
+    text = b"".join(shown).decode()
+    assert re.search(r"0/7 \[", text)
+    assert progress.bar is not None
+    assert progress.bar.n == progress.bar.total == STEPS
+    assert not [line for line in caplog.messages if "ms/step" in line]  # the bar says it
+    assert [line.split(" | ")[0] for line in caplog.messages if "validation" in line] == ["step 3", "step 6"]
+
+
+def test_throughput_counts_training_batches_by_optimizer_step(fit: Fit, tmp_path: Path) -> None:
+    fit(StepMetrics(every_steps=3), Throughput(window_size=100))
+    logged = rows(tmp_path, "throughput/batches")
+    assert [row["step"] for row in logged] == [3, 6]  # validations at the same steps log none of their own
+    for row in logged:
+        batches = row["throughput/batches"]
+        assert batches == row["step"] * PARTS
+        assert row["throughput/samples"] == batches * MICRO
+        assert row["throughput/lengths"] == batches * MICRO * T
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0:00"),
+        (59.4, "0:59"),
+        (59.6, "1:00"),
+        (61, "1:01"),
+        (3599.6, "1:00:00"),
+        (3723, "1:02:03"),
+        (360_000, "100:00:00"),
+        (math.inf, "?"),
+        (math.nan, "?"),
+    ],
+)
+def test_duration_by_hand(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_layers_count_tied_weights_once(
+    fit: Fit, store: TokenStore, caplog: pytest.LogCaptureFixture, tied: bool
+) -> None:
+    caplog.set_level(logging.INFO, "gpt_lightning")
+    fit(Layers(max_depth=1), net=module(store, tie_weights=tied), steps=1)
+    rows = [line.split() for line in caplog.messages]
+    embedding = 320 * 16  # 257 ids, padded to a multiple of 64
+    block = 12 * 16 * 16 + 13 * 16
+    total = embedding + T * 16 + 2 * block + 2 * 16 + (0 if tied else embedding)
+    assert rows == [
+        ["layer", "type", "parameters"],
+        ["model", "GPT", f"{total:,}"],
+        ["transformer", "Transformer", f"{total - (0 if tied else embedding):,}"],
+        ["lm_head", "Head", f"{embedding:,}"],
+    ]

@@ -1,0 +1,601 @@
+"""A run that was killed anywhere and resumed is the run that was never interrupted: bits, logs, samples."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.runs import TINY
+from support.zygote import Process, Zygote
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gpt_lightning.config.resume import resume_arguments
+from gpt_lightning.rundir.checkpoint import read_checkpoint
+from gpt_lightning.rundir.files import write_json
+from gpt_lightning.rundir.metrics import Row, read_metrics
+
+STEPS = 80
+# Several epochs (one is 49 steps), accumulation, dropout, and every callback that has a state
+RUN = [
+    *TINY,
+    "model.dropout=0.1",
+    "device.micro_batch_size=4",
+    "data.val_fraction=0.3",
+    f"trainer.max_steps={STEPS}",
+    "trainer.val_every_steps=20",
+    "trainer.val_batches=null",
+    "trainer.save_every_steps=7",
+    "scheduler.warmup_steps=10",
+    "callbacks=early_stopping",
+    "callbacks.early_stopping.patience=100",
+    "callbacks.layers=null",
+]
+VALIDATION_STEP = "gpt_lightning.training.module:LanguageModel.validation_step"
+TRAINING_STEP = "gpt_lightning.training.module:LanguageModel.training_step"
+
+
+@pytest.fixture(scope="module")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    with Zygote(tmp_path_factory.mktemp("zygote")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def options(small_text: Path) -> list[str]:
+    return [*RUN, f"data.path={small_text}"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(zygote: Zygote, options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    code, out = zygote.run("train", *options, f"hydra.run.dir={folder}")
+    assert code == 0, out
+    return folder
+
+
+Start = Callable[..., Process]
+
+
+@pytest.fixture
+def start(zygote: Zygote, options: list[str], tmp_path: Path) -> Start:
+    """Start the run in tmp_path/run."""
+
+    def begin(*arguments: str, **kwargs: Any) -> Process:
+        return zygote.start("train", *options, f"hydra.run.dir={tmp_path / 'run'}", *arguments, **kwargs)
+
+    return begin
+
+
+def metrics(run: Path) -> list[Row]:
+    """The rows of metrics.csv without what a clock measured."""
+    return [
+        {key: value for key, value in row.items() if not key.startswith("speed/")}
+        for row in read_metrics(run / "metrics.csv")
+    ]
+
+
+def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run, without what a clock measured."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("speed/")]
+    found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    # the page of hyper-parameters shows the last results; an interrupted run has some too
+    return {tag: points[-1:] if tag.startswith("hparams/") else points for tag, points in found.items()}
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two trees are the same, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)
+
+
+def assert_same(run: Path, reference: Path) -> None:
+    """Weights, optimizer, random generators and positions bitwise, and everything a user reads."""
+    for name in ("last.ckpt", "best.ckpt"):
+        a, b = (read_checkpoint(folder / "checkpoints" / name) for folder in (run, reference))
+        keys = ("state_dict", "optimizer_states", "lr_schedulers", "random_states", "progress")
+        for key in keys:
+            assert equal(a[key], b[key]), f"{key} of {name} differs"
+        assert a["loops"]["fit_loop"]["state_dict"] == b["loops"]["fit_loop"]["state_dict"]
+    assert metrics(run) == metrics(reference)
+    assert scalars(run) == scalars(reference)
+    assert (run / "samples.md").read_text() == (reference / "samples.md").read_text()
+    a, b = (json.loads((folder / "summary.json").read_text()) for folder in (run, reference))
+    assert a.keys() == b.keys()
+    assert a["seconds"] > 0
+    for key in a.keys() - {"seconds", "tokens_per_second", "best_checkpoint", "git_revision", "slurm_job"}:
+        assert a[key] == b[key], key
+    assert a["best_checkpoint"] == str(run / "checkpoints" / "best.ckpt")
+    assert not list(run.rglob("*.tmp"))
+
+
+def resume(zygote: Zygote, run: Path, *arguments: str, **kwargs: Any) -> str:
+    code, out = zygote.run("train", f"resume={run}", *arguments, **kwargs)
+    assert code == 0, out
+    assert "Warning" not in out
+    return out
+
+
+def status(run: Path) -> str:
+    return str(json.loads((run / "summary.json").read_text())["status"])
+
+
+def logged_step(run: Path) -> int:
+    path = run / "metrics.csv"
+    return int(read_metrics(path)[-1]["step"]) if path.exists() and len(read_metrics(path)) else 0
+
+
+def reached(run: Path, step: int) -> Callable[[], bool]:
+    return lambda: logged_step(run) >= step
+
+
+@pytest.mark.slow
+def test_run_killed_twenty_times_ends_as_if_it_never_was(
+    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
+) -> None:
+    run, draw, places = tmp_path / "run", random.Random(20), []
+    process = start()
+    for kill in range(20):
+        step = max(
+            1, kill * (STEPS - 5) // 20 + draw.randint(-4, 4)
+        )  # anywhere, on the whole further each time
+        pause = draw.random() * 0.02
+        process.wait_for(reached(run, step))
+        with pytest.raises(AssertionError):  # a little later, unless it has ended
+            process.wait_for(lambda: False, timeout=pause)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        places.append(logged_step(run))
+        process = zygote.start("train", f"resume={run}")
+    assert process.wait() == 0, process.out.read_text()
+    assert len(set(places)) > 5
+    assert_same(run, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_finishes_the_step_and_leaves_a_run_that_goes_on(
+    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    process = start()
+    assert process.end_when(reached(run, 25), number) == 128 + number
+    out = process.out.read_text()
+    assert out.splitlines()[-1] == f"stopped by {number.name}; go on with resume={run}"
+    assert "Traceback" not in out
+    assert status(run) == "interrupted"
+    # nothing of what was trained is lost
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["progress"]["step"] == logged_step(run)
+    assert f"at step {logged_step(run)}" in resume(zygote, run)
+    assert_same(run, uninterrupted)
+
+
+@pytest.mark.parametrize("step", [20, STEPS])
+def test_kill_while_validating(
+    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path, step: int
+) -> None:
+    run = tmp_path / "run"
+    process = start(slow={VALIDATION_STEP: 0.05} if step == 20 else {})
+    if step == STEPS:  # the last validation; without waiting for all those before
+        process.end_when(reached(run, STEPS - 9))
+        process = zygote.start("train", f"resume={run}", slow={VALIDATION_STEP: 0.05})
+    process.end_when(lambda: f"step {step}/{STEPS}" in process.out.read_text())
+    assert f"step {step} | validation" not in process.out.read_text()
+    assert status(run) == "interrupted"
+    resume(zygote, run)
+    assert_same(run, uninterrupted)
+
+
+@pytest.mark.parametrize("step", [20, STEPS])
+def test_signal_does_not_wait_for_a_validation_which_is_done_again(
+    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path, step: int
+) -> None:
+    run = tmp_path / "run"
+    process = start()
+    process.end_when(reached(run, step - 9))
+    process = zygote.start("train", f"resume={run}", slow={VALIDATION_STEP: 0.5})
+    code = process.end_when(lambda: f"step {step}/{STEPS}" in process.out.read_text(), signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM, process.out.read_text()
+    assert f"step {step} | validation" not in process.out.read_text()
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["progress"]["step"] == step
+    resume(zygote, run)
+    assert_same(run, uninterrupted)
+
+
+def test_kill_while_writing_a_checkpoint(
+    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
+) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    process = start(slow={"os:fsync": 0.3})
+    process.wait_for(
+        lambda: (checkpoints / "last-1.ckpt").exists() and (checkpoints / "last.ckpt.tmp").exists()
+    )
+    process.kill()
+    process.wait()
+    assert (checkpoints / "last.ckpt.tmp").exists()
+    assert "resuming from" in resume(zygote, tmp_path / "run")
+    assert_same(tmp_path / "run", uninterrupted)
+
+
+def test_damaged_last_checkpoint_is_replaced_by_the_one_before(
+    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    last, before = run / "checkpoints" / "last.ckpt", run / "checkpoints" / "last-1.ckpt"
+    process = start()
+    process.end_when(reached(run, 31), signal.SIGTERM)
+    last.write_bytes(last.read_bytes()[:20000])
+    out = resume(zygote, run)
+    assert re.search(rf"damaged: {last} \(.*\); going on from {before}", out)
+    assert_same(run, uninterrupted)
+
+
+def test_torn_summary_does_not_keep_an_intact_run_from_going_on(
+    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start()
+    process.end_when(reached(run, 31), signal.SIGTERM)
+    path = run / "summary.json"
+    path.write_text(path.read_text()[:100])
+    assert "resuming from" in resume(zygote, run)
+    assert_same(run, uninterrupted)
+
+
+def test_summary_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush, rename, events = os.fsync, os.replace, []
+
+    def fsync(file: int) -> None:
+        events.append(f"{os.fstat(file).st_size} bytes flushed")
+        flush(file)
+
+    def replace(source: Path, target: Path) -> None:
+        events.append(f"named {target.name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    write_json(tmp_path / "summary.json", {"status": "finished"})
+    assert (tmp_path / "summary.json").read_text() == '{\n  "status": "finished"\n}\n'
+    assert events == ["27 bytes flushed", "named summary.json"]
+
+
+def test_checkpoint_that_cannot_be_written_leaves_the_one_before(
+    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    last = run / "checkpoints" / "last.ckpt"
+    process = start()
+    process.end_when(reached(run, 31), signal.SIGTERM)
+    before = last.read_bytes()
+    code, out = zygote.run("train", f"resume={run}", file_limit=100_000)
+    assert code == 1
+    assert out.splitlines()[-1] == (
+        f"error: cannot write the checkpoint {last} (File too large); make room or give the right to write "
+        f"there, then go on from the checkpoint before it with resume={run}"
+    )
+    assert "Traceback" not in out
+    assert status(run) == "failed"
+    assert last.read_bytes() == before
+    assert not list(run.rglob("*.tmp"))
+    resume(zygote, run)
+    assert_same(run, uninterrupted)
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can mount a small disk"
+)
+@pytest.mark.parametrize("size", [200, 900, 1150])  # kB: for no checkpoint, for one, for one and a bit
+def test_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(
+    zygote: Zygote, options: list[str], uninterrupted: Path, tmp_path: Path, size: int
+) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "small", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting is not allowed here")
+    try:
+        code, out = zygote.run("train", *options, f"hydra.run.dir={tmp_path / 'run'}")
+        assert code == 1
+        assert "Traceback" not in out
+        assert re.search(
+            r"\nerror: [^\n]*No space left on device[^\n]*; make room [^\n]*resume=[^\n]*\n$", out
+        )
+        assert not list(tmp_path.rglob("*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=20m", str(tmp_path)], check=True)
+        resume(zygote, tmp_path / "run")
+        assert_same(tmp_path / "run", uninterrupted)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_deleted_cache_does_not_end_a_run(
+    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
+) -> None:
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    process = start(f"paths.cache={cache}", slow={TRAINING_STEP: 0.01})
+    process.wait_for(reached(run, 10))
+    shutil.rmtree(cache)
+    assert process.wait() == 0, process.out.read_text()
+    assert_same(run, uninterrupted)
+
+
+def test_run_killed_before_its_first_checkpoint_begins_again(
+    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start(slow={TRAINING_STEP: 0.02})
+    process.end_when(reached(run, 3))
+    assert not (run / "checkpoints" / "last.ckpt").exists()
+    assert status(run) == "interrupted"
+    assert "it begins again" in resume(zygote, run)
+    assert_same(run, uninterrupted)
+
+
+def test_time_limit_ends_a_run_that_goes_on(
+    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start("time_limit=0:00:03", slow={TRAINING_STEP: 0.05})  # in all it would take eight
+    assert process.wait() == 124
+    out = process.out.read_text()
+    assert out.splitlines()[-1] == f"stopped by its time limit; go on with resume={run}"
+    assert status(run) == "interrupted"
+    resume(zygote, run, "time_limit=null")
+    assert_same(run, uninterrupted)
+
+
+def test_slurm_requeues_a_job_that_then_goes_on(
+    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
+) -> None:
+    run, tools = tmp_path / "run", tmp_path / "bin"
+    tools.mkdir()
+    (tools / "scontrol").write_text(f"#!/bin/sh\necho $* > {tmp_path}/asked\n")
+    (tools / "scontrol").chmod(0o755)
+    slurm = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "77", "SLURM_PROCID": "0"}
+    slurm |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "PATH": f"{tools}:{os.environ['PATH']}"}
+    process = start(**slurm)
+    assert process.end_when(reached(run, 11), signal.SIGUSR1) == 128 + signal.SIGUSR1, process.out.read_text()
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+    again = start(**slurm, SLURM_RESTART_COUNT="1")  # the very same command
+    assert again.wait() == 0, again.out.read_text()
+    assert "resuming from" in again.out.read_text()
+    assert_same(run, uninterrupted)
+    again = start(TORCHELASTIC_RESTART_COUNT="1")  # torchrun's way to say the same
+    assert again.wait() == 0, again.out.read_text()
+    assert "is finished; there is nothing to resume" in again.out.read_text()
+
+
+def test_slurm_job_without_a_run_directory_goes_on_with_its_own_run(
+    zygote: Zygote, options: list[str], uninterrupted: Path, tmp_path: Path
+) -> None:
+    job = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    job |= {"SLURM_NODEID": "0", "SLURM_JOB_ID": "78", "SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1"}
+
+    def folders() -> set[Path]:
+        return {path.parent for path in tmp_path.glob("outputs/**/summary.json")}
+
+    process = zygote.start("train", *options, cwd=tmp_path, **job)
+    process.end_when(lambda: any(reached(folder, 11)() for folder in folders()))
+    (run,) = folders()
+    assert json.loads((run / "summary.json").read_text())["slurm_job"] == "77_1"
+    decoys = {"task": {"slurm_job": "77_2"}, "none": {"slurm_job": None}, "command": {}}
+    for name, changes in decoys.items():  # newer runs: of others, and of the job's next command
+        shutil.copytree(run, run.parent / name)
+        summary = json.loads((run / "summary.json").read_text()) | changes
+        (run.parent / name / "summary.json").write_text(json.dumps(summary))
+    other = run.parent / "command" / ".hydra" / "overrides.yaml"
+    other.write_text(other.read_text() + "- trainer.keep_last=3\n")
+    code, out = zygote.run("train", *options, cwd=tmp_path, **job, SLURM_RESTART_COUNT="1")
+    assert code == 0, out
+    assert f"resuming from {run}" in out
+    assert_same(run, uninterrupted)
+    code, out = zygote.run("train", *options, cwd=tmp_path, **job, SLURM_RESTART_COUNT="2")
+    assert (code, out) == (0, f"the run in {run} is finished; there is nothing to resume\n")
+    before = folders()
+    few = ["trainer.max_steps=1", "scheduler.warmup_steps=0", "logger=none", "callbacks.samples=null"]
+    code, out = zygote.run("train", *options, *few, cwd=tmp_path, **job, SLURM_RESTART_COUNT="2")
+    assert code == 0, out  # a command of the job that has not begun
+    assert len(folders() - before) == 1
+
+
+@pytest.mark.parametrize(
+    "end",
+    [["target_loss=3.7"], ["callbacks.early_stopping.patience=1", "callbacks.early_stopping.min_delta=9"]],
+    ids=["target_loss", "early_stopping"],
+)
+def test_run_that_stopped_early_does_not_train_on_when_killed_before_it_said_so(
+    start: Start, zygote: Zygote, tmp_path: Path, end: list[str]
+) -> None:
+    run = tmp_path / "run"
+    assert start(*end).wait() == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert 0 < summary["steps"] < STEPS
+    (run / "summary.json").write_text(json.dumps(summary | {"status": "interrupted"}))
+    shutil.copytree(run, tmp_path / "before")
+    resume(zygote, run)
+    again = json.loads((run / "summary.json").read_text())
+    for key in ("status", "steps", "val_loss", "best_val_loss", "train_loss"):
+        assert again[key] == summary[key]
+    assert metrics(run) == metrics(tmp_path / "before")
+
+
+def test_run_directory_may_move_and_latest_finds_it(
+    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
+) -> None:
+    process = start()
+    process.end_when(reached(tmp_path / "run", 46))
+    moved = tmp_path / "outputs" / "another place, it's new" / "run=1"
+    moved.parent.mkdir(parents=True)
+    (tmp_path / "run").rename(moved)
+    code, out = zygote.run("train", "resume=latest", cwd=tmp_path)
+    assert code == 0, out
+    assert f"resuming from {moved}" in out
+    assert_same(moved, uninterrupted)
+
+
+def test_latest_prefers_a_run_that_is_not_finished(tmp_path: Path) -> None:
+    states = {"a": "interrupted", "b": "failed", "c": "finished", "d": "finished"}
+    for age, (name, state) in enumerate(states.items()):  # the last one is the newest
+        path = tmp_path / name / "summary.json"
+        write_json(path, {"status": state})
+        os.utime(path, (1000 + age, 1000 + age))
+        for file in ("overrides.yaml", "hydra.yaml"):
+            (tmp_path / name / ".hydra").mkdir(exist_ok=True)
+            (tmp_path / name / ".hydra" / file).write_text("[]\n")
+        (tmp_path / name / ".hydra" / "hydra.yaml").write_text(
+            f"hydra: {{job: {{config_name: train}}, overrides: {{hydra: []}}, "
+            f"runtime: {{cwd: {tmp_path}/gone, config_sources: []}}}}\n"
+        )
+
+    def latest() -> str:
+        arguments = resume_arguments(["resume=latest", f"paths.outputs={tmp_path}"])
+        return next(argument for argument in arguments if argument.startswith("resume="))
+
+    assert latest() == f"resume='{tmp_path}/b'"
+    write_json(tmp_path / "b" / "summary.json", {"status": "finished"})
+    assert latest() == f"resume='{tmp_path}/a'"
+    shutil.rmtree(tmp_path / "a")
+    shutil.rmtree(tmp_path / "b")
+    assert latest() == f"resume='{tmp_path}/d'"
+
+
+def test_choices_and_interpolations_of_the_command_line_come_back(
+    zygote: Zygote, options: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine" / "optimizer").mkdir(parents=True)
+    (tmp_path / "mine" / "optimizer" / "plain.yaml").write_text(
+        "_target_: torch.optim.SGD\n_partial_: true\nlr: 0.1\n"
+    )
+    run = tmp_path / "run"
+    mine = ["hydra.searchpath=[file://mine]", "optimizer=plain", "hydra.run.dir=${name}", "name=run"]
+    few = ["trainer.max_steps=8", "scheduler.warmup_steps=0", "callbacks.samples=null", "logger=none"]
+    few += ["lora.lora_alpha=${trainer.keep_last}"]
+    code, out = zygote.run("train", *options, *mine, *few, cwd=tmp_path)
+    assert code == 0, out
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"status": "interrupted"}))
+    assert "at step 8" in resume(zygote, run)
+    assert status(run) == "finished"
+
+
+def test_what_would_change_a_run_is_refused_and_the_rest_allowed(
+    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start()
+    process.wait_for(reached(run, 11))
+    second = zygote.start("train", f"resume={run}")  # while the first still trains
+    assert second.wait() == 1
+    assert f"error: another process trains the run in {run}" in second.out.read_text()
+    process.kill()
+    process.wait()
+    changes = ["model.n_layer=3", "optimizer.lr=1", "seed=2", "data.batch_size=16", "trainer.max_steps=500"]
+    changes += ["trainer.val_every_steps=7", "trainer.val_batches=3"]  # since it may stop early
+    before = (run / "metrics.csv").read_bytes()
+    code, out = zygote.run("train", f"resume={run}", *changes, "logger=none")
+    assert code == 1
+    assert out.count("\n") == 1
+    for change in changes:
+        key, value = change.split("=")
+        assert re.search(rf"{re.escape(key)} \(was [^)]*, now {value}\)", out)
+    assert "logger" not in out
+    assert before == (run / "metrics.csv").read_bytes()
+    resume(zygote, run, "callbacks.samples=null", "trainer.save_every_steps=50", "data.num_workers=1")
+    a, b = (read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (run, uninterrupted))
+    assert equal(a["state_dict"], b["state_dict"])
+    out = resume(zygote, run)
+    assert out == f"the run in {run} is finished; there is nothing to resume\n"
+
+
+def test_second_run_in_a_directory_is_refused_and_touches_nothing(
+    call: Callable[..., Any],
+    tiny: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = tmp_path / "run"
+
+    def refused(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            call("train", *arguments)
+        assert stop.value.code == 1
+        return capsys.readouterr().err
+
+    assert "optimizer.lr=-1" in refused(*tiny, "optimizer.lr=-1")  # which trains nothing, so the next may
+    call("train", *tiny, "logger=none", "callbacks.samples=null")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    monkeypatch.chdir(tmp_path)
+    for arguments in ([*tiny, "seed=2"], [*tiny, "hydra.run.dir=run"]):
+        named = arguments[-1] if arguments[-1] == "hydra.run.dir=run" else f"hydra.run.dir={run}"
+        assert refused(*arguments) == (
+            f"error: {named} holds a run; go on with resume={named.partition('=')[2]} "
+            "or name another directory\n"
+        )
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    for flags in (["--cfg", "job"], ["-c=job"], ["--help"], ["--info", "config"], ["-m"]):
+        assert resume_arguments([*tiny, *flags]) == [*tiny, *flags]
+    for rank in ("LOCAL_RANK", "SLURM_PROCID"):  # the first rank may have made it
+        monkeypatch.setenv(rank, "1")
+        assert resume_arguments(tiny) == tiny
+        monkeypatch.setenv(rank, "0")
+        assert "holds a run" in refused(*tiny)
+
+
+def test_validations_at_other_steps_do_not_change_the_weights(
+    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start("callbacks.early_stopping=null")  # which never stops the other
+    process.end_when(reached(run, 23), signal.SIGTERM)
+    stopped = logged_step(run)
+    resume(zygote, run, "trainer.val_every_steps=7")
+    a, b = (read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (run, uninterrupted))
+    assert equal(a["state_dict"], b["state_dict"])
+    validated = [row["step"] for row in metrics(run) if "val/loss" in row]
+    assert validated == [20, *(step for step in range(7, STEPS, 7) if step > stopped), STEPS]
+    rows = [{k: v for k, v in row.items() if not k.startswith("val/")} for row in metrics(run)]
+    assert rows == [{k: v for k, v in r.items() if not k.startswith("val/")} for r in metrics(uninterrupted)]
+
+
+@pytest.mark.slow
+def test_two_ranks_with_workers_go_on_exactly(zygote: Zygote, options: list[str], tmp_path: Path) -> None:
+    ranks = ["trainer=ddp", "device.devices=2", "device.micro_batch_size=2", "data.num_workers=1"]
+    ranks += [option for option in options if option.startswith("trainer.")]  # not those of trainer=ddp
+    a, b = tmp_path / "a", tmp_path / "b"
+    start = [sys.executable, "-m", "gpt_lightning.train", *options, *ranks]
+    whole = subprocess.Popen(
+        [*start, f"hydra.run.dir={a}"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as many as those of the zygote have
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    process = zygote.start("train", *options, *ranks, f"hydra.run.dir={b}")
+    process.wait_for(lambda: logged_step(b) > 40)  # shortly before the epoch ends
+    process.kill()
+    process.wait()
+    process = zygote.start("train", f"resume={b}")
+    assert process.end_when(reached(b, 61), signal.SIGTERM) == 128 + signal.SIGTERM, process.out.read_text()
+    resume(zygote, b)
+    assert whole.wait(300) == 0, whole.communicate()[1]
+    whole.communicate()
+    assert_same(b, a)
