@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from gpt_lightning.config.command import ConfigError, unquoted, verbatim, versions
-from gpt_lightning.rundir.files import read_json
+from gpt_lightning.data.files import read_json
 from gpt_lightning.training.slurm import slurm_job
 
 try:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.data.corpus.base import Corpus, Split, file_sha256
 from gpt_lightning.data.corpus.token_bins import TokenBins
+from gpt_lightning.data.files import atomic_write, write_json
 from gpt_lightning.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -158,7 +159,8 @@ def prepare_shard(
         if not parts[shard].is_dir():
             with _replacing(parts[shard]) as partial:
                 groups = {split: job.tokenize(split, partial, shard, shards) for split in SPLITS}
-                _write_json(partial / "groups.json", groups)
+                with _writing(partial):
+                    write_json(partial / "groups.json", groups)
     with _locked(job.folder):
         if (store := job.reopen(warn=True)) is None and all(part.is_dir() for part in parts):
             with _replacing(job.folder) as partial:
@@ -238,7 +240,7 @@ class _Job:
             splits[split] = SplitMeta(sum(tokens), sum(size), count, floor, sha)
         with _writing(folder):
             tokenizers.save(self.encoding, folder / "tokenizer.json")
-        _write_json(folder / "meta.json", asdict(self.meta(splits)))
+            write_json(folder / "meta.json", asdict(self.meta(splits)))
 
     def tokenize(self, split: Split, folder: Path, shard: int = 0, shards: int = 1) -> list[_Group]:
         """Writes the token file of a split, or every `shards`-th group of it; returns what the groups are."""
@@ -408,27 +410,18 @@ def _replacing(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _output(path: Path) -> Iterator[Callable[[bytes], None]]:
-    """What writes to a new file, which is on the disk when the context ends."""
-    with _writing(path.parent):
-        file = path.open("wb")
+    """A function that writes to a new file; errors of the disk alone are those of the cache."""
 
     def write(data: bytes) -> None:
         with _writing(path.parent):
             file.write(data)
 
-    try:
+    with contextlib.ExitStack() as stack:
+        with _writing(path.parent):
+            file = stack.enter_context(atomic_write(path))
         yield write
         with _writing(path.parent):
-            file.flush()
-            os.fsync(file.fileno())
-    finally:
-        with _writing(path.parent):
-            file.close()
-
-
-def _write_json(path: Path, content: object) -> None:
-    with _output(path) as write:
-        write(json.dumps(content, indent=1).encode())
+            stack.close()
 
 
 def _check_file(path: Path, meta: SplitMeta, itemsize: int) -> None:

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 import tiktoken
 
 from gpt_lightning.data.corpus.base import END_OF_TEXT, Split
+from gpt_lightning.data.files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -266,13 +266,9 @@ def digest(encoding: tiktoken.Encoding) -> str:
 
 
 def save(encoding: tiktoken.Encoding, path: Path) -> None:
-    """Writes the state as JSON, under a temporary name first."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", encoding="utf-8") as file:
+    """Write the state as JSON."""
+    with atomic_write(path, text=True) as file:
         json.dump(to_state(encoding), file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def load(path: Path) -> tiktoken.Encoding:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from gpt_lightning.data.files import atomic_write
 from gpt_lightning.rundir.metrics import Row
 
 
-def plot_curves(rows: Sequence[Row], path: str | Path, *, floor: float | None = None) -> None:
+def plot_curves(rows: Sequence[Row], path: Path, *, floor: float | None = None) -> None:
     """Draw the curves of a metrics.csv; the ending of `path` chooses the format (.png, .pdf, .svg).
 
     Args:
@@ -43,4 +44,5 @@ def plot_curves(rows: Sequence[Row], path: str | Path, *, floor: float | None = 
     rate.set_ylabel("learning rate")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=120)
+    with atomic_write(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=120)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gpt_lightning.rundir.files import read_json
+from gpt_lightning.data.files import read_json
 
 try:
     import fcntl

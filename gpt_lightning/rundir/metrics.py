@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from gpt_lightning.data.files import atomic_write
 
 Row = dict[str, float]
 
@@ -65,7 +66,6 @@ class MetricsFile:
         self._saved_step, self._row = self._row["step"], {}
 
     def _begin(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         keep = self._resume_step if self._resume_step is not None else -1
         rows = read_metrics(self.path) if self.path.exists() else []
         rows = [row for row in rows if row["step"] <= keep]
@@ -74,9 +74,7 @@ class MetricsFile:
         self._write(rows)
 
     def _write(self, rows: Sequence[Row]) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
+        with atomic_write(self.path, text=True) as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(map(_ints, rows))
-        os.replace(temporary, self.path)

@@ -21,9 +21,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.files import read_json, write_json
 from gpt_lightning.data.windows import split_batch
 from gpt_lightning.rundir.curves import plot_curves
-from gpt_lightning.rundir.files import read_json, write_json
 from gpt_lightning.rundir.metrics import read_metrics
 from gpt_lightning.training.callbacks.checkpoints import LastCheckpoint
 from gpt_lightning.training.callbacks.incidents import Incidents
@@ -146,13 +146,10 @@ def _draw(folder: Path, data: TextDataModule) -> None:
     meta, floor = data.store.meta.splits["val"], None
     if meta.floor_bits is not None:
         floor = meta.floor_bits * math.log(2) / meta.tokens
-    partial = folder / ".curves.png"
     try:
-        plot_curves(read_metrics(folder / "metrics.csv"), partial, floor=floor)
-        os.replace(partial, folder / "curves.png")
+        plot_curves(read_metrics(folder / "metrics.csv"), folder / "curves.png", floor=floor)
     except (OSError, ValueError) as error:
         log.debug("no curves: %s", error)
-        partial.unlink(missing_ok=True)
 
 
 def _log_hyperparameters(module: LanguageModel, trainer: pl.Trainer, summary: Mapping[str, Any]) -> None:

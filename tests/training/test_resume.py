@@ -21,8 +21,8 @@ from support.zygote import Process, Zygote
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt_lightning.config.resume import resume_arguments
+from gpt_lightning.data.files import write_json
 from gpt_lightning.rundir.checkpoint import read_checkpoint
-from gpt_lightning.rundir.files import write_json
 from gpt_lightning.rundir.metrics import Row, read_metrics
 
 STEPS = 80
@@ -257,26 +257,6 @@ def test_torn_summary_does_not_keep_an_intact_run_from_going_on(
     path.write_text(path.read_text()[:100])
     assert "resuming from" in resume(zygote, run)
     assert_same(run, uninterrupted)
-
-
-def test_summary_is_on_the_disk_before_it_has_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flush, rename, events = os.fsync, os.replace, []
-
-    def fsync(file: int) -> None:
-        events.append(f"{os.fstat(file).st_size} bytes flushed")
-        flush(file)
-
-    def replace(source: Path, target: Path) -> None:
-        events.append(f"named {target.name}")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "replace", replace)
-    write_json(tmp_path / "summary.json", {"status": "finished"})
-    assert (tmp_path / "summary.json").read_text() == '{\n  "status": "finished"\n}\n'
-    assert events == ["27 bytes flushed", "named summary.json"]
 
 
 def test_checkpoint_that_cannot_be_written_leaves_the_one_before(

@@ -1,6 +1,6 @@
 """Tiny Shakespeare, downloaded on first use."""
 
-import contextlib
+import hashlib
 import http.client
 import logging
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gpt_lightning.data.corpus.base import BLOCK, file_sha256, one_line
 from gpt_lightning.data.corpus.files import TextFiles
+from gpt_lightning.data.files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -53,20 +54,19 @@ def download(url: str, target: Path, sha256: str) -> Path:
             return target
         log.warning("%s is damaged (its checksum differs); downloading it again", target)
     remedy = "download it in another way and set data.path= to the file"
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    digest, suffix = hashlib.sha256(), f".{os.getpid()}.tmp"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file, urllib.request.urlopen(url, timeout=30) as response:
+        with (
+            atomic_write(target, suffix=suffix) as file,
+            urllib.request.urlopen(url, timeout=30) as response,
+        ):
             while block := response.read(BLOCK):
                 file.write(block)
-        if file_sha256(partial) != sha256:
-            raise ValueError(f"{url} sent something else than expected (the checksum differs); {remedy}")
-        partial.replace(target)
+                digest.update(block)
+            if digest.hexdigest() != sha256:
+                raise ValueError(f"{url} sent something else than expected (the checksum differs); {remedy}")
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it holds the connection
         raise OSError(f"cannot download {url} to {target} ({one_line(error)}); {remedy}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
     return target

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import random
@@ -18,6 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 
+from gpt_lightning.data.files import atomic_write
 from gpt_lightning.rundir.checkpoint import read_checkpoint
 from gpt_lightning.training.callbacks.interruption import Interruption
 
@@ -34,20 +34,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             OSError: If there is no room or no right to; what was there before is untouched.
         """
         path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            with atomic_write(path) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            if os.name == "posix":  # Windows does not open folders
-                directory = os.open(path.parent, os.O_RDONLY)
-                try:
-                    os.fsync(directory)  # the new name, too, survives a power cut
-                finally:
-                    os.close(directory)
         except (OSError, RuntimeError) as error:
             # torch covers an error of the file by one of its own
             reason = error if isinstance(error, OSError) else error.__context__
@@ -57,9 +46,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"cannot write the checkpoint {path} ({reason.strerror}); make room or give the right to "
                 f"write there, then go on from the checkpoint before it with resume={path.parent.parent}"
             ) from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
 
 def random_state() -> dict[str, Any]:

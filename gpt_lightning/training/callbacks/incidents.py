@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from gpt_lightning.data.files import write_json
 from gpt_lightning.data.windows import TrainBatches
-from gpt_lightning.rundir.files import write_json
 from gpt_lightning.training.module import LanguageModel
 
 log = logging.getLogger(__name__)
