@@ -31,6 +31,7 @@ from gpt_lightning.training.callbacks.interruption import Interrupted, Interrupt
 from gpt_lightning.training.callbacks.metrics import StepMetrics
 from gpt_lightning.training.callbacks.progress import duration
 from gpt_lightning.training.callbacks.samples import Samples
+from gpt_lightning.training.intervals import save_interval
 from gpt_lightning.training.module import LanguageModel
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,8 @@ def fit(
     trainer: pl.Trainer,
     *,
     folder: Path,
-    val_every_steps: int,
     facts: Mapping[str, Any],
+    val_every_steps: int | None = None,
     checkpoint: Path | None = None,
     deadline: float | None = None,
 ) -> dict[str, Any]:
@@ -52,8 +53,8 @@ def fit(
     Args:
         module, data, trainer: What trains on what.
         folder: The run directory.
-        val_every_steps: Optimizer steps between validations.
         facts: What the summary repeats: seed, device, versions, digests.
+        val_every_steps: Optimizer steps between validations; None follows the length of the run.
         checkpoint: A last.ckpt to go on from.
         deadline: When everything has to be written, in the seconds of time.monotonic(); None for never.
 
@@ -65,20 +66,16 @@ def fit(
     """
     _, accumulation = split_batch(data.batch_size, data.micro_batch_size, trainer.world_size)
     trainer.accumulate_grad_batches = accumulation
-    trainer.val_check_interval = val_every_steps * accumulation  # Lightning counts micro-batches here
+    # Lightning counts micro-batches here
+    trainer.val_check_interval = (val_every_steps or save_interval(trainer.max_steps)) * accumulation
     path = folder / "summary.json"
     earlier = read_json(path) if checkpoint else {}
     started = time.monotonic()
 
     def record(status: str, **results: Any) -> dict[str, Any]:
         seconds = round(earlier.get("seconds", 0.0) + time.monotonic() - started, 1)
-        summary = {
-            "status": status,
-            **_results(module, data, trainer),
-            "seconds": seconds,
-            **results,
-            **facts,
-        }
+        reached = _results(module, data, trainer)
+        summary = {"status": status, **reached, "seconds": seconds, **results, **facts}
         if trainer.is_global_zero:
             write_json(path, summary)
         return summary

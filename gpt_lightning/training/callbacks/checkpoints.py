@@ -20,6 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from gpt_lightning.data.files import atomic_write
 from gpt_lightning.rundir.checkpoint import read_checkpoint
 from gpt_lightning.training.callbacks.interruption import Interruption
+from gpt_lightning.training.intervals import save_interval
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ class LastCheckpoint(Checkpoint):
 
     Args:
         folder: Where checkpoints go.
-        every_steps: Optimizer steps between two.
+        every_steps: Optimizer steps between two; None follows the length of the run.
         keep: How many to keep: last.ckpt, last-1.ckpt (the one before it), and so on.
         snapshot_every_steps: Optimizer steps between checkpoints that stay (step-1000.ckpt); None for none.
 
@@ -138,7 +139,7 @@ class LastCheckpoint(Checkpoint):
         self,
         folder: str | Path,
         *,
-        every_steps: int,
+        every_steps: int | None = None,
         keep: int = 2,
         snapshot_every_steps: int | None = None,
     ):
@@ -158,6 +159,9 @@ class LastCheckpoint(Checkpoint):
         self._validating = False  # whether a validation is under way
         self._pending = {"stop": False, "validation": False}  # what the loaded checkpoint had yet to do
         self._max_steps = -1
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.interval = self.every_steps or save_interval(trainer.max_steps)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.interruption is not None:
@@ -204,7 +208,7 @@ class LastCheckpoint(Checkpoint):
 
     def _save_if_due(self, trainer: pl.Trainer, *, clean_end: bool = False) -> None:
         step = trainer.global_step
-        if clean_end or step % self.every_steps == 0:
+        if clean_end or step % self.interval == 0:
             self.save_last(trainer)
         if self.snapshot_every_steps and step % self.snapshot_every_steps == 0:
             trainer.save_checkpoint(self.folder / f"step-{step}.ckpt")

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ThroughputMonitor
 from lightning.pytorch.trainer.states import RunningStage
 
+from gpt_lightning.training.intervals import log_interval
 from gpt_lightning.training.module import LanguageModel
 
 try:
@@ -38,7 +39,7 @@ class StepMetrics(Callback):
     Speeds are over the steps since the last log, without validation, samples and checkpoints.
 
     Args:
-        every_steps: Optimizer steps between two logs.
+        every_steps: Optimizer steps between two logs; None follows the length of the run.
 
     Attributes:
         latest: What was logged last.
@@ -49,8 +50,8 @@ class StepMetrics(Callback):
         ValueError: If every_steps is below 1.
     """
 
-    def __init__(self, every_steps: int):
-        if every_steps < 1:
+    def __init__(self, every_steps: int | None = None):
+        if every_steps is not None and every_steps < 1:
             raise ValueError(f"trainer.log_every_steps={every_steps} must be at least 1")
         self.every_steps = every_steps
         self.latest: dict[str, float] = {}
@@ -63,13 +64,16 @@ class StepMetrics(Callback):
         """The one among a trainer's callbacks."""
         return next((callback for callback in trainer.callbacks if isinstance(callback, StepMetrics)), None)  # type: ignore[attr-defined]
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.interval = self.every_steps or log_interval(trainer.max_steps)
+
     def on_train_batch_start(self, *_: Any) -> None:
         self._started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:  # type: ignore[override]
         stepped = not trainer.fit_loop._should_accumulate()
         step = trainer.global_step
-        due = stepped and (step % self.every_steps == 0 or step == 1)
+        due = stepped and (step % self.interval == 0 or step == 1)
         if due:
             loss, norm = pl_module.mean_train_loss(), float(pl_module.grad_norm)  # waits for the device
         self._seconds += time.perf_counter() - self._started
@@ -109,7 +113,7 @@ class Throughput(ThroughputMonitor):
     def _compute(self, trainer: pl.Trainer, iter_num: int | None = None) -> None:
         stage = trainer.state.stage
         metrics = StepMetrics.of(trainer)
-        every = metrics.every_steps if metrics else trainer.log_every_n_steps  # type: ignore[attr-defined]
+        every = metrics.interval if metrics else trainer.log_every_n_steps  # type: ignore[attr-defined]
         if stage != RunningStage.TRAINING or trainer.global_step % every:
             return
         for logger in trainer.loggers:

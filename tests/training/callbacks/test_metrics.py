@@ -18,18 +18,22 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 
 from gpt_lightning.data.corpus.files import TextFiles
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.token_store import TokenStore, prepare
 from gpt_lightning.data.tokenizer import Byte
 from gpt_lightning.model.gpt import GPT, GPTConfig
+from gpt_lightning.rundir.checkpoint import read_checkpoint
 from gpt_lightning.rundir.metrics import Row, read_metrics
+from gpt_lightning.training.callbacks.checkpoints import LastCheckpoint
 from gpt_lightning.training.callbacks.metrics import StepMetrics, Throughput
 from gpt_lightning.training.callbacks.progress import Layers, Progress, duration
 from gpt_lightning.training.callbacks.samples import Samples
 from gpt_lightning.training.callbacks.stop import Stop
 from gpt_lightning.training.fit import quiet_lightning
+from gpt_lightning.training.intervals import log_interval, save_interval
 from gpt_lightning.training.loggers import MetricsCSV
 from gpt_lightning.training.module import LanguageModel
 from gpt_lightning.training.optimizers import adamw
@@ -84,12 +88,12 @@ def fit(store: TokenStore, tmp_path: Path) -> Fit:
             log_every_n_steps=1,
             callbacks=list(callbacks),
             logger=MetricsCSV(tmp_path / "metrics.csv"),
-            enable_checkpointing=False,
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             enable_progress_bar=False,
             enable_model_summary=False,
         )
         data = TextDataModule(
-            store, block_size=T, batch_size=BATCH, micro_batch_size=MICRO, max_steps=STEPS, seed=1
+            store, block_size=T, batch_size=BATCH, micro_batch_size=MICRO, max_steps=1000, seed=1
         )
         trainer.fit(net or module(store), datamodule=data, ckpt_path=checkpoint, weights_only=True)
         return trainer
@@ -132,6 +136,28 @@ def test_metrics_are_means_over_the_step_and_logged_when_due(fit: Fit, tmp_path:
     seconds = [row["speed/ms_per_step"] / 1000 * n for row, n in zip(logged, (1, 2, 3), strict=True)]
     assert metrics.seconds == pytest.approx(sum(seconds))
     assert metrics.latest["train/loss"] == logged[-1]["train/loss"]
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "log", "save"),
+    [(1, 1, 1), (7, 1, 1), (40, 1, 5), (200, 3, 25), (3000, 50, 375), (10**6, 50, 500)],
+)
+def test_default_intervals_follow_the_length_of_the_run(max_steps: int, log: int, save: int) -> None:
+    assert (log_interval(max_steps), save_interval(max_steps)) == (log, save)
+
+
+def test_metrics_without_an_interval_follow_the_length_that_the_run_has_when_it_starts(
+    fit: Fit, tmp_path: Path
+) -> None:
+    class Longer(pl.Callback):
+        """The number of steps becomes known after the trainer is built."""
+
+        def setup(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+            trainer.fit_loop.epoch_loop.max_steps = 130
+
+    fit(Longer(), StepMetrics(), LastCheckpoint(tmp_path), steps=1, val_every_steps=1000)
+    assert [row["step"] for row in rows(tmp_path, "train/loss")] == [1, *range(2, 131, 2)]
+    assert read_checkpoint(tmp_path / "last.ckpt")["progress"]["step"] == 128  # every 16 steps
 
 
 class Pause(pl.Callback):
