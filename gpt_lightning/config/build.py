@@ -205,7 +205,7 @@ def starting_point(cfg: DictConfig, checkpoint: Path | None = None) -> tuple[Any
     """
     if cfg.init_from is None:
         return None, None
-    from gpt_lightning.inference.start import start_from
+    from gpt_lightning.inference.loading import start_from
 
     rate = cfg.optimizer.get("lr")
     if checkpoint is None and isinstance(rate, (int, float)) and rate > GENTLE and not cfg.lora.r:

@@ -1,29 +1,28 @@
-"""A trained model from a checkpoint alone: weights, shape and tokenizer."""
+"""Reads a trained model: weights, configuration and tokenizer."""
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tiktoken
 import torch
-from torch import Tensor
 
 from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.inference.cpu_kernels import DTYPES, pack
 from gpt_lightning.inference.text import TextGenerator
-from gpt_lightning.interop import tokenizer as huggingface_tokenizer
-from gpt_lightning.interop.export import CARD, WEIGHTS_FORMAT
-from gpt_lightning.interop.gpt2 import load_gpt2, read_safetensors
-from gpt_lightning.model.empty import EmptyInit
-from gpt_lightning.model.gpt import GPT, GPTConfig
-from gpt_lightning.model.lora import LoRAConfig, add_adapters, merge_adapters
-from gpt_lightning.rundir.checkpoint import read_checkpoint
+from gpt_lightning.interop.folder import ModelCard, read_folder
+from gpt_lightning.interop.gpt2 import download
+from gpt_lightning.model.gpt import GPT
+from gpt_lightning.model.lora import LoRAConfig, merge_adapters
+from gpt_lightning.model.weights import build_with_weights, read_config
+from gpt_lightning.rundir.checkpoint import find_checkpoint, read_checkpoint
 
-GPT2_VOCABULARY = 50257  # a GPT-2 folder of this size without a tokenizer has GPT-2's
+log = logging.getLogger(__name__)
+
 GPT_TARGET = "gpt_lightning.model.gpt.build_gpt"
 
 
@@ -61,51 +60,48 @@ def read_model(path: str | Path, *, merge: bool = True) -> TextGenerator:
         checkpoint = read_checkpoint(path)
         net = load_net(checkpoint, merge=merge, dropout=0.0)
         return TextGenerator(net, load_tokenizer(checkpoint), describe(net, checkpoint))
-    net, tokenizer, info = read_folder(folder, dropout=0.0)
+    net, tokenizer, card = read_folder(folder, dropout=0.0)
     if tokenizer is None:
         raise ValueError(f"{folder} has no tokenizer.json; give a folder that gpt_lightning.export wrote")
-    return TextGenerator(net.eval(), tokenizer, {"tokenizer": tokenizer.name, **_shape(net), **info})
+    return TextGenerator(net.eval(), tokenizer, {"tokenizer": tokenizer.name, **_shape(net), **card})
 
 
-def read_folder(folder: Path, **overrides: Any) -> tuple[GPT, tiktoken.Encoding | None, dict[str, Any]]:
-    """The network, the tokenizer (None if it is not there) and the card of an exported folder.
+def start_from(source: str, **asked: Any) -> tuple[GPT, tiktoken.Encoding | None]:
+    """A network to train further, and the tokenizer that its weights were trained with.
 
     Args:
-        folder: In Hugging Face's layout, or of bare weights; with a config.json.
-        overrides: Values of GPTConfig, as in `load_gpt2`.
+        source: A checkpoint or run directory, a folder with a config.json, or `hf:` and a name on the hub.
+        asked: Fields of GPTConfig that the user asked for, as in `apply_overrides`.
+
+    Returns:
+        The network in training mode, and the tokenizer, None where the source has none.
 
     Raises:
-        OSError: If a file is missing.
-        ValueError: If a file is damaged or not for this package, or contradicts an override.
+        OSError: If the source does not exist or cannot be reached.
+        ValueError: If it is damaged or disagrees with a field.
     """
-    config = _read_json(folder / "config.json")
-    info = _read_json(folder / CARD) if (folder / CARD).is_file() else {}
-    if config.items() >= WEIGHTS_FORMAT.items():
-        known = {field.name for field in fields(GPTConfig)}
-        if not isinstance(config.get("model"), dict) or not config["model"].keys() <= known:
-            raise ValueError(f"{folder / 'config.json'} is not of this version; export the model again")
-        with EmptyInit():
-            net = GPT(GPTConfig(**{**config["model"], **overrides}))
-        weights = read_safetensors(folder / "model.safetensors")
-        if net.config.tie_weights and "transformer.wte.weight" in weights:
-            weights["lm_head.weight"] = weights["transformer.wte.weight"]
-        load_weights(net, weights)
-        return net, tokenizers.load(folder / "tokenizer.json"), info
-    net = load_gpt2(folder, **overrides)
-    tokenizer = huggingface_tokenizer.load_tokenizer(folder)
-    if tokenizer is None and net.config.vocab_size == GPT2_VOCABULARY:
-        tokenizer = tokenizers.GPT2().build(lambda split: iter(()))
-    return net, tokenizer, info
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}); export the model again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged; export the model again")
-    return content
+    folder = Path(source).expanduser()
+    if source.startswith("hf:"):
+        name = source.removeprefix("hf:")
+        folder = Path(name) if Path(name).is_dir() else download(name)
+    card: ModelCard
+    tokenizer: tiktoken.Encoding | None
+    if source.startswith("hf:") or (folder / "config.json").is_file():
+        net, tokenizer, card = read_folder(folder, **asked)
+    else:
+        checkpoint = read_checkpoint(source)
+        net, tokenizer = load_net(checkpoint, source=source, **asked), load_tokenizer(checkpoint)
+        card, source = describe(net, checkpoint), str(find_checkpoint(source))
+    step, loss = card.get("step"), card.get("val_loss")
+    log.info(
+        "init_from=%s: weights of %s parameters%s%s, tokenizer %s",
+        source,
+        f"{net.num_parameters():,}",
+        "" if step is None else f" from step {step:,}",
+        "" if loss is None else f" with validation loss {loss:.4f}",
+        tokenizer.name if tokenizer else "of the configuration",
+    )
+    return net.train(), tokenizer
 
 
 def _device(name: str | None) -> torch.device:
@@ -123,14 +119,14 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def describe(net: GPT, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What a card of a checkpoint's model says, in plain values; None where the run did not measure it."""
+def describe(net: GPT, checkpoint: Mapping[str, Any]) -> ModelCard:
+    """The card of a checkpoint's model."""
     config, progress = checkpoint["hyper_parameters"], _mapping(checkpoint.get("progress"))
     metrics, data = _mapping(progress.get("metrics")), _mapping(config.get("data"))
     source = data.get("name") or data.get("path") or _mapping(data.get("corpus")).get("_target_")
     return {
         "name": config.get("name"),
-        "data": Path(str(source)).name if source else None,  # a path of another machine says no more
+        "data": Path(str(source)).name if source else None,  # without the folder, which is another machine's
         "tokenizer": checkpoint["tokenizer"]["name"],
         "init_from": config.get("init_from"),
         **_shape(net),
@@ -147,65 +143,35 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _shape(net: GPT) -> dict[str, Any]:
-    return {"parameters": net.num_parameters(), **asdict(net.config)}
+def _shape(net: GPT) -> ModelCard:
+    return cast(ModelCard, {"parameters": net.num_parameters(), **asdict(net.config)})
 
 
-def model_options(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of GPTConfig that a checkpoint was trained with.
-
-    Raises:
-        ValueError: If its model is not this package's GPT: its class would have to be named, and run.
-    """
-    options = dict(checkpoint["hyper_parameters"]["model"])
-    target = options.pop("_target_", GPT_TARGET)
-    if target != GPT_TARGET:
-        raise ValueError(f"the checkpoint's model is a {target}; build it yourself and load its state_dict")
-    unknown = options.keys() - {field.name for field in fields(GPTConfig)}
-    if unknown:
-        raise ValueError(f"the checkpoint's model has {min(unknown)}, which this version does not know")
-    return options
-
-
-def load_weights(net: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights into a network of the same shape.
-
-    Raises:
-        ValueError: If the shapes differ; names the first parameter that does.
-    """
-    for name, parameter in net.state_dict().items():
-        found = tuple(weights[name].shape) if name in weights else None
-        if found != tuple(parameter.shape):
-            raise ValueError(
-                f"the weights do not fit the model: {name} is {found or 'missing'} there and "
-                f"{tuple(parameter.shape)} here; use the model that was trained"
-            )
-    extra = weights.keys() - net.state_dict().keys()
-    if extra:
-        raise ValueError(f"the weights do not fit the model: there is also {min(extra)}")
-    net.load_state_dict(weights)
-
-
-def load_net(checkpoint: Mapping[str, Any], *, merge: bool = True, **overrides: Any) -> GPT:
+def load_net(
+    checkpoint: Mapping[str, Any], *, merge: bool = True, source: str = "the checkpoint", **asked: Any
+) -> GPT:
     """The network of a checkpoint with its weights, in evaluation mode.
 
     Args:
         checkpoint: As from `read_checkpoint`.
-        merge: Whether adapters become part of the weights, which makes a plain GPT.
-        overrides: Fields of GPTConfig that do not change the weights' shapes, such as dropout.
+        merge: Whether adapters are merged into the weights, which gives a plain GPT.
+        source: Where the checkpoint is from, for messages.
+        asked: Fields of GPTConfig, as in `apply_overrides`.
 
     Raises:
-        ValueError: If the weights do not fit.
+        ValueError: If the weights do not fit, disagree with a field, or are of a class other than GPT,
+            which would run code that the checkpoint names.
     """
-    with EmptyInit():
-        net = GPT(GPTConfig(**{**model_options(checkpoint), **overrides}))
-    lora = _mapping(checkpoint["hyper_parameters"].get("lora"))
-    if lora.get("r"):
-        add_adapters(net, LoRAConfig(**lora))
-    prefix = "net."
-    weights = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    load_weights(net, weights)
-    return (merge_adapters(net) if lora.get("r") and merge else net).eval()
+    config = checkpoint["hyper_parameters"]
+    options = dict(config["model"])
+    target = options.pop("_target_", GPT_TARGET)
+    if target != GPT_TARGET:
+        raise ValueError(f"the checkpoint's model is a {target}; build it yourself and load its state_dict")
+    lora = _mapping(config.get("lora"))
+    adapters = LoRAConfig(**lora) if lora.get("r") else None
+    weights = {k.removeprefix("net."): v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}
+    net = build_with_weights(read_config(options, source), weights, asked, source=source, lora=adapters)
+    return (merge_adapters(net) if adapters and merge else net).eval()
 
 
 def load_tokenizer(checkpoint: Mapping[str, Any]) -> tiktoken.Encoding:

@@ -14,6 +14,7 @@ from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.data.corpus.base import END_OF_TEXT
 from gpt_lightning.inference.decoding import stream
 from gpt_lightning.inference.sampling import SamplingSettings
+from gpt_lightning.interop.folder import ModelCard
 from gpt_lightning.model.gpt import GPT
 
 BATCH = 16  # sequences generated at once; more makes a cache that small machines cannot hold
@@ -47,12 +48,12 @@ class TextGenerator:
     Args:
         net: The model.
         tokenizer: Its tokenizer.
-        info: What a card of the model says: parameters, shape, data, step, losses; plain values.
+        info: What is known about the model.
     """
 
     net: GPT
     tokenizer: tiktoken.Encoding
-    info: dict[str, Any] = field(default_factory=dict)
+    info: ModelCard = field(default_factory=ModelCard)
 
     @overload
     def generate(

@@ -8,20 +8,17 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import tiktoken
 
 from gpt_lightning.data import tokenizer as tokenizers
+from gpt_lightning.interop.folder import CARD_FILE, WEIGHTS_FORMAT, ModelCard
 from gpt_lightning.interop.gpt2 import save_gpt2, write_safetensors
 from gpt_lightning.interop.space import write_app
 from gpt_lightning.interop.tokenizer import save_tokenizer
 from gpt_lightning.model.gpt import GPT
 from gpt_lightning.model.lora import LoRALinear
-
-CARD = "card.json"  # what is known of a model; in every exported folder
-# What config.json of a folder of bare weights says, so that no other program's folder is taken for one.
-WEIGHTS_FORMAT = {"format": "gpt_lightning", "version": 1}
 
 
 class Model(Protocol):
@@ -29,7 +26,7 @@ class Model(Protocol):
 
     net: GPT
     tokenizer: tiktoken.Encoding
-    info: dict[str, Any]
+    info: ModelCard
 
 
 def write_huggingface(model: Model, folder: Path) -> None:
@@ -46,7 +43,7 @@ def write_huggingface(model: Model, folder: Path) -> None:
         )
     save_gpt2(model.net, folder, end_of_text=tokenizers.end_of_text(model.tokenizer))
     save_tokenizer(model.tokenizer, folder, block_size=model.net.config.block_size)
-    (folder / "README.md").write_text(card(model), encoding="utf-8")
+    (folder / "README.md").write_text(readme(model), encoding="utf-8")
 
 
 def write_weights(model: Model, folder: Path) -> None:
@@ -133,7 +130,7 @@ def export(
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"output={output} is a file; give the name of a folder")
     if folder.exists() and any(folder.iterdir()):
-        if not (folder / CARD).is_file():
+        if not (folder / CARD_FILE).is_file():
             raise FileExistsError(f"output={output} is a folder with other files; give another one")
         if not overwrite:
             raise FileExistsError(f"output={output} holds an export; add overwrite=true to replace it")
@@ -145,7 +142,7 @@ def export(
         FORMATS[format](model, new)
         if curves is not None and format == "space":
             shutil.copyfile(curves, new / "curves.png")
-        (new / CARD).write_text(json.dumps(model.info, indent=2) + "\n", encoding="utf-8")
+        (new / CARD_FILE).write_text(json.dumps(model.info, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
             folder.rename(partial / "old")
         new.rename(folder)
@@ -154,7 +151,7 @@ def export(
     return folder
 
 
-def card(model: Model) -> str:
+def readme(model: Model) -> str:
     """What a reader of the folder should know of the model, as Markdown."""
     info = {key: value for key, value in model.info.items() if value is not None}
     rows = "\n".join(f"| {key} | {value} |" for key, value in info.items())

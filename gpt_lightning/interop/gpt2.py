@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpt_lightning.model.empty import EmptyInit
 from gpt_lightning.model.gpt import GPT, GPTConfig
+from gpt_lightning.model.weights import build_with_weights
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # Settings of config.json that change what is computed, with the values that mean what GPT computes;
@@ -33,45 +33,21 @@ EXPRESSIBLE = {"vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_inn
 EXPRESSIBLE |= {"bias", "qkv_bias", "tie_weights", "vocab_multiple"}
 
 
-@torch.no_grad()
-def load_gpt2(source: str | Path, **overrides: Any) -> GPT:
+def load_gpt2(source: str | Path, **asked: Any) -> GPT:
     """A GPT in float32 with the weights of a Hugging Face GPT-2.
 
     Args:
         source: A folder, or a name on the hub such as "gpt2" or "gpt2-medium".
-        overrides: Values of GPTConfig. `dropout` and `vocab_multiple` are free, `block_size` may be
-            smaller (the first positions are kept), others must agree with the source.
+        asked: Fields of GPTConfig, as in `apply_overrides`.
 
     Raises:
         OSError: If the folder is incomplete or the hub cannot be reached.
-        ValueError: If the source is not a GPT-2, or an override contradicts it.
+        ValueError: If the source is not a GPT-2, or disagrees with a field.
     """
     folder = Path(source) if Path(source).is_dir() else download(str(source))
-    with EmptyInit():
-        net = GPT(_read_config(folder, overrides))
-    weights = _read_weights(folder)
-    if net.config.tie_weights:
-        weights.pop("lm_head.weight", None)  # the same matrix as wte.weight
-    for name, parameter in net.named_parameters():
-        weight = weights.pop(name.removeprefix("transformer."), None)
-        if weight is None:
-            raise ValueError(f"{folder} has no weight {name!r}, which its config.json asks for")
-        weight = weight.t() if name.endswith(CONV1D) else weight
-        weight = weight[: net.config.block_size] if name.endswith("wpe.weight") else weight
-        is_token_table = name.endswith(("wte.weight", "lm_head.weight"))
-        rows = net.config.vocab_size if is_token_table else len(parameter)
-        if weight.shape != (rows, *parameter.shape[1:]):
-            raise ValueError(
-                f"{folder}: weight {name!r} has shape {tuple(weight.shape)} where its config.json "
-                f"asks for {(rows, *parameter.shape[1:])}; take both files from the same model"
-            )
-        parameter[:rows] = weight
-        parameter[rows:] = 0.0
-    if weights:
-        raise ValueError(
-            f"{folder} has weights that GPT-2 does not, such as {min(weights)!r}; load another model"
-        )
-    return net
+    config = _read_config(folder)
+    padding = {"vocab_multiple": GPTConfig.vocab_multiple}
+    return build_with_weights(config, _read_weights(folder), padding | asked, source=folder)
 
 
 def to_gpt2(net: GPT, *, end_of_text: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -183,13 +159,13 @@ def download(name: str) -> Path:
         ) from error
 
 
-def _read_config(folder: Path, overrides: dict[str, Any]) -> GPTConfig:
+def _read_config(folder: Path) -> GPTConfig:
     path = folder / "config.json"
     try:
         source = json.loads(path.read_text(encoding="utf-8"))
         if source.get("model_type") != "gpt2":
             raise ValueError(f"{path}: model_type={source.get('model_type')!r} is not 'gpt2'; load a GPT-2")
-        stored = {key: source[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        shape = {key: source[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{path} does not exist; give a folder with config.json and weights"
@@ -203,32 +179,29 @@ def _read_config(folder: Path, overrides: dict[str, Any]) -> GPTConfig:
             raise ValueError(
                 f"{path}: {key}={source[key]!r} is not supported, only {values[0]!r}; load another model"
             )
-    stored |= {
-        "block_size": source.get("n_positions", 1024),
-        "n_inner": source.get("n_inner") or 4 * stored["n_embd"],
-        "tie_weights": source.get("tie_word_embeddings", True),
-        "bias": True,
-        "qkv_bias": True,
-    }
-    overrides = {key: value for key, value in overrides.items() if value is not None}
-    for key in stored.keys() & overrides.keys():
-        smaller_block = key == "block_size" and overrides[key] < stored[key]
-        if overrides[key] != stored[key] and not smaller_block:
-            raise ValueError(
-                f"model.{key}={overrides[key]!r} but the weights in {folder} have {stored[key]!r}; "
-                "leave the key out"
-            )
-    return GPTConfig(**{**stored, "dropout": source.get("resid_pdrop", 0.1), **overrides})
+    return GPTConfig(
+        **shape,
+        block_size=source.get("n_positions", 1024),
+        n_inner=source.get("n_inner") or 4 * shape["n_embd"],
+        tie_weights=source.get("tie_word_embeddings", True),
+        dropout=source.get("resid_pdrop", 0.1),
+        vocab_multiple=1,
+    )
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """Tensors by GPT's names, without `transformer.`; old files have no such prefix."""
+    """Tensors by GPT's names, linear layers as nn.Linear has them."""
     index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
+    files = {"model.safetensors"}
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     weights: dict[str, Tensor] = {}
-    for name in sorted(names):
-        weights |= read_safetensors(folder / Path(name).name)  # a name from the network stays in the folder
-    masks = (".attn.bias", ".attn.masked_bias")  # causal masks, stored in old files
-    return {name.removeprefix("transformer."): w for name, w in weights.items() if not name.endswith(masks)}
+    for file in sorted(files):
+        weights |= read_safetensors(folder / Path(file).name)  # never a file outside the folder
+    weights = {
+        # old files have no prefix
+        name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": weight
+        for name, weight in weights.items()
+        if not name.endswith((".attn.bias", ".attn.masked_bias"))  # causal masks in old files
+    }
+    return {name: weight.t() if name.endswith(CONV1D) else weight for name, weight in weights.items()}

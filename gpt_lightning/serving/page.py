@@ -15,26 +15,28 @@ import gradio as gr
 from fastapi import FastAPI
 
 from gpt_lightning.inference.sampling import SamplingSettings
+from gpt_lightning.interop.folder import ModelCard
 from gpt_lightning.serving.engine import Busy, Engine
 
 SAMPLES = 4  # side by side, at most
 REFRESH = 0.05  # seconds between updates of the page, of which a browser takes no more
-CARD = ["data", "tokenizer", "parameters", "n_layer", "n_head", "n_embd", "block_size", "vocab_size"]
-CARD += ["step", "train_loss", "val_loss", "perplexity", "bits_per_byte"]
+SHOWN = ["data", "tokenizer", "parameters", "n_layer", "n_head", "n_embd", "block_size", "vocab_size"]
+SHOWN += ["step", "train_loss", "val_loss", "perplexity", "bits_per_byte"]
 CSS = """
 #card :is(table, tr, td) {border: 0; padding: 0 0.8em 0.1em 0} #card div {display: flex; gap: 2em}
 #card img {max-height: 20em; max-width: 65%; object-fit: contain}
 """
 
 
-def card(info: dict[str, Any], curves: Path | None) -> str:
+def card_html(info: ModelCard, curves: Path | None) -> str:
     """HTML of what is known about a model; holds the picture itself, so that no file has to be served."""
 
     def text(value: Any) -> str:
         spec = "," if isinstance(value, int) else ".4f" if isinstance(value, float) else ""
         return html.escape(format(value, spec))
 
-    known = ((key.replace("_", " "), info[key]) for key in CARD if info.get(key) is not None)
+    values: dict[str, Any] = {**info}
+    known = ((key.replace("_", " "), values[key]) for key in SHOWN if values.get(key) is not None)
     rows = "".join(f"<tr><td>{key}</td><td>{text(value)}</td></tr>" for key, value in known)
     data = base64.b64encode(curves.read_bytes()).decode() if curves else ""
     image = f'<img alt="Losses over the run\'s steps" src="data:image/png;base64,{data}">' if data else ""
@@ -76,7 +78,7 @@ def build_page(engine: Engine, curves: Path | None) -> gr.Blocks:
                         gr.Textbox(label=f"Sample {n}", lines=14, visible=n == 1, elem_id=f"sample-{n}")
                         for n in range(1, SAMPLES + 1)
                     ]
-                gr.HTML(card(engine.model.info, curves), elem_id="card")
+                gr.HTML(card_html(engine.model.info, curves), elem_id="card")
             with gr.Column(scale=1, min_width=280):
                 settings = settings_of(engine)
 

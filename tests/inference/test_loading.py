@@ -15,8 +15,9 @@ from support.models import BYTES, Evil, random_net, save_checkpoint
 
 import gpt_lightning
 from gpt_lightning.data import tokenizer as tokenizers
-from gpt_lightning.inference.loading import read_model
+from gpt_lightning.inference.loading import read_model, start_from
 from gpt_lightning.inference.text import TextGenerator
+from gpt_lightning.interop.export import export
 from gpt_lightning.rundir.checkpoint import find_checkpoint, read_checkpoint
 
 
@@ -153,11 +154,56 @@ def test_model_of_another_class_is_not_built(tmp_path: Path) -> None:
         read_model(path)
 
 
+def sources(folder: Path) -> list[str]:
+    """The same model as a checkpoint, as bare weights and in Hugging Face's layout."""
+    model = TextGenerator(random_net(seed=1, vocab_multiple=1), BYTES)
+    exported = [str(export(model, folder / name, format=name)) for name in ("weights", "huggingface")]
+    return [str(save_checkpoint(folder / "source.ckpt", model.net)), *exported]
+
+
+def test_start_from_applies_overrides_that_fit_the_weights(tmp_path: Path) -> None:
+    idx = torch.arange(8)[None]
+    expected = random_net(seed=1, vocab_multiple=1)(idx)
+    for source in sources(tmp_path):
+        net, _ = start_from(source, dropout=0.3, vocab_multiple=100, block_size=8, n_layer=2, n_inner=None)
+        assert (net.config.dropout, net.config.padded_vocab_size, net.config.block_size) == (0.3, 300, 8)
+        assert net.training
+        torch.testing.assert_close(net.eval()(idx)[..., :257], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "asked", "found"),
+    [("n_layer", 3, 2), ("n_embd", 32, 16), ("block_size", 64, 32), ("bias", False, True)],
+)
+def test_start_from_refuses_overrides_that_contradict_the_weights(
+    tmp_path: Path, key: str, asked: int, found: int
+) -> None:
+    for source in sources(tmp_path):
+        with pytest.raises(
+            ValueError, match=f"^model.{key}={asked!r} but the weights in .* have {found!r}; "
+        ):
+            start_from(source, **{key: asked})
+
+
+def test_start_from_logs_what_it_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = save_checkpoint(tmp_path / "checkpoints" / "best.ckpt", random_net())
+    with caplog.at_level("INFO"):
+        start_from(str(tmp_path))
+    count = sum(p.numel() for p in random_net().parameters())
+    assert caplog.messages == [
+        f"init_from={path}: weights of {count:,} parameters from step 7 with validation loss 2.5000, "
+        "tokenizer byte"
+    ]
+
+
 def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "odd.ckpt", random_net())
     for change, message in (
-        ({"net.transformer.wpe.weight": torch.zeros(3, 16)}, r"transformer\.wpe\.weight is \(3, 16\) there"),
-        ({"net.more": torch.zeros(1)}, "there is also more"),
+        (
+            {"net.transformer.wpe.weight": torch.zeros(3, 16)},
+            r"'transformer\.wpe\.weight' has shape \(3,",
+        ),
+        ({"net.more": torch.zeros(1)}, "has weights that the model does not, such as 'more'"),
     ):
         checkpoint = torch.load(path, weights_only=True)
         checkpoint["state_dict"] |= change

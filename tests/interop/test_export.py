@@ -16,10 +16,10 @@ from support.models import BYTES, random_net
 from support.runs import SHARED
 
 from gpt_lightning.data import tokenizer as tokenizers
-from gpt_lightning.inference.loading import read_folder, read_model
-from gpt_lightning.inference.start import start_from
+from gpt_lightning.inference.loading import read_model, start_from
 from gpt_lightning.inference.text import TextGenerator
 from gpt_lightning.interop.export import export
+from gpt_lightning.interop.folder import read_folder
 from gpt_lightning.model.gpt import GPTConfig
 
 transformers = pytest.importorskip("transformers")

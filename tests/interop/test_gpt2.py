@@ -153,9 +153,9 @@ def test_option_that_gpt2_lacks_is_refused_in_one_line():
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06 is not supported"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True is not"),
         ({"n_layer": 3}, "has no weight 'transformer.h.2.ln_1.weight'"),
-        ({"n_layer": 1}, "has weights that GPT-2 does not, such as 'h.1.attn.c_attn.bias'"),
-        ({"n_embd": 64}, "has shape (61, 32) where its config.json asks for (61, 64)"),
-        ({"vocab_size": 62}, "has shape (61, 32) where its config.json asks for (62, 32)"),
+        ({"n_layer": 1}, "has weights that the model does not, such as 'transformer.h.1.attn.c_attn.bias'"),
+        ({"n_embd": 64}, "has shape (61, 32) where its configuration asks for (61, 64)"),
+        ({"vocab_size": 62}, "has shape (61, 32) where its configuration asks for (62, 32)"),
     ],
     ids=str,
 )

@@ -1,0 +1,86 @@
+"""Folders with a model, as `gpt_lightning.export` or transformers write them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+import tiktoken
+
+from gpt_lightning.data import tokenizer as tokenizers
+from gpt_lightning.interop.gpt2 import load_gpt2, read_safetensors
+from gpt_lightning.interop.tokenizer import load_tokenizer
+from gpt_lightning.model.gpt import GPT
+from gpt_lightning.model.weights import build_with_weights, read_config
+
+CARD_FILE = "card.json"  # in every exported folder
+# config.json of a folder with bare weights; distinguishes it from folders of other programs
+WEIGHTS_FORMAT = {"format": "gpt_lightning", "version": 1}
+GPT2_VOCABULARY = 50257  # a GPT-2 folder of this size without a tokenizer has GPT-2's
+
+
+class ModelCard(TypedDict, total=False):
+    """What is known about a model; losses in nats per token, None where the run did not measure them.
+
+    The fields of GPTConfig are in it as well.
+    """
+
+    name: str | None
+    data: str | None
+    tokenizer: str
+    init_from: str | None
+    parameters: int
+    vocab_size: int
+    block_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_inner: int | None
+    dropout: float
+    bias: bool
+    qkv_bias: bool | None
+    tie_weights: bool
+    vocab_multiple: int
+    step: int | None
+    train_loss: float | None
+    val_loss: float | None
+    best_val_loss: float | None
+    perplexity: float | None
+    bits_per_byte: float | None
+
+
+def read_folder(folder: Path, **asked: Any) -> tuple[GPT, tiktoken.Encoding | None, ModelCard]:
+    """The network, the tokenizer (None if there is none) and the card of a folder with a config.json.
+
+    Args:
+        folder: In Hugging Face's layout, or with bare weights.
+        asked: Fields of GPTConfig, as in `apply_overrides`.
+
+    Raises:
+        OSError: If a file is missing.
+        ValueError: If a file is damaged or not for this package, or disagrees with a field.
+    """
+    config = _read_json(folder / "config.json")
+    card = cast(ModelCard, _read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {})
+    if config.items() >= WEIGHTS_FORMAT.items():
+        if not isinstance(config.get("model"), dict):
+            raise ValueError(f"{folder / 'config.json'} is not of this version; export the model again")
+        weights = read_safetensors(folder / "model.safetensors")
+        net = build_with_weights(read_config(config["model"], folder), weights, asked, source=folder)
+        return net, tokenizers.load(folder / "tokenizer.json"), card
+    net = load_gpt2(folder, **asked)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None and net.config.vocab_size == GPT2_VOCABULARY:
+        tokenizer = tokenizers.GPT2().build(lambda split: iter(()))
+    return net, tokenizer, card
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); export the model again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged; export the model again")
+    return content
