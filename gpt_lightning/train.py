@@ -41,11 +41,10 @@ log = logging.getLogger(__name__)
 
 def resume_from(folder: Path) -> tuple[Path | None, int]:
     """The checkpoint to go on from and its step; None and -1 where the run was killed before its first."""
-    from gpt_lightning.rundir.checkpoint import read_checkpoint
-    from gpt_lightning.training.callbacks.checkpoints import good_checkpoint
+    from gpt_lightning.rundir.checkpoint import newest_valid_checkpoint, read_checkpoint
 
     warn_of_versions(folder)
-    path = good_checkpoint(folder / "checkpoints")
+    path = newest_valid_checkpoint(folder / "checkpoints")
     if path is None:
         log.info("the run has no checkpoint yet: it begins again")
         return None, -1

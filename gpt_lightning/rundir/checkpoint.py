@@ -1,17 +1,60 @@
-"""The format of checkpoints: found, verified and read without running code."""
+"""The checkpoint format: written, verified and read here, without running code from a file."""
 
 from __future__ import annotations
 
+import logging
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
+from torch import Tensor
+
+from gpt_lightning.data.files import atomic_write
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1  # raise it when an older release would misread a new checkpoint
+MODEL_KEYS = {"state_dict", "hyper_parameters", "tokenizer"}  # needed to load the model
+RESUME_KEYS = {"loops", "optimizer_states", "progress", "random_states"}  # needed to resume the run
+
+
+class Progress(TypedDict):
+    """How far a run has come; losses in nats per token."""
+
+    step: int
+    train_loss: float
+    best_val_loss: float
+    lr: float
+    metrics: dict[str, float]
+
+
+class Checkpoint(TypedDict, total=False):
+    """Content of a checkpoint; the keys that are not described here are Lightning's."""
+
+    format_version: int  # 1 if it is missing
+    state_dict: dict[str, Tensor]  # the network's names after "net."
+    hyper_parameters: dict[str, Any]  # the run's resolved configuration in plain containers
+    tokenizer: dict[str, Any]  # as `data.tokenizer.to_state` returns it
+    progress: Progress
+    random_states: list[dict[str, Any]]  # of each rank
+    pending: dict[str, bool]  # "stop": the run ended early; "validation": one was interrupted
+    global_step: int
+    epoch: int
+    loops: dict[str, Any]
+    callbacks: dict[str, Any]
+    optimizer_states: list[Any]
+    lr_schedulers: list[Any]
+
+
+class NewerFormatError(ValueError):
+    """A checkpoint of a format that this release does not know."""
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The file that a user means: a checkpoint, or the best (else the last) one of a run directory.
+    """The checkpoint at a path: the file itself, or the best, else the last one of a run directory.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -27,32 +70,48 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def find_curves(checkpoint: str | Path) -> Path | None:
-    """The picture of the run that a checkpoint is from, if it is there."""
+    """curves.png of the run that a checkpoint belongs to, None if there is none."""
     path = Path(checkpoint).expanduser().absolute()
     folder = path.parent if path.is_file() else path
     curves = (folder.parent if folder.name == "checkpoints" else folder) / "curves.png"
     return curves if curves.is_file() else None
 
 
-def read_checkpoint(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
-    """Read a checkpoint without running any code that it may hold.
+def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint atomically, with the version of the format.
+
+    Raises:
+        OSError: If there is no space or no permission; an earlier file at `path` is unchanged.
+    """
+    try:
+        with atomic_write(path) as file:
+            torch.save({"format_version": FORMAT_VERSION, **checkpoint}, file)
+    except (OSError, RuntimeError) as error:
+        # torch replaces an error of the file by one of its own
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise OSError(
+            f"cannot write the checkpoint {path} ({reason.strerror}); make room or give the right to "
+            f"write there, then go on from the checkpoint before it with resume={path.parent.parent}"
+        ) from error
+
+
+def read_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
+    """Read a checkpoint without running code that it may contain.
 
     Args:
         path: As in `find_checkpoint`.
-        verify: Whether to compare the checksums first, which torch does not do; a second per gigabyte.
-
-    Returns:
-        `state_dict`, `hyper_parameters` (the run's configuration), `tokenizer`, `progress`, and what
-        Lightning needs to resume.
+        verify: Whether to compare the checksums, which torch does not; takes a second per gigabyte.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, holds code, or is not one of gpt_lightning's.
+        ValueError: If it is damaged, contains code, is of a newer format or not from gpt_lightning.
     """
     path = find_checkpoint(path)
     try:
         if verify:
-            with zipfile.ZipFile(path) as archive:  # which torch.save writes
+            with zipfile.ZipFile(path) as archive:  # the container that torch.save writes
                 if bad := archive.testzip():
                     raise ValueError(f"{bad} has a wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -60,12 +119,53 @@ def read_checkpoint(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
         raise ValueError(f"{path} holds more than tensors and plain values, so it is not loaded") from error
     except PermissionError:
         raise
-    except Exception as error:  # what is raised for a damaged file depends on where the damage is
+    except Exception as error:  # the type depends on where the file is damaged
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} is damaged or not a checkpoint ({reason}); use another one") from error
-    keys = {"state_dict", "hyper_parameters", "tokenizer"}
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(key), dict) for key in keys):
-        raise ValueError(f"{path} is not a checkpoint of gpt_lightning: it lacks {', '.join(sorted(keys))}")
+    if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k), dict) for k in MODEL_KEYS):
+        missing = ", ".join(sorted(MODEL_KEYS))
+        raise ValueError(f"{path} is not a checkpoint of gpt_lightning: it lacks {missing}")
+    version = checkpoint.get("format_version", 1)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise NewerFormatError(
+            f"{path} has checkpoint format {version} and this release reads up to {FORMAT_VERSION}; "
+            "use a newer release of gpt_lightning"
+        )
     if not isinstance(checkpoint["hyper_parameters"].get("model"), dict):
         raise ValueError(f"{path} is not a checkpoint of gpt_lightning: its configuration has no model")
-    return checkpoint
+    return cast(Checkpoint, checkpoint)
+
+
+def newest_valid_checkpoint(folder: Path) -> Path | None:
+    """The newest undamaged checkpoint among last.ckpt, last-1.ckpt, …; None if no file is there.
+
+    Raises:
+        ValueError: If all are damaged, or one is of a newer format.
+    """
+    older = (path for path in folder.glob("last-*.ckpt") if path.stem[5:].isdecimal())
+    names = [folder / "last.ckpt", *sorted(older, key=lambda path: int(path.stem[5:]))]
+    damaged: list[str] = []
+    for path in filter(Path.exists, names):
+        problem = _damage(path)
+        if problem is None:
+            if damaged:
+                log.warning("damaged: %s; going on from %s", "; ".join(damaged), path)
+            return path
+        damaged.append(f"{path} ({problem})")
+    if damaged:
+        raise ValueError(
+            f"every checkpoint of the run is damaged: {'; '.join(damaged)}; begin a new run, or one from "
+            "the weights of another checkpoint with init_from="
+        )
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    """Why a run cannot be resumed from a checkpoint; None if it can."""
+    try:
+        missing = RESUME_KEYS - read_checkpoint(path).keys()
+        return f"it lacks {', '.join(sorted(missing))}" if missing else None
+    except NewerFormatError:
+        raise
+    except (OSError, ValueError) as error:
+        return str(error).removeprefix(f"{path} ").removesuffix("; use another one")

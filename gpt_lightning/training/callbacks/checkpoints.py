@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import time
@@ -17,36 +16,16 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 
-from gpt_lightning.data.files import atomic_write
-from gpt_lightning.rundir.checkpoint import read_checkpoint
+from gpt_lightning.rundir.checkpoint import write_checkpoint
 from gpt_lightning.training.callbacks.interruption import Interruption
 from gpt_lightning.training.intervals import save_interval
 
-log = logging.getLogger(__name__)
-
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes to a temporary name, flushes to disk and renames: a reader never sees half a checkpoint."""
+    """Lets Lightning write the package's checkpoint format."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            OSError: If there is no room or no right to; what was there before is untouched.
-        """
-        path = Path(path)
-        try:
-            with atomic_write(path) as file:
-                torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:
-            # torch covers an error of the file by one of its own
-            reason = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(reason, OSError):
-                raise
-            raise OSError(
-                f"cannot write the checkpoint {path} ({reason.strerror}); make room or give the right to "
-                f"write there, then go on from the checkpoint before it with resume={path.parent.parent}"
-            ) from error
+        write_checkpoint(checkpoint, Path(path))
 
 
 def random_state() -> dict[str, Any]:
@@ -76,39 +55,6 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
     if "mps" in state and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"].cpu())
-
-
-def good_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint among last.ckpt, last-1.ckpt, …; None if there has never been one.
-
-    Raises:
-        ValueError: If there are some and all are damaged.
-    """
-    older = (path for path in folder.glob("last-*.ckpt") if path.stem[5:].isdecimal())
-    names = [folder / "last.ckpt", *sorted(older, key=lambda path: int(path.stem[5:]))]
-    damaged: list[str] = []
-    for path in filter(Path.exists, names):
-        problem = _damage(path)
-        if problem is None:
-            if damaged:
-                log.warning("damaged: %s; going on from %s", "; ".join(damaged), path)
-            return path
-        damaged.append(f"{path} ({problem})")
-    if damaged:
-        raise ValueError(
-            f"every checkpoint of the run is damaged: {'; '.join(damaged)}; begin a new run, or one from "
-            "the weights of another checkpoint with init_from="
-        )
-    return None
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, None if nothing is."""
-    try:
-        missing = {"loops", "optimizer_states", "progress", "random_states"} - read_checkpoint(path).keys()
-        return f"it lacks {', '.join(sorted(missing))}" if missing else None
-    except (OSError, ValueError) as error:
-        return str(error).removeprefix(f"{path} ").removesuffix("; use another one")
 
 
 def validation_is_due(trainer: pl.Trainer) -> bool:

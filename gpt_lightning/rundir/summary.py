@@ -1,0 +1,54 @@
+"""summary.json: the state and the results of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, TypedDict, cast
+
+from gpt_lightning.data.files import read_json, write_json
+
+Status = Literal["finished", "interrupted", "failed"]
+
+
+class RunSummary(TypedDict, total=False):
+    """Keys of summary.json; losses in nats per token.
+
+    `fit` writes all of them. A summary that was read may lack some: it is of an older release, or damaged.
+    """
+
+    status: Status
+    parameters: int
+    steps: int
+    tokens: int
+    train_loss: float
+    val_loss: float | None
+    best_val_loss: float | None
+    perplexity: float | None
+    bits_per_byte: float | None
+    floor_bits_per_byte: float | None  # the corpus entropy
+    tokens_per_second: float | None
+    seconds: float  # over all attempts
+    skipped_steps: int
+    processes: int
+    threads: int  # of each process
+    best_checkpoint: str | None
+    # what identifies the run, given by the caller of `fit`
+    name: str
+    overrides: list[str]
+    seed: int
+    device: str
+    versions: dict[str, str]
+    git_revision: str | None
+    slurm_job: str | None
+    corpus_digest: str
+    tokenizer_digest: str
+
+
+def write_summary(folder: Path, summary: RunSummary) -> None:
+    """Write summary.json atomically; NaN and infinities become null."""
+    write_json(folder / "summary.json", summary)
+
+
+def read_summary(folder: Path) -> RunSummary:
+    """Read summary.json; empty if it is missing or damaged."""
+    return cast(RunSummary, read_json(folder / "summary.json"))

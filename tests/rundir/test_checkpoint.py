@@ -1,0 +1,193 @@
+"""The checkpoint format: atomic writes, detection of damage, versions."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from gpt_lightning.rundir.checkpoint import (
+    FORMAT_VERSION,
+    newest_valid_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
+
+
+def content(value: float = 1.0) -> dict[str, Any]:
+    """The least that passes for a checkpoint of a run."""
+    weights = {"w": torch.full((300,), value), "b": torch.ones(7)}
+    rest: list[str] = ["tokenizer", "loops", "optimizer_states", "progress", "random_states"]
+    return {"state_dict": weights, "hyper_parameters": {"model": {}}, **{name: {} for name in rest}}
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    """A folder with last.ckpt, whose weights are 2, and the one before it, whose weights are 1."""
+    write_checkpoint(content(2.0), tmp_path / "last.ckpt")
+    write_checkpoint(content(1.0), tmp_path / "last-1.ckpt")
+    return tmp_path
+
+
+def weight(path: Path | None) -> float:
+    assert path is not None
+    return float(read_checkpoint(path)["state_dict"]["w"][0])
+
+
+def test_newest_undamaged_checkpoint_is_chosen(two: Path) -> None:
+    assert weight(newest_valid_checkpoint(two)) == 2
+    (two / "last.ckpt").unlink()
+    (two / "last-old.ckpt").write_text("a file of the user")
+    (two / "last-2.ckpt").write_text("")
+    assert weight(newest_valid_checkpoint(two)) == 1
+
+
+def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt.tmp").write_bytes(b"half of one")
+    assert newest_valid_checkpoint(tmp_path) is None
+    assert newest_valid_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_truncated_checkpoint_is_not_used(two: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = (two / "last.ckpt").read_bytes()
+    draw = random.Random(0)
+    for length in (0, 1, 100, len(whole) - 1, *(draw.randrange(len(whole)) for _ in range(60))):
+        (two / "last.ckpt").write_bytes(whole[:length])
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert weight(newest_valid_checkpoint(two)) == 1, length
+        (line,) = caplog.messages
+        assert str(two / "last.ckpt") in line
+        assert f"going on from {two / 'last-1.ckpt'}" in line
+        assert "\n" not in line
+
+
+def test_flipped_bit_is_detected_or_changes_no_weight(two: Path) -> None:
+    whole = (two / "last.ckpt").read_bytes()
+    draw, found = random.Random(1), 0
+    for _ in range(300):
+        position = draw.randrange(len(whole))
+        changed = bytes([whole[position] ^ (1 << draw.randrange(8))])
+        (two / "last.ckpt").write_bytes(whole[:position] + changed + whole[position + 1 :])
+        path = newest_valid_checkpoint(two)
+        found += path == two / "last-1.ckpt"
+        if path == two / "last.ckpt":
+            weights = read_checkpoint(path)["state_dict"]
+            assert torch.equal(weights["w"], torch.full((300,), 2.0)), position
+            assert torch.equal(weights["b"], torch.ones(7)), position
+    assert found > 50
+
+
+def test_checkpoint_without_optimizer_state_is_not_resumed(
+    two: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bare = content()
+    del bare["loops"]
+    write_checkpoint(bare, two / "last.ckpt")
+    assert newest_valid_checkpoint(two) == two / "last-1.ckpt"
+    assert "it lacks loops" in caplog.text
+
+
+def test_error_names_all_checkpoints_if_all_are_damaged(two: Path) -> None:
+    for name in ("last.ckpt", "last-1.ckpt"):
+        (two / name).write_bytes((two / name).read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"last\.ckpt \(.*last-1\.ckpt \(.*init_from=") as caught:
+        newest_valid_checkpoint(two)
+    assert "\n" not in str(caught.value)
+
+
+class Breaks:
+    """Fails while it is being written, as a full disk does."""
+
+    def __reduce__(self) -> Any:
+        raise OSError(28, "No space left on device")
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(two: Path) -> None:
+    before = (two / "last.ckpt").read_bytes()
+    with pytest.raises(
+        OSError, match=rf"cannot write the checkpoint {two / 'last.ckpt'} \(No space left"
+    ) as caught:
+        write_checkpoint({"a": torch.ones(9), "b": Breaks()}, two / "last.ckpt")
+    assert str(two / "last.ckpt") in str(caught.value)
+    assert f"resume={two.parent}" in str(caught.value)
+    assert (two / "last.ckpt").read_bytes() == before
+    assert sorted(path.name for path in two.iterdir()) == ["last-1.ckpt", "last.ckpt"]
+
+
+def test_checkpoint_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def noted(name: str) -> Callable[..., Any]:
+        function = getattr(os, name)
+
+        def call(*arguments: Any) -> Any:
+            calls.append(name)
+            return function(*arguments)
+
+        return call
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, noted(name))
+    write_checkpoint(content(), tmp_path / "new" / "last.ckpt")
+    assert calls == ["fsync", "replace", "fsync"]  # the file, its name, the folder
+
+
+scalars = st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | st.text()
+arrays = st.sampled_from([np.float32, np.float64, np.int64, np.uint8]).flatmap(
+    lambda kind: hnp.arrays(kind, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
+)
+trees = st.recursive(
+    scalars | arrays.map(torch.from_numpy),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text() | st.integers(0, 9), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+@settings(deadline=None, max_examples=60)
+@given(tree=st.dictionaries(st.text(), trees, max_size=5))
+def test_values_are_read_back_unchanged(
+    tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "round.ckpt"
+    write_checkpoint(tree, path)
+    loaded = torch.load(path, weights_only=True)
+    assert loaded.pop("format_version") == FORMAT_VERSION
+    assert same(loaded, tree)
+
+
+def test_checkpoint_without_a_version_is_read(tmp_path: Path) -> None:
+    torch.save(content(3.0), tmp_path / "last.ckpt")
+    assert weight(newest_valid_checkpoint(tmp_path)) == 3
+    assert weight(tmp_path / "last.ckpt") == 3
+
+
+def test_checkpoint_of_a_newer_format_is_refused(two: Path) -> None:
+    write_checkpoint(content() | {"format_version": FORMAT_VERSION + 1}, two / "last.ckpt")
+    line = rf"last\.ckpt has checkpoint format {FORMAT_VERSION + 1} and .* reads up to {FORMAT_VERSION}; "
+    for read in (read_checkpoint, newest_valid_checkpoint):  # nor is the older one used without saying so
+        with pytest.raises(ValueError, match=line) as caught:
+            read(two)
+        assert "\n" not in str(caught.value)
