@@ -65,11 +65,11 @@ def read_tokens(
     """The tokens to score, and what is known of their text."""
     from gpt_lightning.data.corpus.files import TextFiles
     from gpt_lightning.data.token_store import prepare
-    from gpt_lightning.data.tokenizer import Given
+    from gpt_lightning.data.tokenizer import FixedTokenizer
     from gpt_lightning.evaluation.losses import count_words, lay_out
 
     if corpus is not None:
-        store = prepare(corpus, Given(model.tokenizer), cfg.paths.cache)
+        store = prepare(corpus, FixedTokenizer(model.tokenizer), cfg.paths.cache)
         name = cfg.data.get("name") or cfg.data.get("path") or type(corpus).__name__
         floor = store.floor_bits_per_byte(cfg.split)
         return store.tokens(cfg.split), {"text": f"{name}, {cfg.split}", "floor_bits_per_byte": floor}

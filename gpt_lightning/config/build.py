@@ -91,11 +91,11 @@ def prepare_data(cfg: DictConfig, encoding: tiktoken.Encoding | None = None) -> 
     After it, model.vocab_size and trainer.max_steps are numbers. A given tokenizer replaces the configured.
     """
     from gpt_lightning.data.token_store import prepare
-    from gpt_lightning.data.tokenizer import Given
+    from gpt_lightning.data.tokenizer import FixedTokenizer
     from gpt_lightning.data.windows import epoch_size
 
     cut = windows(cfg)
-    tokenizer = Given(encoding) if encoding else build(cfg.tokenizer)
+    tokenizer = FixedTokenizer(encoding) if encoding else build(cfg.tokenizer)
     store = prepare(build(cfg.data.corpus, "data.corpus"), tokenizer, cfg.paths.cache)
     with open_dict(cfg):
         if cfg.model.get("vocab_size") is None:

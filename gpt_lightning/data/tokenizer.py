@@ -1,4 +1,4 @@
-"""Tokenizers: every one is a `tiktoken.Encoding`, and the dataclasses here say which and build it."""
+"""Tokenizers: every one is a `tiktoken.Encoding`; the dataclasses here are its configuration and build it."""
 
 import base64
 import functools
@@ -9,10 +9,12 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import tiktoken
+import tiktoken.registry
+from tiktoken_ext import openai_public
 
 from gpt_lightning.data.corpus.base import END_OF_TEXT, Split
 from gpt_lightning.data.files import atomic_write
@@ -21,13 +23,13 @@ log = logging.getLogger(__name__)
 
 Documents: TypeAlias = Callable[[Split], Iterator[str]]
 
-# GPT-2's split into words, https://github.com/openai/gpt-2/blob/master/src/encoder.py; the one of every BPE
-# here, so that the export to Hugging Face's GPT-2 tokenizer is exact.
+# GPT-2's split into words, https://github.com/openai/gpt-2/blob/master/src/encoder.py. Every BPE here uses
+# it, so that the export to Hugging Face's GPT-2 tokenizer is exact.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-MAX_VOCAB = 1 << 24  # more is surely a mistake, and would fill the memory before it shows
+MAX_VOCAB = 1 << 24  # a larger vocabulary is a mistake that would fill the memory
 
-# The regular expressions of tiktoken and rustbpe overflow on a million white space characters in a row.
+# The regular expressions of tiktoken and rustbpe overflow on a million consecutive white space characters.
 _LONG_SPACE = re.compile(r"\s{500000}")
 _PART = 400_000  # characters
 
@@ -106,14 +108,14 @@ class GPT2:
 
     def build(self, documents: Documents) -> tiktoken.Encoding:
         try:
-            ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+            ranks = openai_public.gpt2()["mergeable_ranks"]
         except (OSError, ValueError) as error:
             raise OSError(
                 "the GPT-2 vocabulary is not in tiktoken's cache and cannot be downloaded "
                 f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that has it, "
                 "or choose tokenizer=bpe"
             ) from error
-        return _encoding("gpt2", GPT2_PATTERN, ranks)  # the pattern differs between versions of tiktoken
+        return _encoding("gpt2", GPT2_PATTERN, ranks)  # tiktoken's pattern differs between its versions
 
 
 @dataclass(frozen=True)
@@ -147,15 +149,15 @@ class Char:
 
 
 @dataclass(frozen=True)
-class Given:
-    """A tokenizer that exists already, such as a checkpoint's."""
+class FixedTokenizer:
+    """An existing encoding, such as a checkpoint's."""
 
     encoding: tiktoken.Encoding
 
     trained = False
 
     def key(self) -> str:
-        return f"given-{digest(self.encoding)[:16]}"
+        return f"fixed-{digest(self.encoding)[:16]}"
 
     def build(self, documents: Documents) -> tiktoken.Encoding:
         return self.encoding
@@ -164,6 +166,27 @@ class Given:
 def _encoding(name: str, pattern: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
     special = {END_OF_TEXT: len(ranks)}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+class Definition(NamedTuple):
+    """What an encoding is made of."""
+
+    pattern: str
+    ranks: dict[bytes, int]
+    special_tokens: dict[str, int]
+
+
+@functools.lru_cache(maxsize=16)
+def definition(encoding: tiktoken.Encoding) -> Definition:
+    """The pattern, ranks and special tokens of an encoding.
+
+    tiktoken keeps them in private attributes. This uses its pickle format instead, in which registered
+    encodings are only a name.
+    """
+    state: Any = encoding.__getstate__()
+    if isinstance(state, str):
+        state = (tiktoken.registry.ENCODING_CONSTRUCTORS or {})[state]()
+    return Definition(state["pat_str"], state["mergeable_ranks"], state["special_tokens"])
 
 
 # -- use ---------------------------------------------------------------------------------------------
@@ -193,15 +216,15 @@ def encode_array(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def _unknown(encoding: tiktoken.Encoding) -> re.Pattern[str] | None:
-    """Matches a character that has no token; None for a vocabulary with every byte."""
-    ranks = encoding._mergeable_ranks
+    """Matches a character without a token; None if the vocabulary has every byte."""
+    ranks = definition(encoding).ranks
     if all(bytes([i]) in ranks for i in range(256)):
         return None
     return re.compile("[^" + re.escape(b"".join(ranks).decode(errors="replace")) + "]")
 
 
 def _parts(text: str) -> list[str]:
-    """The text, in parts if it has more white space in a row than the regular expressions stand."""
+    """The text, in parts if it has more consecutive white space than the regular expressions can take."""
     if len(text) < 500_000 or not _LONG_SPACE.search(text):
         return [text]
     return [text[i : i + _PART] for i in range(0, len(text), _PART)]
@@ -209,13 +232,13 @@ def _parts(text: str) -> list[str]:
 
 def end_of_text(encoding: tiktoken.Encoding) -> int:
     """Id of <|endoftext|>."""
-    return encoding._special_tokens[END_OF_TEXT]
+    return encoding.eot_token
 
 
 def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
     """UTF-8 bytes of each token, shape (n_vocab,), int64; 0 for special and unused ids."""
     lengths = np.zeros(encoding.n_vocab, dtype=np.int64)
-    for token, rank in encoding._mergeable_ranks.items():
+    for token, rank in definition(encoding).ranks.items():
         lengths[rank] = len(token)
     return lengths
 
@@ -224,25 +247,26 @@ def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
 
 
 def to_state(encoding: tiktoken.Encoding) -> dict[str, Any]:
-    """Everything that makes the encoding, as str and int: for JSON and `torch.load(weights_only=True)`.
+    """The definition of an encoding as str and int, for JSON and `torch.load(weights_only=True)`.
 
-    `tokens` has a line per token, its bytes in base64 and its id, as tiktoken's own files do.
+    `tokens` has a line per token with its bytes in base64 and its id, as tiktoken's own files do.
     """
-    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
+    pattern, unsorted, special_tokens = definition(encoding)
+    ranks = sorted(unsorted.items(), key=lambda item: item[1])
     return {
         "version": 1,
         "name": encoding.name,
-        "pattern": encoding._pat_str,
+        "pattern": pattern,
         "tokens": "\n".join(f"{base64.b64encode(token).decode()} {rank}" for token, rank in ranks),
-        "special_tokens": dict(encoding._special_tokens),
+        "special_tokens": dict(special_tokens),
     }
 
 
 def from_state(state: Any) -> tiktoken.Encoding:
-    """The encoding that `to_state` described.
+    """The encoding of a state from `to_state`.
 
     Raises:
-        ValueError: If the state is not one that `to_state` gives.
+        ValueError: If the state is not from `to_state`.
     """
     try:
         name, pattern, special = state["name"], state["pattern"], dict(state["special_tokens"])
@@ -252,7 +276,7 @@ def from_state(state: Any) -> tiktoken.Encoding:
         if state["version"] != 1 or not isinstance(name, str) or END_OF_TEXT not in special:
             raise ValueError("wrong version, name or special tokens")
         if b"" in ranks or len(lines) != len(ranks) or len(set(ids)) != len(ids):
-            raise ValueError("a token is empty, or a token or an id is there twice")
+            raise ValueError("a token is empty, or a token or an id is repeated")
         if not all(type(i) is int and 0 <= i < MAX_VOCAB for i in ids):
             raise ValueError("an id is out of range")
         return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)

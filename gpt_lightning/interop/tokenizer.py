@@ -1,4 +1,4 @@
-"""A tiktoken encoding as the files from which `transformers` makes the same tokenizer, and back."""
+"""Converts between tiktoken encodings and tokenizer.json of `transformers`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import tiktoken
 
 from gpt_lightning.data.corpus.base import END_OF_TEXT
-from gpt_lightning.data.tokenizer import GPT2_PATTERN
+from gpt_lightning.data.tokenizer import GPT2_PATTERN, definition
 
 
 def save_tokenizer(encoding: tiktoken.Encoding, folder: str | Path, *, block_size: int) -> None:
@@ -47,11 +47,11 @@ def save_tokenizer(encoding: tiktoken.Encoding, folder: str | Path, *, block_siz
 
 def to_tokenizer_json(encoding: tiktoken.Encoding) -> dict[str, Any]:
     """The contents of tokenizer.json: split by the pattern, then BPE on bytes written as characters."""
-    ranks = encoding._mergeable_ranks
+    pattern, ranks, special_tokens = definition(encoding)
     letters = _byte_letters()
     written = {token: "".join(letters[byte] for byte in token) for token in ranks}
     # Rust's "s", with which a dot matches line breaks too, is "m" in the Oniguruma of `tokenizers`.
-    pattern = encoding._pat_str.replace("(?s:", "(?m:")
+    pattern = pattern.replace("(?s:", "(?m:")
     pieces = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     as_letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -59,9 +59,7 @@ def to_tokenizer_json(encoding: tiktoken.Encoding) -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {"id": i, "content": token, **flags} for token, i in encoding._special_tokens.items()
-        ],
+        "added_tokens": [{"id": i, "content": token, **flags} for token, i in special_tokens.items()],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [pieces, as_letters]},
         "post_processor": None,
@@ -82,10 +80,10 @@ def to_tokenizer_json(encoding: tiktoken.Encoding) -> dict[str, Any]:
 
 
 def load_tokenizer(folder: str | Path) -> tiktoken.Encoding | None:
-    """The encoding that gives the ids of a folder's tokenizer.json; None if there is no such file.
+    """The encoding with the ids of a folder's tokenizer.json; None if there is no such file.
 
     Raises:
-        ValueError: If tiktoken cannot do what the file asks for, or there is no <|endoftext|>.
+        ValueError: If tiktoken cannot express the tokenizer, or there is no <|endoftext|>.
     """
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
@@ -98,14 +96,14 @@ def load_tokenizer(folder: str | Path) -> tiktoken.Encoding | None:
 
 
 def from_tokenizer_json(content: dict[str, Any]) -> tiktoken.Encoding:
-    """The encoding that `to_tokenizer_json` described, or GPT-2's own tokenizer.json.
+    """The encoding of the contents of a tokenizer.json, from `to_tokenizer_json` or GPT-2's own.
 
     Raises:
-        ValueError: If the content asks for what tiktoken cannot do.
+        ValueError: If tiktoken cannot express the tokenizer.
     """
     model, before = content["model"], content["pre_tokenizer"]
     steps = before["pretokenizers"] if before["type"] == "Sequence" else [before]
-    pattern = GPT2_PATTERN  # what ByteLevel splits by if it is not told not to
+    pattern = GPT2_PATTERN  # ByteLevel's own unless use_regex is false
     if len(steps) == 2 and steps[0]["type"] == "Split" and steps[0]["behavior"] == "Isolated":
         pattern = steps[0]["pattern"]["Regex"].replace("(?m:", "(?s:")
     elif len(steps) != 1 or not steps[0].get("use_regex", True):
@@ -135,11 +133,11 @@ def from_tokenizer_json(content: dict[str, Any]) -> tiktoken.Encoding:
 
 
 def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pairs that make each token longer than a byte, in the order of their ranks.
+    """The pair of parts of each token longer than one byte, in the order of the tokens' ranks.
 
-    tiktoken keeps no pairs: it merges the neighbours whose bytes together have the lowest rank. Inside
-    a token's own bytes, the merges of lower rank therefore leave the two parts that make it. A token for
-    which they leave more is never merged, only found as a whole piece, and needs no pair.
+    tiktoken stores no pairs: it merges the neighbours whose concatenation has the lowest rank. Applied to
+    a token's own bytes, the merges of lower rank therefore leave the two parts of the token. If they
+    leave more, the token never results from a merge, only from a whole piece, and needs no pair.
     """
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -157,7 +155,7 @@ def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def _byte_letters() -> dict[int, str]:
-    """GPT-2's printable character for each byte: itself where it is one, else one from U+0100 on."""
+    """GPT-2's printable character for each byte: the byte's own if printable, else one from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {b: chr(256 + i) for i, b in enumerate(others)}

@@ -23,7 +23,7 @@ from gpt_lightning.data.corpus.huggingface import HuggingFace
 from gpt_lightning.data.corpus.shakespeare import Shakespeare
 from gpt_lightning.data.corpus.token_bins import TokenBins
 from gpt_lightning.data.token_store import GROUP, TokenStore, prepare, prepare_shard
-from gpt_lightning.data.tokenizer import BPE, GPT2, Byte, Char, Given
+from gpt_lightning.data.tokenizer import BPE, GPT2, Byte, Char, FixedTokenizer
 
 ROOT = Path(__file__).parents[2]
 TIKTOKEN = Path(os.environ.get("TIKTOKEN_CACHE_DIR", ROOT / "../shared/tiktoken_cache"))
@@ -128,7 +128,7 @@ def test_large_vocabulary_takes_32_bits(stories, tmp_path):
     encoding = tiktoken.Encoding(
         "large", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 70_000}
     )
-    store = prepare(stories, Given(encoding), tmp_path / "cache")
+    store = prepare(stories, FixedTokenizer(encoding), tmp_path / "cache")
     assert store.tokens("val").dtype == np.uint32
     assert store.tokens("val").tolist() == [70_000, *b"four", 70_000]
     assert (store.folder / "val.bin").stat().st_size == 6 * 4

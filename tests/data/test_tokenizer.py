@@ -1,4 +1,4 @@
-"""Tokenizers: exact, lossless, and the same after every way of storing them."""
+"""Tokenizers: their ids, round trips of text, and saved states."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_lightning.data import tokenizer as tokenizers
-from gpt_lightning.data.tokenizer import BPE, GPT2, Byte, Char, Given
+from gpt_lightning.data.tokenizer import BPE, GPT2, Byte, Char, FixedTokenizer
 
 ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("TIKTOKEN_CACHE_DIR", ROOT / "../shared/tiktoken_cache"))
@@ -71,12 +71,12 @@ def test_gpt2_gives_the_published_ids(gpt2):
 @needs_gpt2
 @settings(deadline=None)
 @given(text=st.text(st.sampled_from("aZé7 \n\t'srv.!漢<|>"), max_size=60))
-def test_gpt2_is_tiktokens_own_though_the_pattern_is_written_otherwise(text, gpt2):
+def test_gpt2_ids_equal_tiktokens_own(text, gpt2):
     assert ids_of(gpt2, text) == tiktoken.get_encoding("gpt2").encode_ordinary(text)
 
 
 @needs_shakespeare
-def test_char_ids_are_those_of_nanogpt():
+def test_char_ids_equal_nanogpt():
     text = SHAKESPEARE.read_text(encoding="utf-8")
     encoding = Char().build(documents(text[:500_000], text[500_000:]))
     stoi = {character: i for i, character in enumerate(sorted(set(text)))}
@@ -84,7 +84,7 @@ def test_char_ids_are_those_of_nanogpt():
     assert ids_of(encoding, text) == [stoi[character] for character in text]
 
 
-def test_char_knows_the_characters_of_both_splits_and_names_one_it_lacks():
+def test_char_has_the_characters_of_both_splits_and_reports_an_unknown_one():
     encoding = Char().build(documents("ab\n-]^\\", "c漢"))
     assert ids_of(encoding, "c漢\nab") == [7, 8, 0, 5, 6]  # in \n - \ ] ^ a b c 漢
     for unknown, shown in [("ü", "'ü' (U+00FC)"), ("\r", r"'\r' (U+000D)"), ("[", "'[' (U+005B)")]:
@@ -117,7 +117,7 @@ def test_bpe_merges_the_most_frequent_pair_each_time():
                 i += 1
 
 
-def test_bpe_learns_from_the_training_split_alone():
+def test_bpe_learns_only_from_the_training_split():
     def train_only(split: str) -> Iterator[str]:
         assert split == "train"
         yield STORY
@@ -132,14 +132,14 @@ def test_bpe_vocabulary_counts_bytes_and_end_of_text(learned):
     assert tokenizers.end_of_text(smallest) == 256
 
 
-def test_bpe_of_a_small_corpus_says_how_small_the_vocabulary_is(caplog):
+def test_bpe_of_a_small_corpus_warns_of_a_smaller_vocabulary(caplog):
     encoding = BPE(1024).build(documents("ab ab abc"))
     assert encoding.n_vocab == 260  # "ab", " ab", " abc" and the special token
     assert "tokenizer.vocab_size=1024, but the corpus gives only 260 tokens" in caplog.text
 
 
 @pytest.mark.parametrize("size", [256, 0, -1, 1 << 40, 300.5, "many", None, True])
-def test_bpe_refuses_a_vocabulary_size_that_cannot_be(size):
+def test_bpe_refuses_an_invalid_vocabulary_size(size):
     with pytest.raises(ValueError, match=r"tokenizer.vocab_size=.* must be a whole number from 257"):
         BPE(size)
 
@@ -161,7 +161,7 @@ def test_gpt2_without_network_or_cache_gives_one_clear_line(tmp_path):
 
 @settings(deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])) | st.text("ab <|endoftext|>\n", max_size=80))
-def test_any_text_comes_back_and_its_bytes_are_counted(text, learned, gpt2_if_there):
+def test_text_round_trips_and_token_bytes_sum_to_its_size(text, learned, gpt2_if_there):
     encodings = [learned, Byte().build(documents("")), *gpt2_if_there]
     if text:
         encodings.append(Char().build(documents(text)))
@@ -205,17 +205,31 @@ def test_special_tokens_have_no_bytes(encoding):
     ]
 
 
+@needs_gpt2
+@pytest.mark.parametrize("registered", [False, True])
+def test_definition_makes_the_same_encoding(registered, gpt2):
+    encoding = tiktoken.get_encoding("gpt2") if registered else gpt2
+    pattern, ranks, special = tokenizers.definition(encoding)
+    again = tiktoken.Encoding("again", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    assert again.encode(STORY + "<|endoftext|>", allowed_special="all") == encoding.encode(
+        STORY + "<|endoftext|>", allowed_special="all"
+    )
+    assert [again.decode_single_token_bytes(i) for i in range(again.n_vocab)] == [
+        encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)
+    ]
+
+
 def test_keys_differ():
-    given = Given(Byte().build(documents("")))
-    keys = [BPE(1024).key(), BPE(1025).key(), GPT2().key(), Byte().key(), Char().key(), given.key()]
+    fixed = FixedTokenizer(Byte().build(documents("")))
+    keys = [BPE(1024).key(), BPE(1025).key(), GPT2().key(), Byte().key(), Char().key(), fixed.key()]
     assert len(set(keys)) == len(keys)
-    assert given.build(documents("")) is given.encoding
+    assert fixed.build(documents("")) is fixed.encoding
 
 
 # -- state -------------------------------------------------------------------------------------------
 
 
-def test_state_comes_back_through_json_and_torch(encoding, tmp_path):
+def test_state_round_trips_through_json_and_torch(encoding, tmp_path):
     state = tokenizers.to_state(encoding)
     file = io.BytesIO()
     torch.save(state, file)
@@ -275,13 +289,13 @@ def _char_state(**changes: object) -> dict[str, object]:
         _char_state(special_tokens=None),
     ],
 )
-def test_nonsense_is_no_tokenizer_state(state):
+def test_invalid_state_is_refused(state):
     with pytest.raises(ValueError, match="no tokenizer state of version 1"):
         tokenizers.from_state(state)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"{}", b"[" * 100_000])
-def test_damaged_file_is_no_saved_tokenizer(tmp_path, content):
+def test_damaged_file_is_refused(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"a.json is not a saved tokenizer: ") as caught:
         tokenizers.load(tmp_path / "a.json")

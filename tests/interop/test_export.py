@@ -89,7 +89,7 @@ def test_run_begins_from_an_exported_folder_with_its_tokenizer(tmp_path: Path) -
     for format in ("huggingface", "weights"):
         net, found = start_from(str(export(model, tmp_path / format, format=format)), dropout=0.1)
         assert found is not None
-        assert found._mergeable_ranks == tokenizer._mergeable_ranks
+        assert tokenizers.definition(found).ranks == tokenizers.definition(tokenizer).ranks
         assert net.training
         assert net.config.dropout == 0.1
         torch.testing.assert_close(net.lm_head.weight[: tokenizer.n_vocab], model.net.lm_head.weight)
