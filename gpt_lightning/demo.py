@@ -1,4 +1,4 @@
-"""A web page and a completion server for a trained model: `python -m gpt_lightning.demo checkpoint=…`."""
+"""Web page and completion server for a trained model: `python -m gpt_lightning.demo checkpoint=…`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from omegaconf import DictConfig
 
 import gpt_lightning
 from gpt_lightning.config.command import ConfigError, entry_point, verbatim
+from gpt_lightning.config.source import checkpoint_source
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that waits for clients.
+    """A listening socket.
 
     Raises:
-        ConfigError: If the address is not this machine's, or something else listens there.
+        ConfigError: If the address is not this machine's, or is in use.
     """
     if not isinstance(port, int) or not 0 <= port < 2**16:
         raise ConfigError(f"port={port!r} must be a whole number from 0 to 65535, where 0 is any free one")
@@ -29,15 +30,14 @@ def listen(host: str, port: int) -> socket.socket:
 
 @entry_point("demo", arguments=verbatim("checkpoint"))
 def main(cfg: DictConfig) -> None:
-    if cfg.checkpoint is None:
-        raise ConfigError("checkpoint= is missing; give a checkpoint, a run directory or an exported folder")
+    source = checkpoint_source(cfg)
     with contextlib.suppress(KeyboardInterrupt), listen(str(cfg.host), cfg.port) as listener:
         from gpt_lightning.rundir.checkpoint import find_curves
         from gpt_lightning.serving.server import Site, run
 
-        model = gpt_lightning.load(cfg.checkpoint, cfg.device.accelerator, cfg.dtype)
+        model = gpt_lightning.load(source, cfg.device.accelerator, cfg.dtype)
         limits = {key: cfg[key] for key in ("max_prompt_chars", "max_new_tokens", "queue")}
-        site = Site(model, curves=find_curves(cfg.checkpoint), **limits)
+        site = Site(model, curves=find_curves(source), **limits)
         host = f"[{cfg.host}]" if ":" in str(cfg.host) else cfg.host
         address = f"http://{host}:{listener.getsockname()[1]}"
         print(f"page: {address}\ncompletions: {address}/v1\nCtrl-C stops the server", flush=True)

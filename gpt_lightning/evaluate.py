@@ -1,24 +1,30 @@
-"""How well a model predicts text, or recites it: `python -m gpt_lightning.evaluate checkpoint=… data=…`."""
+"""Scores a checkpoint on a text: `python -m gpt_lightning.evaluate checkpoint=… data=…`."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from gpt_lightning.config.command import ConfigError, build, check_output, entry_point, verbatim
+from gpt_lightning.config.source import checkpoint_source, corpus_of_run
+from gpt_lightning.data.files import write_json
 
 if TYPE_CHECKING:
     import numpy as np
 
     from gpt_lightning.data.corpus.base import Corpus
+    from gpt_lightning.inference.sampling import SamplingSettings
     from gpt_lightning.inference.text import TextGenerator
 
-SETTINGS = ("max_new_tokens", "temperature", "top_k", "seed")  # of the texts to generate
+log = logging.getLogger(__name__)
+
 TABLE = {  # what is printed, with its format
     "text": "{}",
     "tokens": "{:,}",
@@ -28,19 +34,23 @@ TABLE = {  # what is printed, with its format
     "perplexity": "{:.2f}",
     "word_perplexity": "{:.4f}",
     "bits_per_byte": "{:.4f}",
-    "floor_bits_per_byte": "{:.4f}, the entropy of the corpus",
+    "floor_bits_per_byte": "{:.4f}, the corpus entropy",
     "bleu": "{:.2f}",
 }
+WINDOWS = (
+    "windows overlap by {0} tokens of context; training's validation loss, with windows end to end, "
+    "is usually higher (stride={1} gives it)"
+)
 
 
-def check(cfg: DictConfig) -> None:
-    """What can be wrong before the model is there."""
-    if cfg.checkpoint is None:
-        raise ConfigError("checkpoint= is missing; give a checkpoint, a run directory or an exported folder")
+def validate(cfg: DictConfig) -> None:
+    """Refuse wrong values before the model is loaded.
+
+    Raises:
+        ConfigError: Names the first key with a wrong value.
+    """
     if cfg.get("data") is not None and cfg.text is not None:
         raise ConfigError(f"text={cfg.text} and data= exclude each other; give one of them")
-    if cfg.get("data") is None and cfg.text is None and cfg.samples is None and not cfg.num_samples:
-        raise ConfigError("nothing to evaluate; give data=, text=, num_samples= or samples=")
     if cfg.reference is not None and cfg.samples is None:
         raise ConfigError(f"reference={cfg.reference} is compared with texts; give them with samples=FILE")
     for key in ("text", "samples", "reference"):
@@ -59,28 +69,73 @@ def check(cfg: DictConfig) -> None:
         raise ModuleNotFoundError(name="sacrebleu")
 
 
-def read_tokens(
-    cfg: DictConfig, corpus: Corpus | None, model: TextGenerator
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """The tokens to score, and what is known of their text."""
-    from gpt_lightning.data.corpus.files import TextFiles
+def choose_corpus(cfg: DictConfig, source: Path) -> Corpus | None:
+    """The corpus of data=, that of the run where nothing else is to be evaluated, else None."""
+    if cfg.get("data") is not None:
+        return build(cfg.data.corpus, "data.corpus")
+    if cfg.text is not None or cfg.samples is not None or cfg.num_samples:
+        return None
+    corpus = corpus_of_run(source)
+    if corpus is None:
+        raise ConfigError(
+            f"nothing to evaluate: {source} does not tell which corpus of gpt_lightning it was trained on; "
+            "give data=, text=, num_samples= or samples="
+        )
+    return corpus
+
+
+def score_corpus(cfg: DictConfig, corpus: Corpus, model: TextGenerator) -> dict[str, Any]:
+    """Scores of a split of a corpus."""
     from gpt_lightning.data.token_store import prepare
     from gpt_lightning.data.tokenizer import FixedTokenizer
+
+    store = prepare(corpus, FixedTokenizer(model.tokenizer), cfg.paths.cache)
+    data = cfg.get("data") or {}
+    name = data.get("name") or data.get("path") or model.info.get("data") or type(corpus).__name__
+    facts = {"text": f"{name}, {cfg.split}", "floor_bits_per_byte": store.floor_bits_per_byte(cfg.split)}
+    return facts | score(cfg, store.tokens(cfg.split), model)
+
+
+def score_text(cfg: DictConfig, model: TextGenerator, source: Path) -> dict[str, Any]:
+    """Scores of a text file."""
+    from gpt_lightning.data.corpus.files import TextFiles
     from gpt_lightning.evaluation.losses import count_words, lay_out
 
-    if corpus is not None:
-        store = prepare(corpus, FixedTokenizer(model.tokenizer), cfg.paths.cache)
-        name = cfg.data.get("name") or cfg.data.get("path") or type(corpus).__name__
-        floor = store.floor_bits_per_byte(cfg.split)
-        return store.tokens(cfg.split), {"text": f"{name}, {cfg.split}", "floor_bits_per_byte": floor}
-    file = TextFiles(cfg.text, val_fraction=sys.float_info.min)  # so small that all is training text
-    documents = list(file.documents("train"))
-    tokens = lay_out(documents, model.tokenizer, separated=file.separated or cfg.per_document)
-    return tokens, {"text": cfg.text, "words": sum(map(count_words, documents))}
+    text = TextFiles(cfg.text, val_fraction=sys.float_info.min)  # so small that all is training text
+    for file in text.files("train"):
+        if match := training_file(file, source):
+            log.warning("text=%s was training text of the run (%s): its loss is too low", file, match)
+    documents = list(text.documents("train"))
+    tokens = lay_out(documents, model.tokenizer, separated=text.separated or cfg.per_document)
+    words = sum(map(count_words, documents))
+    return {"text": cfg.text, "words": words} | score(cfg, tokens, model, words=words)
+
+
+def training_file(file: Path, source: Path) -> Path | None:
+    """A file of the run's training text with the same bytes, where the corpus has files that still exist."""
+    from gpt_lightning.data.corpus.base import file_sha256
+
+    try:
+        corpus = corpus_of_run(source)
+        files: list[Path] = getattr(corpus, "files", lambda split: [])("train")
+        files = [other for other in files if other.stat().st_size == file.stat().st_size]
+        return next((other for other in files if file_sha256(other) == file_sha256(file)), None)
+    except (OSError, ValueError):
+        return None
+
+
+def score(
+    cfg: DictConfig, tokens: np.ndarray, model: TextGenerator, words: int | None = None
+) -> dict[str, Any]:
+    """Scores of tokens with the options of the configuration."""
+    from gpt_lightning.evaluation.losses import evaluate
+
+    options = {key: cfg[key] for key in ("stride", "batch_size", "per_document")}
+    return {**evaluate(model, tokens, **options, words=words)}
 
 
 def read_lines(path: str) -> list[str]:
-    """Texts of a file: the `text` of each line of a .jsonl, else the lines."""
+    """The texts of a file: the `text` of each line of a .jsonl, else the lines."""
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
@@ -91,20 +146,17 @@ def read_lines(path: str) -> list[str]:
         raise ConfigError(f"{path} has a line without a text ({error!r}); use what generate wrote") from error
 
 
-def judge(cfg: DictConfig, corpus: Corpus | None, model: TextGenerator) -> dict[str, Any]:
-    """Whether texts of the model are its own, beside text that it has not seen."""
-    from gpt_lightning.evaluation.originality import alike, distinct, excerpt, originality
+def compare_samples(
+    cfg: DictConfig, corpus: Corpus | None, model: TextGenerator, settings: SamplingSettings
+) -> dict[str, Any]:
+    """The overlap of texts with the training text, beside that of unseen text, and BLEU."""
+    from gpt_lightning.evaluation.originality import excerpt, originality, pieces_like, variety
 
-    settings = {key: cfg[key] for key in SETTINGS}
-    if cfg.samples is not None:
-        samples = read_lines(cfg.samples)
-    else:
-        samples = model.generate(num_samples=cfg.num_samples, **settings)
-    found: dict[str, Any] = {"samples": {f"distinct_{n}": distinct(samples, n) for n in (1, 2, 3)}}
+    samples = read_lines(cfg.samples) if cfg.samples is not None else model.generate(**asdict(settings))
+    found: dict[str, Any] = {"samples": variety(samples)}
     if corpus is not None:
-        training, unseen = excerpt(corpus, "train"), alike(excerpt(corpus, "val"), samples)
-        found["samples"] = originality(samples, training)
-        found["validation"] = originality(unseen, training)
+        training, unseen = excerpt(corpus, "train"), pieces_like(excerpt(corpus, "val"), samples)
+        found = {"samples": originality(samples, training), "validation": originality(unseen, training)}
     if cfg.reference is not None:
         import sacrebleu
 
@@ -119,40 +171,42 @@ def judge(cfg: DictConfig, corpus: Corpus | None, model: TextGenerator) -> dict[
 
 
 def show(result: dict[str, Any]) -> None:
-    """The table; a column for each kind of text where several are compared."""
+    """Print the results, with a column for each kind of text where several are compared."""
     for key, layout in TABLE.items():
         if result.get(key) is not None:
-            print(f"{key:>20}  {layout.format(result[key])}")
+            print(f"{key:>24}  {layout.format(result[key])}")
+    block_size, stride = result.get("block_size", 0), result.get("stride", 0)
+    if stride < block_size:
+        print(WINDOWS.format(block_size - stride, block_size))
     columns = [key for key in ("samples", "validation") if key in result]
     if columns:
-        print(f"\n{'':>20}  " + "".join(f"{column:>12}" for column in columns))
+        print(f"\n{'':>24}  " + "".join(f"{column:>12}" for column in columns))
     for key in result.get("samples", {}):
         values = [result[column][key] for column in columns]
-        print(f"{key:>20}  " + "".join(f"{'-' if v is None else format(v, '.3f'):>12}" for v in values))
+        print(f"{key:>24}  " + "".join(f"{'-' if v is None else format(v, '.3f'):>12}" for v in values))
 
 
 @entry_point("evaluate", arguments=verbatim("checkpoint", "text", "samples", "reference", "output"))
 def main(cfg: DictConfig) -> None:
-    check(cfg)
-    from gpt_lightning.evaluation.losses import evaluate
+    source = checkpoint_source(cfg)
+    validate(cfg)
     from gpt_lightning.inference.loading import load
-    from gpt_lightning.inference.session import check as check_settings
+    from gpt_lightning.inference.sampling import SamplingSettings
 
-    check_settings(num_samples=max(1, cfg.num_samples), stop=None, **{key: cfg[key] for key in SETTINGS})
-    model = load(cfg.checkpoint, cfg.device.accelerator, cfg.dtype)
-    corpus: Corpus | None = build(cfg.data.corpus, "data.corpus") if cfg.get("data") is not None else None
-    result: dict[str, Any] = {"checkpoint": str(cfg.checkpoint)}
-    if corpus is not None or cfg.text is not None:
-        tokens, facts = read_tokens(cfg, corpus, model)
-        options = {key: cfg[key] for key in ("stride", "batch_size", "per_document")}
-        result |= facts | evaluate(model, tokens, **options, words=facts.get("words"))
+    options = {key: cfg[key] for key in ("max_new_tokens", "temperature", "top_k", "seed")}
+    settings = SamplingSettings(num_samples=max(1, cfg.num_samples), **options)
+    corpus = choose_corpus(cfg, source)
+    model = load(source, cfg.device.accelerator, cfg.dtype)
+    result: dict[str, Any] = {"checkpoint": str(source)}
+    if corpus is not None:
+        result |= score_corpus(cfg, corpus, model)
+    elif cfg.text is not None:
+        result |= score_text(cfg, model, source)
     if cfg.num_samples or cfg.samples is not None:
-        result |= judge(cfg, corpus, model)
+        result |= compare_samples(cfg, corpus, model, settings)
     show(result)
     if cfg.output is not None:
-        path = Path(cfg.output).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(cfg.output).expanduser(), result)
 
 
 if __name__ == "__main__":

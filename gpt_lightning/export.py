@@ -1,25 +1,26 @@
-"""A checkpoint for other programs: `python -m gpt_lightning.export checkpoint=… output=DIR`."""
+"""Exports a checkpoint for other programs: `python -m gpt_lightning.export checkpoint=… output=DIR`."""
 
 from __future__ import annotations
 
 from omegaconf import DictConfig
 
 from gpt_lightning.config.command import ConfigError, entry_point, verbatim
+from gpt_lightning.config.source import checkpoint_source
 
 
 @entry_point("export", arguments=verbatim("checkpoint", "output"))
 def main(cfg: DictConfig) -> None:
-    for key in ("checkpoint", "output"):
-        if cfg[key] is None:
-            raise ConfigError(f"{key}= is missing; give checkpoint=CHECKPOINT output=FOLDER")
+    source = checkpoint_source(cfg)
+    if cfg.output is None:
+        raise ConfigError("output= is missing; give the folder to write")
     if not isinstance(cfg.overwrite, bool):
         raise ConfigError(f"overwrite={cfg.overwrite!r} must be true or false")
     from gpt_lightning.inference.loading import read_model
     from gpt_lightning.interop.export import export
     from gpt_lightning.rundir.checkpoint import find_curves
 
-    model = read_model(cfg.checkpoint, merge=cfg.format != "peft")
-    curves = find_curves(cfg.checkpoint)
+    model = read_model(source, merge=cfg.format != "peft")
+    curves = find_curves(source)
     folder = export(model, cfg.output, format=cfg.format, overwrite=cfg.overwrite, curves=curves)
     for path in sorted(folder.iterdir()):
         print(f"{path.stat().st_size:>12,} bytes  {path.name}")

@@ -1,4 +1,4 @@
-"""Text from a trained model: `python -m gpt_lightning.generate checkpoint=… prompt=…`."""
+"""Generates text from a trained model: `python -m gpt_lightning.generate checkpoint=… prompt=…`."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import json
 import logging
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from gpt_lightning.config.command import ConfigError, check_output, entry_point, plain, verbatim
+from gpt_lightning.config.source import checkpoint_source
 
 if TYPE_CHECKING:
+    from gpt_lightning.inference.sampling import SamplingSettings
     from gpt_lightning.inference.session import Session
     from gpt_lightning.inference.text import TextGenerator
 
 log = logging.getLogger(__name__)
 
-SETTINGS = ["max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"]
-SETTINGS += ["num_samples", "seed", "stop"]
-
 
 def read_prompts(cfg: DictConfig) -> list[str]:
-    """The prompts that the configuration names, by whichever of its keys."""
+    """The prompts of prompt=, prompt_file= or default_prompts=."""
     if cfg.prompt is not None:
         return [str(cfg.prompt)]
     if cfg.prompt_file is None:
@@ -42,11 +42,11 @@ def read_prompts(cfg: DictConfig) -> list[str]:
     return text.removesuffix("\n").split("\n")
 
 
-def encodes(cfg: DictConfig, model: TextGenerator, prompt: str) -> bool:
-    """Whether the model knows all characters of a prompt; one that the user did not give may be left out.
+def can_encode(cfg: DictConfig, model: TextGenerator, prompt: str) -> bool:
+    """Whether the model can encode a prompt; those of default_prompts that it cannot are left out.
 
     Raises:
-        ValueError: If the user gave it.
+        ValueError: If it cannot encode a prompt that the user gave.
     """
     try:
         model.encode(prompt)
@@ -57,13 +57,14 @@ def encodes(cfg: DictConfig, model: TextGenerator, prompt: str) -> bool:
     return True
 
 
-def show(model: TextGenerator, prompts: list[str], settings: dict[str, Any]) -> None:
-    """Every prompt with its continuation, which streams to the terminal."""
+def show(model: TextGenerator, prompts: list[str], settings: SamplingSettings) -> None:
+    """Print every prompt with its continuations as they are generated."""
     shown, tokens, started = -1, 0, time.monotonic()
-    for number, piece in model.in_order(prompts, **settings):
+    total = len(prompts) * settings.num_samples
+    for number, piece in model.in_order(prompts, settings):
         if number != shown:
-            heading = f"--- {number + 1} of {len(prompts)}\n" if len(prompts) > 1 else ""
-            print(heading + prompts[number], end="")
+            heading = f"--- {number + 1} of {total}\n" if total > 1 else ""
+            print(heading + prompts[number // settings.num_samples], end="")
         shown = number
         print(piece.text, end="\n" if piece.finish else "", flush=True)
         tokens += piece.tokens if piece.finish else 0
@@ -71,30 +72,31 @@ def show(model: TextGenerator, prompts: list[str], settings: dict[str, Any]) -> 
     log.info("%d tokens in %.1f s (%.0f tokens/s)", tokens, seconds, tokens / max(seconds, 1e-9))
 
 
-def write(model: TextGenerator, prompts: list[str], settings: dict[str, Any], output: Path | None) -> None:
-    """A line of JSON for every prompt, as each is complete."""
+def write(model: TextGenerator, prompts: list[str], settings: SamplingSettings, output: str | None) -> None:
+    """Write a line of JSON for every continuation as soon as it is complete."""
     with contextlib.ExitStack() as stack:
         file = sys.stdout
         if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(output.open("w", encoding="utf-8"))
+            path = Path(output).expanduser()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("w", encoding="utf-8"))
         text = ""
-        for number, piece in model.in_order(prompts, **settings):
+        for number, piece in model.in_order(prompts, settings):
             text += piece.text
             if piece.finish:
-                answer: dict[str, Any] = {"prompt": prompts[number], "text": text}
+                answer: dict[str, Any] = {"prompt": prompts[number // settings.num_samples], "text": text}
                 answer |= {"tokens": piece.tokens, "finish": piece.finish}
                 print(json.dumps(answer, ensure_ascii=False), file=file, flush=True)
                 text = ""
     if output is not None:
-        log.info("%d answers: %s", len(prompts), output)
+        log.info("%d answers: %s", len(prompts) * settings.num_samples, output)
 
 
 def converse(session: Session) -> None:
-    """The prompt line, until Ctrl-D."""
+    """Read prompts and commands from the terminal until Ctrl-D."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  # gives input() its line editing and history
-    print("/help lists what there is besides prompts; Ctrl-D leaves.")
+        import readline  # noqa: F401  # adds line editing and history to input()
+    print("/help lists the commands; Ctrl-D quits.")
     while True:
         try:
             line = input("> ")
@@ -109,7 +111,7 @@ def converse(session: Session) -> None:
         except ValueError as error:
             print(f"error: {error}", end="")
         except KeyboardInterrupt:
-            pass  # the answer ends here
+            pass  # stops the answer
         print()
 
 
@@ -122,26 +124,24 @@ def main(cfg: DictConfig) -> None:
         raise ConfigError(f"interactive=true asks for prompts; leave {given[0]}= out")
     if cfg.prompt is not None and cfg.prompt_file is not None:
         raise ConfigError("prompt= and prompt_file= exclude each other; give one of them")
-    if cfg.checkpoint is None:
-        raise ConfigError("checkpoint= is missing; give a checkpoint, a run directory or an exported folder")
+    source = checkpoint_source(cfg)
     check_output(cfg.output)
     from gpt_lightning.inference.loading import load
-    from gpt_lightning.inference.session import Session, check
+    from gpt_lightning.inference.sampling import SamplingSettings
+    from gpt_lightning.inference.session import Session
 
-    values = {key: plain(cfg)[key] for key in SETTINGS}
-    settings = check(**values)
-    samples = values.pop("num_samples")
+    values = plain(cfg)
+    settings = SamplingSettings(**{field.name: values[field.name] for field in fields(SamplingSettings)})
     prompts = [] if cfg.interactive else read_prompts(cfg)
-    model = load(cfg.checkpoint, cfg.device.accelerator, cfg.dtype)
-    prompts = [prompt for prompt in prompts if encodes(cfg, model, prompt) for _ in range(samples)]
-    values["stop"] = values["stop"] or ()
+    model = load(source, cfg.device.accelerator, cfg.dtype)
+    prompts = [prompt for prompt in prompts if can_encode(cfg, model, prompt)]
     try:
         if cfg.interactive:
-            converse(Session(model, settings, num_samples=samples, seed=cfg.seed, stop=cfg.stop))
+            converse(Session(model, settings))
         elif cfg.output is None and cfg.prompt_file is None:
-            show(model, prompts, values)
+            show(model, prompts, settings)
         else:
-            write(model, prompts, values, None if cfg.output is None else Path(cfg.output).expanduser())
+            write(model, prompts, settings, cfg.output)
     except KeyboardInterrupt:
         print()
         raise SystemExit(130) from None

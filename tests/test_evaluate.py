@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.models import BYTES, random_net, save_checkpoint
 from support.runs import ROOT
 
@@ -40,7 +41,7 @@ def score(call: Call, checkpoint: Path, tmp_path: Path) -> Callable[..., dict[st
     return run
 
 
-def test_evaluation_repeats_the_validation_of_the_run(
+def test_corpus_of_the_run_gives_its_validation_loss(
     call: Call, tiny: list[str], small_text: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     call("train", *tiny, "trainer.val_batches=null", "logger=none")
@@ -62,6 +63,62 @@ def test_evaluation_repeats_the_validation_of_the_run(
         assert value in shown
 
 
+def test_run_alone_is_scored_on_its_own_validation_split(
+    call: Call, tiny: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    run = tmp_path / "outputs" / "mine" / "a"
+    options = [f"paths.outputs={tmp_path / 'outputs'}", "device=cpu", f"output={tmp_path / 'scores.json'}"]
+    call("train", *tiny[:-1], f"hydra.run.dir={run}", "trainer.val_batches=null", "logger=none")
+    summary = json.loads((run / "summary.json").read_text())
+    for checkpoint in (run, "latest", "mine/latest"):
+        capsys.readouterr()
+        call("evaluate", f"checkpoint={checkpoint}", *options, "stride=32")
+        found = json.loads((tmp_path / "scores.json").read_text())
+        assert found["loss"] == pytest.approx(summary["best_val_loss"], rel=1e-6)
+        assert "windows" not in capsys.readouterr().out
+    call("evaluate", f"checkpoint={run}", *options)
+    assert "windows overlap by 16 tokens of context" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        call("evaluate", "checkpoint=other/latest", *options)
+    assert "there is no run with a checkpoint below" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["os.mkdir", "gpt_lightning.data.corpus.base.require", "mine.Corpus"])
+def test_corpus_of_another_package_is_not_built_from_a_checkpoint(
+    target: str, call: Call, tmp_path: Path, capsys: Capture
+) -> None:
+    path = save_checkpoint(tmp_path / "best.ckpt", random_net())
+    contents = torch.load(path, weights_only=True)
+    floor = {"_target_": target, "path": str(tmp_path / "made")}
+    corpus = {"_target_": "gpt_lightning.data.corpus.files.TextFiles", "path": "a.txt", "floor": floor}
+    for node in (floor, corpus):
+        contents["hyper_parameters"]["data"]["corpus"] = node
+        torch.save(contents, path)
+        with pytest.raises(SystemExit):
+            call("evaluate", f"checkpoint={path}")
+        assert "nothing to evaluate: " in capsys.readouterr().err
+        assert not (tmp_path / "made").exists()
+
+
+def test_text_that_the_run_was_trained_on_is_reported(
+    call: Call, tiny: list[str], small_text: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "texts").mkdir()
+    story = small_text.read_text()
+    for name, text in (("a.txt", story), ("b.txt", "one text more"), ("c.txt", story)):
+        (tmp_path / "texts" / name).write_text(text)
+    call("train", *tiny, f"data.path={tmp_path / 'texts'}", "data.val_fraction=0.4", "logger=none")
+    for name, text, warned in (
+        ("copy.txt", "one text more", True),
+        ("same size.txt", "one text less", False),
+        ("other.txt", "something else", False),
+    ):
+        (tmp_path / name).write_text(text)
+        capsys.readouterr()
+        call("evaluate", f"checkpoint={tmp_path / 'run'}", f"text={tmp_path / name}", "device=cpu")
+        assert ("was training text of the run" in capsys.readouterr().err) == warned
+
+
 def test_text_and_corpus_give_the_same_scores(
     score: Callable[..., dict[str, Any]], small_text: Path, tmp_path: Path
 ) -> None:
@@ -79,7 +136,7 @@ def test_text_and_corpus_give_the_same_scores(
     assert score("data=text", f"data.path={small_text}", "split=train")["tokens"] == boundary - 1
 
 
-def test_documents_by_themselves_are_scored_without_their_neighbours(
+def test_per_document_scores_documents_independently(
     score: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     stories = ["one story", "another, longer story", "x"]
@@ -92,7 +149,7 @@ def test_documents_by_themselves_are_scored_without_their_neighbours(
     assert found["loss"] == pytest.approx(total / found["tokens"], rel=1e-5)
 
 
-def test_floor_of_the_corpus_stands_beside(score: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_corpus_entropy_is_reported(score: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     stories = (ROOT / "input.txt").read_text().split("\n<|endoftext|>\n")[:20]
     (tmp_path / "input.txt").write_text("\n<|endoftext|>\n".join(stories))
     found = score("data=input_txt", f"data.path={tmp_path / 'input.txt'}")
@@ -102,7 +159,7 @@ def test_floor_of_the_corpus_stands_beside(score: Callable[..., dict[str, Any]],
     assert found["bits_per_byte"] > found["floor_bits_per_byte"]
 
 
-def test_recital_shows_beside_unseen_text(
+def test_recited_samples_differ_from_unseen_text(
     call: Call, small_text: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     lines = small_text.read_text().splitlines(keepends=True)
@@ -112,14 +169,15 @@ def test_recital_shows_beside_unseen_text(
     arguments = [f"checkpoint={checkpoint}", "data=text", f"data.path={small_text}", "device=cpu"]
     call("evaluate", *arguments, f"samples={tmp_path / 'samples.jsonl'}", f"output={tmp_path / 'a.json'}")
     found = json.loads((tmp_path / "a.json").read_text())
-    assert found["samples"]["longest_match_max"] == max(map(len, recited))
+    words = [len(text.replace(".", " . ").split()) for text in recited]
+    assert found["samples"]["longest_match_words_max"] == max(words)
     assert found["samples"]["seen_8grams"] == 1.0
-    assert found["validation"]["longest_match_max"] < 100
+    assert found["validation"]["longest_match_words_max"] < 20
     assert found["validation"]["seen_8grams"] < 0.1
-    assert "longest_match_mean" in capsys.readouterr().out
+    assert "longest_match_words_mean" in capsys.readouterr().out
     call("evaluate", *arguments, "num_samples=3", "max_new_tokens=40", f"output={tmp_path / 'b.json'}")
     found = json.loads((tmp_path / "b.json").read_text())
-    assert found["samples"]["longest_match_max"] < 20  # a random model does not recite
+    assert found["samples"]["longest_match_words_max"] < 4  # a random model does not recite
     assert found["loss"] > 0
 
 

@@ -1,4 +1,4 @@
-"""How well a model predicts a text.
+"""The loss of a model on a text.
 
 N tokens of the text, B windows in a forward, T positions of the longest of them, V vocabulary.
 """
@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import tiktoken
@@ -24,7 +24,26 @@ from gpt_lightning.model.gpt import GPT
 LOGITS = 1 << 24  # computed at once, 64 MB
 FORWARD = 8192  # tokens in a forward, by default
 
-Segment = tuple[int, int]  # first token and end of a part that is read without the rest
+Segment = tuple[int, int]  # first token and end of a part that is scored without the rest
+
+
+class Scores(TypedDict):
+    """Means over the scored tokens, in nats unless the name says otherwise; None where undefined."""
+
+    tokens: int
+    bytes: int
+    loss: float
+    standard_error: float | None
+    perplexity: float
+    word_perplexity: float | None
+    bits_per_byte: float | None
+
+
+class Evaluation(Scores):
+    """Scores with the windows in which they were measured, in tokens."""
+
+    stride: int
+    block_size: int
 
 
 @torch.inference_mode()
@@ -36,19 +55,19 @@ def token_losses(
     batch_size: int | None = None,
     segments: Sequence[Segment] | None = None,
 ) -> np.ndarray:
-    """The loss of every token but the first, given what stands before it.
+    """The loss of every token but the first, given the tokens before it.
 
-    A window of block_size tokens moves on by `stride`, and each token is scored once, in the first window
-    that reaches it: it sees at least block_size - stride tokens, or all that there are. The smaller the
-    stride, the more context, and the longer it takes: block_size / stride times as long.
+    A window of block_size tokens advances by `stride`, and each token is scored once, in the first window
+    that contains it, with at least block_size - stride tokens of context, or all there are. A smaller
+    stride gives more context and takes block_size / stride times as long.
 
     Args:
         net: The model.
         tokens: Ids, (N,).
-        stride: Tokens that a window adds, at most block_size.
+        stride: Tokens by which the window advances, at most block_size.
         batch_size: Windows in a forward; None is as many as have about 8,000 tokens.
-        segments: Parts that are read each for itself, with their last windows moved back until they are
-            full, as lm-evaluation-harness reads documents; None is the whole, as validation reads it.
+        segments: Parts that are scored independently, with their last windows moved back until they are
+            full, as lm-evaluation-harness does; None is the whole text, as in validation.
 
     Returns:
         Nats, (N,) float32; NaN where a token is not scored.
@@ -62,7 +81,7 @@ def token_losses(
     windows = _windows(segments or [(0, len(tokens))], T, stride, fill=segments is not None)
     if not len(windows):
         raise ValueError(f"the text has {len(tokens)} tokens; two are the least to measure a loss")
-    windows = windows[np.argsort(-windows[:, 1], kind="stable")]  # those of a length together
+    windows = windows[np.argsort(-windows[:, 1], kind="stable")]  # windows of equal length together
     batch_size = batch_size or max(1, FORWARD // T)
     device = net.transformer.wte.weight.device
     losses = np.full(len(tokens), np.nan, dtype=np.float32)
@@ -90,10 +109,10 @@ def token_losses(
 
 
 def _windows(segments: Sequence[Segment], block_size: int, stride: int, *, fill: bool) -> np.ndarray:
-    """First token, length, and positions that an earlier window has scored, of every window, (n, 3)."""
+    """First token, length, and number of already scored positions of every window, (n, 3)."""
     windows = []
     for start, end in segments:
-        done, last = start, end - 1  # tokens up to `done` are scored, and the last has none after it
+        done, last = start, end - 1  # tokens up to `done` are scored; the last token predicts nothing
         while done < last:
             reach = min(last, start + block_size if done == start else done + stride)
             begin = max(start, (reach if fill else done + stride) - block_size)
@@ -110,18 +129,15 @@ def evaluate(
     batch_size: int | None = None,
     per_document: bool = False,
     words: int | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Loss, perplexity and bits per byte of a text.
 
     Args:
         model: The model.
         tokens: The text, (N,), as from `lay_out` or a token store.
-        stride, batch_size: As in `token_losses`; no stride is half of the block.
-        per_document: Each document by itself, from the <|endoftext|> before it on, without the one after it.
-        words: Words of the text, where they are counted.
-
-    Returns:
-        `stride`, `block_size`, and what `summarize` returns.
+        stride, batch_size: As in `token_losses`; the default stride is half of the block.
+        per_document: Scores each document by itself, with the <|endoftext|> before it, without the one after.
+        words: Number of words of the text, for word_perplexity.
 
     Raises:
         ValueError: As `token_losses`.
@@ -132,25 +148,21 @@ def evaluate(
     losses = token_losses(model.net, tokens, stride=stride, batch_size=batch_size, segments=parts)
     sizes = tokenizers.token_bytes(model.tokenizer)
     found = summarize(losses, tokens, sizes, block=block_size, words=words)
-    return {"stride": stride, "block_size": block_size, **found}
+    return {**found, "stride": stride, "block_size": block_size}
 
 
 def summarize(
     losses: np.ndarray, tokens: np.ndarray, token_bytes: np.ndarray, *, block: int, words: int | None = None
-) -> dict[str, Any]:
+) -> Scores:
     """Means over the tokens that were scored.
 
     Args:
         losses: As from `token_losses`, (N,).
         tokens: The ids, (N,).
         token_bytes: UTF-8 bytes of each id, (V,).
-        block: Neighbouring tokens are not independent, so the standard error comes from the spread between
-            blocks of this many, or fewer where there would not be 16 blocks.
-        words: Of the text, where they are counted.
-
-    Returns:
-        `tokens` and `bytes` scored, `loss` and `standard_error` in nats per token, `perplexity`,
-        `word_perplexity` and `bits_per_byte`; None where it cannot be said.
+        block: Tokens per block. The standard error is that of block means, because neighbouring tokens are
+            not independent; blocks are smaller if there would be fewer than 16.
+        words: Number of words of the text.
     """
     scored = ~np.isnan(losses)
     nats, ids = losses[scored].astype(np.float64), np.asarray(tokens)[scored]
@@ -173,7 +185,7 @@ def _exp(nats: float) -> float:
 
 
 def lay_out(documents: Iterable[str], encoding: tiktoken.Encoding, *, separated: bool) -> np.ndarray:
-    """Token ids of a text, (N,); documents that are separated stand between <|endoftext|>, as in training.
+    """Token ids of a text, (N,); separated documents have <|endoftext|> around them, as in training.
 
     Raises:
         ValueError: If the vocabulary lacks a character.
@@ -186,7 +198,7 @@ def lay_out(documents: Iterable[str], encoding: tiktoken.Encoding, *, separated:
 
 
 def documents_in(tokens: np.ndarray, end: int) -> list[Segment]:
-    """Each document with the <|endoftext|> before it; the whole if there is none."""
+    """Each document with the <|endoftext|> before it; the whole text if there is none."""
     ends = np.flatnonzero(tokens == end).tolist()
     return [pair for pair in itertools.pairwise([*ends, len(tokens)]) if pair[1] - pair[0] > 1] or [
         (0, len(tokens))

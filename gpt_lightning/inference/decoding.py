@@ -42,7 +42,6 @@ def stream(
     prompts: Sequence[Sequence[int]],
     settings: SamplingSettings,
     *,
-    seed: int = 0,
     stop_ids: Collection[int] = (),
     use_cache: bool = True,
     static_shapes: bool = False,
@@ -52,8 +51,7 @@ def stream(
     Args:
         net: The model; in evaluation mode until the iterator ends, then as it was.
         prompts: Token ids, at least one each (<|endoftext|> begins a text from nothing).
-        settings: How tokens are chosen.
-        seed: Prompt i draws from a generator seeded with seed + i.
+        settings: How tokens are chosen; prompt i draws from a generator seeded with settings.seed + i.
         stop_ids: A sequence ends before one of these.
         use_cache: False computes every window anew: the slow reference.
         static_shapes: Lets every step read the whole cache, so that a CUDA device records the step once
@@ -73,7 +71,7 @@ def stream(
                 "encode it with the model's tokenizer and begin an empty one with <|endoftext|>"
             )
     texts = [list(prompt) for prompt in prompts]
-    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(texts))]
+    generators = [torch.Generator().manual_seed(settings.seed + row) for row in range(len(texts))]
     seen = None
     if settings.repetition_penalty != 1:
         seen = torch.zeros(len(texts), net.config.padded_vocab_size, dtype=torch.bool, device=device)

@@ -6,17 +6,20 @@ B sequences, V vocabulary; an id with logit -inf is never drawn.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-NUCLEUS_GUESS = 1024  # ids among which the nucleus is looked for before everything is sorted
+NUCLEUS_GUESS = 1024  # ids among which the nucleus is searched before all are sorted
+MAX_SEED = 1 << 62  # torch takes 64 bits, and every text adds one
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """How tokens are chosen.
+    """How texts are generated.
 
     Args:
         max_new_tokens: Tokens after the prompt, at most.
@@ -26,6 +29,10 @@ class SamplingSettings:
         min_p: Keeps tokens at least this fraction as likely as the most likely one.
         repetition_penalty: Divides positive logits of tokens already in the text, prompt included, and
             multiplies negative ones.
+        num_samples: Continuations of each prompt.
+        seed: The same seed gives the same text; sample i of prompt j draws from its own generator,
+            seeded with seed + j * num_samples + i.
+        stop: A text ends before this one, or before any of several; None for none.
 
     Raises:
         ValueError: If a value is out of its range; names the key, the value and the remedy.
@@ -37,14 +44,24 @@ class SamplingSettings:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    num_samples: int = 1
+    seed: int = 0
+    stop: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        for key, value, also in (
-            ("max_new_tokens", self.max_new_tokens, ""),
-            ("top_k", 1 if self.top_k is None else self.top_k, ", or null to keep all tokens"),
+        for key, least, limit, also in (
+            ("max_new_tokens", 1, None, ""),
+            ("top_k", 1, None, ", or null to keep all tokens"),
+            ("num_samples", 1, None, ""),
+            ("seed", 0, MAX_SEED, ""),
         ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{key}={value!r} must be a whole number of at least 1{also}")
+            value = getattr(self, key)
+            if key == "top_k" and value is None:
+                continue
+            wrong = not isinstance(value, int) or isinstance(value, bool) or value < least
+            if wrong or (limit and value >= limit):
+                span = f"from {least} to {limit - 1}" if limit else f"of at least {least}"
+                raise ValueError(f"{key}={value!r} must be a whole number {span}{also}")
         for key, inside, wanted in (
             ("temperature", lambda x: 0 <= x < math.inf, "at least 0, where 0 takes the most likely token"),
             ("top_p", lambda x: 0 < x <= 1, "in (0, 1], where 1 keeps all tokens"),
@@ -54,6 +71,22 @@ class SamplingSettings:
             number = getattr(self, key)
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not inside(number):
                 raise ValueError(f"{key}={number!r} must be a number {wanted}")
+        listed = isinstance(self.stop, Sequence)
+        if self.stop is not None and not (listed and all(isinstance(t, str) and t for t in self.stops)):
+            raise ValueError(f"stop={self.stop!r} must be a text of at least one character, a list, or null")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts of `stop`."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> SamplingSettings:
+        """Settings from keyword arguments of a user; an unknown one is a ValueError that lists all."""
+        known = [field.name for field in fields(cls)]
+        if unknown := values.keys() - set(known):
+            raise ValueError(f"unknown setting {min(unknown)!r}; use {', '.join(known)}")
+        return cls(**values)
 
 
 def choose(

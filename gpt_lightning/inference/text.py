@@ -1,11 +1,11 @@
-"""Text from a model: prompts in, pieces of text out, as tokens come."""
+"""Text generation: prompts in, pieces of text out as tokens are generated."""
 
 from __future__ import annotations
 
 import codecs
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, overload
 
 import tiktoken
@@ -17,19 +17,18 @@ from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.interop.folder import ModelCard
 from gpt_lightning.model.gpt import GPT
 
-BATCH = 16  # sequences generated at once; more makes a cache that small machines cannot hold
-MAX_SEED = 1 << 62  # torch takes 64 bits, and every text adds one
+BATCH = 16  # sequences generated at once; the cache of more would not fit small machines
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one token added to a text.
+    """The addition of one token to a text.
 
     Args:
-        text: New characters; may be empty, while a character or a stop string is incomplete.
+        text: New characters; empty while a character or a stop string is incomplete.
         tokens: Tokens generated for this text so far.
-        finish: Why the text ended with this piece, None while it goes on: "stop" is a stop string or the
-            end of the document, "length" is max_new_tokens.
+        finish: None before the last piece, then the reason of the end: "stop" is a stop string or the end
+            of the document, "length" is max_new_tokens.
     """
 
     text: str
@@ -41,58 +40,40 @@ class Piece:
 class TextGenerator:
     """A model that continues text, as `gpt_lightning.load` returns it.
 
-    Every method takes as `settings` the fields of `SamplingSettings`: max_new_tokens, temperature, top_k,
-    top_p, min_p, repetition_penalty. Prompts are continued as they are; an empty one begins a new
-    document, and <|endoftext|> in one is the token between documents.
+    Prompts are continued as they are; an empty one begins a new document, and <|endoftext|> in one is the
+    token between documents.
 
     Args:
         net: The model.
         tokenizer: Its tokenizer.
         info: What is known about the model.
+        cuda_graph: Whether to record the step of one token as a CUDA graph, on CUDA devices. Experimental.
     """
 
     net: GPT
     tokenizer: tiktoken.Encoding
     info: ModelCard = field(default_factory=ModelCard)
+    cuda_graph: bool = False
+
+    @overload
+    def generate(self, prompt: str = "", *, num_samples: None = None, **settings: Any) -> str: ...
 
     @overload
     def generate(
-        self, prompt: str = "", *, seed: int = 0, stop: str | Sequence[str] = (), **settings: Any
-    ) -> str: ...
-
-    @overload
-    def generate(
-        self, prompt: list[str], *, seed: int = 0, stop: str | Sequence[str] = (), **settings: Any
+        self, prompt: list[str], *, num_samples: int | None = None, **settings: Any
     ) -> list[str]: ...
 
     @overload
-    def generate(
-        self,
-        prompt: str | list[str] = "",
-        *,
-        num_samples: int,
-        seed: int = 0,
-        stop: str | Sequence[str] = (),
-        **settings: Any,
-    ) -> list[str]: ...
+    def generate(self, prompt: str = "", *, num_samples: int, **settings: Any) -> list[str]: ...
 
     def generate(
-        self,
-        prompt: str | list[str] = "",
-        *,
-        num_samples: int | None = None,
-        seed: int = 0,
-        stop: str | Sequence[str] = (),
-        **settings: Any,
+        self, prompt: str | list[str] = "", *, num_samples: int | None = None, **settings: Any
     ) -> str | list[str]:
         """The continuation of a prompt, without the prompt.
 
         Args:
             prompt: A text, or several, which are answered together.
             num_samples: Continuations of each prompt; None is one.
-            seed: The same seed gives the same text; sample i of prompt j draws from its own random
-                numbers, seeded with seed + j * num_samples + i.
-            stop: A text ends before any of these.
             settings: Fields of `SamplingSettings`.
 
         Returns:
@@ -101,43 +82,41 @@ class TextGenerator:
         Raises:
             ValueError: If a setting is out of range, or a prompt has a character that the vocabulary lacks.
         """
-        if num_samples is not None and (not isinstance(num_samples, int) or num_samples < 1):
-            raise ValueError(f"num_samples={num_samples!r} must be a whole number of at least 1")
+        single = isinstance(prompt, str) and num_samples is None
+        samples = 1 if num_samples is None else num_samples
+        chosen = SamplingSettings.of({"num_samples": samples, **settings})
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        texts = [""] * (len(prompts) * (num_samples or 1))
-        each = [text for text in prompts for _ in range(num_samples or 1)]
-        for row, piece in self.in_order(each, seed=seed, stop=stop, **settings):
+        texts = [""] * (len(prompts) * samples)
+        for row, piece in self.in_order(prompts, chosen):
             texts[row] += piece.text
-        return texts[0] if isinstance(prompt, str) and num_samples is None else texts
+        return texts[0] if single else texts
 
-    def stream(
-        self, prompt: str = "", *, seed: int = 0, stop: str | Sequence[str] = (), **settings: Any
-    ) -> Iterator[str]:
-        """The continuation of a prompt piece by piece, whole characters only; joined, what `generate` gives.
+    def stream(self, prompt: str = "", **settings: Any) -> Iterator[str]:
+        """The continuation of a prompt piece by piece, in whole characters; joined, the text of `generate`.
 
         Raises:
             ValueError: As `generate`.
         """
-        for (piece,) in self.pieces([prompt], seed=seed, stop=stop, **settings):
+        for (piece,) in self.pieces([prompt], SamplingSettings.of(settings)):
             if piece.text:
                 yield piece.text
 
-    def in_order(
-        self, prompts: Sequence[str], *, seed: int = 0, stop: str | Sequence[str] = (), **settings: Any
-    ) -> Iterator[tuple[int, Piece]]:
-        """The continuations one after the other, as a reader wants them, though they are made side by side.
+    def in_order(self, prompts: Sequence[str], settings: SamplingSettings) -> Iterator[tuple[int, Piece]]:
+        """The samples of all prompts one after the other, though they are generated in batches.
 
         Yields:
-            Number of the prompt and its next piece; `finish` in the piece is the end of its text.
+            Number of the sample and its next piece; the last piece of a sample has `finish`.
 
         Raises:
             ValueError: As `generate`.
         """
-        for start in range(0, len(prompts), BATCH):
-            batch = prompts[start : start + BATCH]
+        each = [prompt for prompt in prompts for _ in range(settings.num_samples)]
+        for start in range(0, len(each), BATCH):
+            batch = each[start : start + BATCH]
             waiting: list[deque[Piece]] = [deque() for _ in batch]
             current = 0
-            for pieces in self.pieces(batch, seed=seed + start, stop=stop, **settings):
+            one_each = replace(settings, seed=settings.seed + start, num_samples=1)
+            for pieces in self.pieces(batch, one_each):
                 for queue, piece in zip(waiting, pieces, strict=True):
                     queue.append(piece)
                 while current < len(batch) and waiting[current]:
@@ -145,36 +124,26 @@ class TextGenerator:
                     yield start + current, piece
                     current += piece.finish is not None
 
-    def pieces(
-        self, prompts: Sequence[str], *, seed: int = 0, stop: str | Sequence[str] = (), **settings: Any
-    ) -> Iterator[list[Piece]]:
-        """The continuations of several prompts side by side, one piece of each per token.
+    def pieces(self, prompts: Sequence[str], settings: SamplingSettings) -> Iterator[list[Piece]]:
+        """The samples of all prompts side by side, one piece of each per token.
 
-        After a text's last piece, the one with `finish`, its pieces are empty.
+        After the last piece of a sample, the one with `finish`, its pieces are empty.
 
         Raises:
             ValueError: As `generate`; before the first piece.
         """
-        chosen = _settings(settings)
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < MAX_SEED:
-            raise ValueError(f"seed={seed!r} must be a whole number from 0 to {MAX_SEED - 1}")
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(isinstance(text, str) and text for text in stops):
-            raise ValueError(f"stop={stop!r} must be texts of at least one character")
         ids = [self.encode(prompt) for prompt in prompts]
-        return self._pieces(ids, chosen, seed, stops)
+        return self._pieces([list(row) for row in ids for _ in range(settings.num_samples)], settings)
 
-    def _pieces(
-        self, ids: list[list[int]], settings: SamplingSettings, seed: int, stops: tuple[str, ...]
-    ) -> Iterator[list[Piece]]:
-        texts = [_Text(self.tokenizer, stops, settings.max_new_tokens) for _ in ids]
+    def _pieces(self, ids: list[list[int]], settings: SamplingSettings) -> Iterator[list[Piece]]:
+        texts = [_Text(self.tokenizer, settings.stops, settings.max_new_tokens) for _ in ids]
         end = tokenizers.end_of_text(self.tokenizer)
-        gpu = self.net.transformer.wte.weight.device.type == "cuda"
-        for new in stream(self.net, ids, settings, seed=seed, stop_ids=(end,), static_shapes=gpu):
+        graph = self.cuda_graph and self.net.transformer.wte.weight.device.type == "cuda"
+        for new in stream(self.net, ids, settings, stop_ids=(end,), static_shapes=graph):
             yield [text.add(token) for text, token in zip(texts, new, strict=True)]
             if all(text.finish for text in texts):
                 return
-        if not all(text.finish for text in texts):  # the last ones ended, so the stream gave nothing for them
+        if not all(text.finish for text in texts):  # all remaining ones ended with <|endoftext|>
             yield [text.add(None) for text in texts]
 
     def encode(self, prompt: str) -> list[int]:
@@ -192,13 +161,14 @@ class TextGenerator:
 
 
 class _Text:
-    """The text of one sequence as its tokens come."""
+    """Decodes the tokens of one sequence incrementally."""
 
     def __init__(self, tokenizer: tiktoken.Encoding, stops: tuple[str, ...], max_tokens: int):
         self.tokenizer, self.stops, self.max_tokens = tokenizer, stops, max_tokens
         self.finish: Literal["stop", "length"] | None = None
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # keeps half characters back
-        self._held = ""  # may be the beginning of a stop string
+        # holds back incomplete characters
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""  # possible beginning of a stop string
         self._tokens = 0
 
     def add(self, token: int | None) -> Piece:
@@ -211,7 +181,7 @@ class _Text:
             self._tokens += 1
             if self._tokens == self.max_tokens:
                 self.finish = "length"
-        known = token is not None and token < self.tokenizer.n_vocab  # a model may have ids to spare
+        known = token is not None and token < self.tokenizer.n_vocab  # the model may have more ids
         data = self.tokenizer.decode_single_token_bytes(token) if known else b""  # type: ignore[arg-type]
         text = self._held + self._decoder.decode(data, final=self.finish is not None)
         cut = min((found for stop in self.stops if (found := text.find(stop)) >= 0), default=None)
@@ -225,15 +195,7 @@ class _Text:
         return Piece(text[:cut], self._tokens, self.finish)
 
     def _possible_stop(self, text: str) -> int:
-        """Length of the longest end of the text with which a stop string begins."""
+        """Length of the longest suffix of the text that is a prefix of a stop string."""
         longest = max(map(len, self.stops), default=1) - 1
         lengths = range(min(longest, len(text)), 0, -1)
         return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self.stops)), 0)
-
-
-def _settings(values: dict[str, Any]) -> SamplingSettings:
-    unknown = values.keys() - SamplingSettings.__dataclass_fields__.keys()
-    if unknown:
-        known = ", ".join(SamplingSettings.__dataclass_fields__)
-        raise ValueError(f"unknown setting {min(unknown)!r}; use {known}, num_samples, seed or stop")
-    return SamplingSettings(**values)

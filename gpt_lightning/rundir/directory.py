@@ -22,12 +22,13 @@ def runs_below(root: str | Path) -> list[Path]:
     return [run.resolve() for run in runs if (run / "summary.json").is_file()]
 
 
-def newest_run(root: str | Path, *, prefer_unfinished: bool = False) -> Path:
+def newest_run(root: str | Path, *, prefer_unfinished: bool = False, with_checkpoint: bool = False) -> Path:
     """The run below a folder that was written to last.
 
     Args:
         root: The folder.
         prefer_unfinished: Whether any unfinished run comes before all finished ones.
+        with_checkpoint: Whether to skip runs that have no checkpoint.
 
     Raises:
         FileNotFoundError: If there is no run.
@@ -37,9 +38,10 @@ def newest_run(root: str | Path, *, prefer_unfinished: bool = False) -> Path:
         finished = read_json(run / "summary.json").get("status") == "finished"
         return prefer_unfinished and not finished, (run / "summary.json").stat().st_mtime
 
-    runs = runs_below(root)
+    runs = [run for run in runs_below(root) if not with_checkpoint or any(run.glob("checkpoints/*.ckpt"))]
     if not runs:
-        raise FileNotFoundError(f"there is no run below {Path(root).expanduser().resolve()}")
+        kind = "run with a checkpoint" if with_checkpoint else "run"
+        raise FileNotFoundError(f"there is no {kind} below {Path(root).expanduser().resolve()}")
     return max(runs, key=rank)
 
 

@@ -1,21 +1,21 @@
-"""One model for many clients at once: they wait for their turn, up to a limit."""
+"""One model for many clients: requests are answered in order, with a limit on how many may wait."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-from gpt_lightning.inference.text import BATCH, MAX_SEED, Piece, TextGenerator
+from gpt_lightning.inference.sampling import SamplingSettings
+from gpt_lightning.inference.text import BATCH, Piece, TextGenerator
 
 
 class Busy(Exception):
-    """As many requests as may wait are waiting, or the server stops."""
+    """The queue is full, or the server is stopping."""
 
 
 class Engine:
-    """A model behind a queue; one request is computed at a time, away from the event loop.
+    """A model behind a queue; one request is computed at a time, in a thread beside the event loop.
 
     Args:
         model: The model.
@@ -35,28 +35,30 @@ class Engine:
                 raise ValueError(f"{key}={value!r} must be a whole number of at least {least}")
         self.model, self.queue = model, queue
         self.max_prompt_chars, self.max_new_tokens = max_prompt_chars, max_new_tokens
-        self.inside = 0  # requests that wait or are computed
-        self.stopped = False  # set it, and all of them end
+        self.inside = 0  # requests that are waiting or being computed
+        self.stopped = False  # true ends all of them
         self._turn = asyncio.Lock()
-        self._worker = ThreadPoolExecutor(1, "model")  # one, so no text is closed while it is computed
+        self._worker = ThreadPoolExecutor(1, "model")  # one thread: no iterator is closed while it runs
 
-    async def pieces(self, prompts: Sequence[str], **settings: Any) -> AsyncGenerator[list[Piece], None]:
+    async def pieces(
+        self, prompts: Sequence[str], settings: SamplingSettings
+    ) -> AsyncGenerator[list[Piece], None]:
         """As `TextGenerator.pieces`; closing the iterator ends the computation.
 
         Raises:
-            ValueError: If a setting or a prompt cannot be used, before anything is computed.
-            Busy: If the queue is full; or later, if the server stops.
+            ValueError: If a limit is exceeded or a prompt cannot be encoded, before anything is computed.
+            Busy: If the queue is full, or the server stops.
         """
-        length, tokens, seed = sum(map(len, prompts)), settings["max_new_tokens"], settings["seed"]
-        if not 1 <= len(prompts) <= BATCH:
-            raise ValueError(f"{len(prompts)} texts are asked for at once; ask for 1 to {BATCH}")
+        texts, length = len(prompts) * settings.num_samples, sum(map(len, prompts)) * settings.num_samples
+        if not 1 <= texts <= BATCH:
+            raise ValueError(f"{texts} texts are asked for at once; ask for 1 to {BATCH}")
         if length > self.max_prompt_chars:
             raise ValueError(f"prompt has {length} characters; at most {self.max_prompt_chars} are accepted")
-        if isinstance(tokens, int) and tokens > self.max_new_tokens:
-            raise ValueError(f"max_new_tokens={tokens} is too many; use at most {self.max_new_tokens}")
-        if isinstance(seed, int) and seed > MAX_SEED:
-            raise ValueError(f"seed={seed} is too large; use at most {MAX_SEED}")
-        steps = self.model.pieces(prompts, **settings)
+        if settings.max_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens={settings.max_new_tokens} is too many; use at most {self.max_new_tokens}"
+            )
+        steps = self.model.pieces(prompts, settings)
         if self.inside > self.queue:
             raise Busy(f"{self.inside} requests are being answered or waiting; try again in a moment")
         self.inside += 1
@@ -73,7 +75,7 @@ class Engine:
     async def _compute(
         self, steps: Iterator[list[Piece]], made: asyncio.Queue[list[Piece] | Exception | None]
     ) -> None:
-        """All steps of a request, however slowly its client takes them: the next one is not kept waiting."""
+        """Compute all steps of a request; a client that reads slowly does not delay the next request."""
         try:
             async with self._turn:
                 loop = asyncio.get_running_loop()
@@ -82,8 +84,8 @@ class Engine:
                     if self.stopped:
                         raise Busy("the server is stopping")
             made.put_nowait(None)
-        except Exception as error:  # for whoever reads
+        except Exception as error:  # raised where the pieces are read
             made.put_nowait(error)
         finally:
             self.inside -= 1
-            self._worker.submit(steps.close)  # type: ignore[attr-defined]  # a generator; frees its cache
+            self._worker.submit(steps.close)  # type: ignore[attr-defined]  # a generator; frees the KV cache

@@ -1,4 +1,4 @@
-"""The web page: a prompt, settings, answers that stream in, and the model's card."""
+"""The web page: a prompt, settings, streaming answers, and a table about the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gpt_lightning.interop.folder import ModelCard
 from gpt_lightning.serving.engine import Busy, Engine
 
 SAMPLES = 4  # side by side, at most
-REFRESH = 0.05  # seconds between updates of the page, of which a browser takes no more
+REFRESH = 0.05  # seconds between updates of the page; browsers cannot take more
 SHOWN = ["data", "tokenizer", "parameters", "n_layer", "n_head", "n_embd", "block_size", "vocab_size"]
 SHOWN += ["step", "train_loss", "val_loss", "perplexity", "bits_per_byte"]
 CSS = """
@@ -29,7 +29,7 @@ CSS = """
 
 
 def card_html(info: ModelCard, curves: Path | None) -> str:
-    """HTML of what is known about a model; holds the picture itself, so that no file has to be served."""
+    """HTML table about a model; the picture is embedded, so that no file has to be served."""
 
     def text(value: Any) -> str:
         spec = "," if isinstance(value, int) else ".4f" if isinstance(value, float) else ""
@@ -44,10 +44,10 @@ def card_html(info: ModelCard, curves: Path | None) -> str:
 
 
 def settings_of(engine: Engine) -> dict[str, gr.components.Component]:
-    """What the visitor can set, by the name of the setting."""
+    """The input of each field of SamplingSettings."""
     default, most = SamplingSettings(), engine.max_new_tokens
     return {
-        "samples": gr.Slider(1, SAMPLES, 1, step=1, label="Samples"),
+        "num_samples": gr.Slider(1, SAMPLES, 1, step=1, label="Samples"),
         "max_new_tokens": gr.Slider(1, most, min(most, 200), step=1, label="New tokens, at most"),
         "temperature": gr.Slider(0, 2, default.temperature, step=0.05, label="Temperature"),
         "top_k": gr.Number(default.top_k, precision=0, label="Top k (0 keeps all tokens)"),
@@ -92,31 +92,38 @@ def build_page(engine: Engine, curves: Path | None) -> gr.Blocks:
         inputs, outputs = [prompt, *settings.values()], [status, *boxes]
         run = start.click(answer, inputs, outputs, api_visibility="private", show_progress="hidden")
         stop.click(None, cancels=[run])
-    return page.queue(max_size=engine.queue + 1, default_concurrency_limit=None)  # the engine keeps order
+    return page.queue(max_size=engine.queue + 1, default_concurrency_limit=None)  # the engine queues
 
 
 async def respond(
-    engine: Engine, prompt: str | None, *, samples: int, seed: int, stop: str | None, **settings: Any
+    engine: Engine, prompt: str | None, **values: Any
 ) -> AsyncGenerator[tuple[str, list[str]], None]:
-    """A line about the state, and every sample so far, prompt included.
+    """A status line, and every sample so far, prompt included.
+
+    Args:
+        engine: The model.
+        prompt: The prompt; None is an empty one.
+        values: Fields of SamplingSettings as the page has them: a seed of -1 draws one, a top_k of 0 keeps
+            all tokens, and each line of `stop` is a text.
 
     Raises:
-        gradio.Error: What the page shows of a user's mistake, or of a full queue.
+        gradio.Error: For a mistake of the user or a full queue; the page shows it.
     """
     started, shown, tokens, texts = 0.0, 0.0, 0, [prompt or ""]
+    values["seed"] = secrets.randbelow(2**31) if values["seed"] == -1 else values["seed"]
 
     def state() -> str:
-        seconds = time.monotonic() - started
-        return f"{tokens} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-3):.0f} tokens/s, seed {seed}"
+        seconds, rate = time.monotonic() - started, tokens / max(time.monotonic() - started, 1e-3)
+        return f"{tokens} tokens in {seconds:.1f} s, {rate:.0f} tokens/s, seed {values['seed']}"
 
     try:
-        if samples not in range(1, SAMPLES + 1):
-            raise ValueError(f"samples={samples} must be a whole number from 1 to {SAMPLES}")
-        texts = texts * int(samples)
-        seed = secrets.randbelow(2**31) if seed == -1 else seed
-        settings |= {"seed": seed, "top_k": settings["top_k"] or None, "stop": (stop or "").splitlines()}
+        if values["num_samples"] not in range(1, SAMPLES + 1):
+            raise ValueError(f"samples={values['num_samples']} must be a whole number from 1 to {SAMPLES}")
+        values |= {"top_k": values["top_k"] or None, "stop": (values["stop"] or "").splitlines()}
+        settings = SamplingSettings(**values)
+        texts = texts * settings.num_samples
         yield f"{engine.inside} before you" if engine.inside else "Reading the prompt", texts
-        async with contextlib.aclosing(engine.pieces(texts, **settings)) as steps:
+        async with contextlib.aclosing(engine.pieces([prompt or ""], settings)) as steps:
             async for pieces in steps:
                 started = started or time.monotonic()
                 texts = [text + piece.text for text, piece in zip(texts, pieces, strict=True)]
@@ -130,7 +137,7 @@ async def respond(
 
 
 def mount(app: FastAPI, page: gr.Blocks) -> None:
-    """Put the page at the root of a server; it serves no file, and asks nothing of other servers."""
+    """Mount the page at the root of a server; it serves no files and uses no other servers."""
     gr.mount_gradio_app(
         app, page, path="/", css=CSS, footer_links=[], allowed_paths=[], run_history=False, ssr_mode=False,
         mcp_server=False, pwa=False,

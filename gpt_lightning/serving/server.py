@@ -1,7 +1,7 @@
-"""Completions over HTTP in OpenAI's format, with the web page beside them.
+"""A server with completions in OpenAI's format and the web page.
 
-Source: https://platform.openai.com/docs/api-reference/completions. What is not implemented, such as
-logprobs, is refused rather than ignored.
+Source: https://platform.openai.com/docs/api-reference/completions. Options that are not implemented, such
+as logprobs, are refused rather than ignored.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,23 +26,25 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.types import Receive, Scope, Send
 
+from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.inference.text import BATCH, Piece, TextGenerator
 from gpt_lightning.serving.engine import Busy, Engine
 from gpt_lightning.serving.page import build_page, mount
 
 log = logging.getLogger(__name__)
 
-# Everything else is refused, Gradio's ways to files, uploads and addresses on the network among it.
+# All other paths are refused, including Gradio's routes to files, uploads and other servers.
 PATHS = re.compile(
     r"/(|health|v1/models|v1/completions|config|theme\.css|favicon\.ico|manifest\.json|robots\.txt"
     r"|(assets|static)/((?!\.\.)[\w./-])+|gradio_api/(startup-events|cancel|heartbeat/\w+|queue/(join|data)))"
 )
-# sampling as OpenAI's default has it, from all tokens; the ranges are checked where the settings are used
-DEFAULTS = {"max_new_tokens": 16, "temperature": 1.0, "top_k": None}
+# OpenAI's defaults: sampling from all tokens
+DEFAULTS: dict[str, Any] = {"max_new_tokens": 16, "temperature": 1.0, "top_k": None}
+SETTINGS = {field.name for field in fields(SamplingSettings)}
 
 
 class Completion(BaseModel):
-    """Body of a request; null is the default."""
+    """Body of a request; null stands for the default."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -50,7 +53,7 @@ class Completion(BaseModel):
     max_new_tokens: int | None = Field(None, alias="max_tokens")
     temperature: float | None = None
     top_p: float | None = None
-    n: int = Field(1, ge=1, le=BATCH)
+    num_samples: int = Field(1, alias="n", ge=1, le=BATCH)
     stop: str | list[str] | None = None
     seed: int | None = None
     stream: bool = False
@@ -60,7 +63,7 @@ class Completion(BaseModel):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    # OpenAI's, at the only value that is implemented
+    # OpenAI's, only with the value that is implemented
     best_of: int | None = Field(None, ge=1, le=1)
     echo: Literal[False] | None = None
     frequency_penalty: float | None = Field(None, ge=0, le=0)
@@ -75,19 +78,15 @@ class Completion(BaseModel):
         return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
 
 
-SETTINGS = {"max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "seed"}
-
-
 async def chunks(engine: Engine, body: Completion, model: str) -> AsyncGenerator[dict[str, Any], None]:
-    """New text as it comes, a choice at a time; no choice and the usage in the end."""
-    distinct = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    prompts = [prompt for prompt in distinct for _ in range(body.n)]
+    """New text as it is generated, one choice per chunk; the last chunk has the usage and no choice."""
+    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     settings = {"seed": secrets.randbelow(2**31), **DEFAULTS}
     settings |= body.model_dump(include=SETTINGS, exclude_none=True)
     head: dict[str, Any] = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion"}
     head |= {"created": int(time.time()), "model": model}
     made: list[Piece] = []
-    async with contextlib.aclosing(engine.pieces(prompts, **settings)) as steps:
+    async with contextlib.aclosing(engine.pieces(prompts, SamplingSettings(**settings))) as steps:
         async for made in steps:
             for index, piece in enumerate(made):
                 if piece.text or piece.finish:
@@ -98,13 +97,13 @@ async def chunks(engine: Engine, body: Completion, model: str) -> AsyncGenerator
                         "logprobs": None,
                     }
                     yield {**head, "choices": [choice]}
-    read, new = sum(len(engine.model.encode(text)) for text in distinct), sum(piece.tokens for piece in made)
+    read, new = sum(len(engine.model.encode(text)) for text in prompts), sum(piece.tokens for piece in made)
     usage = {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
     yield {**head, "choices": [], "usage": usage}
 
 
 async def whole(parts: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
-    """The chunks in one answer."""
+    """The chunks joined into one answer."""
     choices: dict[int, dict[str, Any]] = {}
     async for part in parts:
         for new in part["choices"]:
@@ -125,14 +124,14 @@ async def events(
                     yield f"data: {json.dumps({'usage': None, **part} if with_usage else part)}\n\n"
                 part = await anext(parts, None)
             yield "data: [DONE]\n\n"
-        except Exception as error:  # too late for a status
+        except Exception as error:  # the status is already sent
             if not isinstance(error, Busy):
                 log.exception("a completion failed")
             yield f"data: {json.dumps(problem(500, str(error)))}\n\n"
 
 
 class EventStream(StreamingResponse):
-    """Closes the iterator, and with it the computation, when the client goes away."""
+    """Closes the iterator, which ends the computation, when the client disconnects."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with contextlib.aclosing(self.body_iterator):  # type: ignore[type-var]
@@ -141,7 +140,7 @@ class EventStream(StreamingResponse):
 
 @contextlib.asynccontextmanager
 async def while_connected(request: Request) -> AsyncIterator[None]:
-    """Cancels what is inside when the client goes away."""
+    """Cancels the block when the client disconnects."""
     task = asyncio.current_task()
     assert task is not None
 
@@ -191,7 +190,7 @@ def api(engine: Engine, model: str) -> FastAPI:
                     return JSONResponse(await whole(parts))
                 first = await anext(parts)
         except asyncio.CancelledError:
-            return Response(status_code=499)  # nobody reads it
+            return Response(status_code=499)  # the client has disconnected
         except Busy as error:
             return refusal(429, str(error), code="queue_full")
         except ValueError as error:
@@ -213,7 +212,7 @@ def api(engine: Engine, model: str) -> FastAPI:
 
 
 class Site:
-    """Page, completions and health; refuses other paths, and requests longer than a prompt can make them.
+    """Page, completions and health; refuses other paths, and bodies longer than the longest prompt needs.
 
     Args:
         model: The model.
@@ -226,7 +225,7 @@ class Site:
 
     def __init__(self, model: TextGenerator, *, curves: Path | None = None, **limits: Any):
         self.engine = Engine(model, **limits)
-        self.max_bytes = 2**16 + 12 * self.engine.max_prompt_chars  # JSON may spend 12 bytes on a character
+        self.max_bytes = 2**16 + 12 * self.engine.max_prompt_chars  # JSON takes up to 12 bytes per character
         self.app = api(self.engine, str(model.info.get("name") or "gpt_lightning"))
         mount(self.app, build_page(self.engine, curves))
 
@@ -246,7 +245,7 @@ class Site:
 
 
 class Server(uvicorn.Server):
-    """Ends what is being computed before it waits for open connections."""
+    """Ends running computations before it waits for open connections."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.config.app.engine.stopped = True  # type: ignore[union-attr]

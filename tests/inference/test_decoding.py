@@ -1,11 +1,14 @@
 """Generation beside slow ways to the same tokens, and beside transformers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt_lightning.inference.decoding import generate, stream, window_length
+from gpt_lightning.inference import decoding
+from gpt_lightning.inference.decoding import stream, window_length
 from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.model.gpt import GPT, GPTConfig
 
@@ -24,6 +27,10 @@ def build(block_size=16, **values):
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return net.double()
+
+
+def generate(net, prompts, settings, *, seed=0, **options):
+    return decoding.generate(net, prompts, replace(settings, seed=seed), **options)
 
 
 RANDOM = SamplingSettings(max_new_tokens=40, temperature=1.0, top_k=None)
@@ -118,7 +125,7 @@ def test_stop_ids_end_a_sequence_and_do_not_appear(net):
     ended = generate(net, PROMPTS, RANDOM, seed=3, stop_ids=[stop])
     for text, full in zip(ended, free, strict=True):
         assert text == (full[: full.index(stop)] if stop in full else full)
-    steps = list(stream(net, PROMPTS[:2], RANDOM, seed=3, stop_ids=[stop]))
+    steps = list(stream(net, PROMPTS[:2], replace(RANDOM, seed=3), stop_ids=[stop]))
     assert all(ids[0] is None for ids in steps[4:])
     assert steps[3][0] == free[0][3]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 from support.models import BYTES, random_net, reciting
 
@@ -11,8 +13,8 @@ from gpt_lightning.inference.text import TextGenerator
 
 
 def session(**options) -> Session:
-    settings = SamplingSettings(max_new_tokens=8, temperature=0.9)
-    return Session(TextGenerator(random_net(), BYTES), settings, seed=3, **options)
+    settings = SamplingSettings(max_new_tokens=8, temperature=0.9, seed=3, **options)
+    return Session(TextGenerator(random_net(), BYTES), settings)
 
 
 def say(session: Session, line: str) -> str:
@@ -46,7 +48,7 @@ def test_line_is_continued_with_the_settings_and_each_answer_has_another_seed() 
 def test_command_changes_a_setting_and_shows_it(line: str, name: str, value: object) -> None:
     talk = session(stop="x")
     assert say(talk, line).startswith(f"{name} = ")
-    assert talk.settings[name] == value
+    assert getattr(talk.settings, name) == value
     assert say(talk, f"/{name}") == say(talk, line)
 
 
@@ -65,7 +67,7 @@ def test_command_changes_a_setting_and_shows_it(line: str, name: str, value: obj
 )
 def test_wrong_command_says_why_and_changes_nothing(line: str, message: str | None) -> None:
     talk = session()
-    before = dict(talk.settings)
+    before = talk.settings
     if message is None:
         say(talk, line)
     else:
@@ -76,12 +78,12 @@ def test_wrong_command_says_why_and_changes_nothing(line: str, message: str | No
 
 def test_help_and_settings_name_every_setting() -> None:
     talk = session()
-    for name in talk.settings:
+    for name in asdict(talk.settings):
         assert name in say(talk, "/help")
         assert f"{name} = " in say(talk, "/settings")
 
 
 def test_several_samples_are_divided_by_a_line() -> None:
-    settings = SamplingSettings(max_new_tokens=20, temperature=0.0)
-    talk = Session(reciting("hello"), settings, num_samples=2, stop="lo")
+    settings = SamplingSettings(max_new_tokens=20, temperature=0.0, num_samples=2, stop="lo")
+    talk = Session(reciting("hello"), settings)
     assert say(talk, "") == "hel\n---\nhel"

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from support.models import BYTES, random_net, reciting
 
 from gpt_lightning.data.tokenizer import end_of_text
+from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.inference.text import BATCH, TextGenerator
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 100}
@@ -71,7 +72,7 @@ def test_stop_strings_cut_wherever_tokens_divide_them(text: str, stops: list[str
 def test_last_piece_tells_why_and_after_how_many_tokens(
     options: dict, text: str, tokens: int, finish: str
 ) -> None:
-    pieces = [piece for (piece,) in reciting("hello").pieces([""], **{**GREEDY, **options})]
+    pieces = [piece for (piece,) in reciting("hello").pieces([""], SamplingSettings(**{**GREEDY, **options}))]
     assert "".join(piece.text for piece in pieces) == text
     assert (pieces[-1].tokens, pieces[-1].finish) == (tokens, finish)
     assert not any(piece.finish for piece in pieces[:-1])
@@ -90,11 +91,11 @@ def test_each_sample_is_what_it_would_be_alone() -> None:
 
 def test_answers_come_in_order_and_the_first_at_once() -> None:
     model = TextGenerator(random_net(), BYTES)
-    seen = list(model.in_order(["a", "b", "c"], max_new_tokens=5, stop="x"))
+    seen = list(model.in_order(["a", "b", "c"], SamplingSettings(max_new_tokens=5, stop="x")))
     numbers = [number for number, _ in seen]
     assert numbers == sorted(numbers)
     assert [number for number, piece in seen if piece.finish] == [0, 1, 2]
-    assert next(iter(model.in_order(["a"] * 3, max_new_tokens=100_000)))[1].tokens == 1
+    assert next(iter(model.in_order(["a"] * 3, SamplingSettings(max_new_tokens=100_000))))[1].tokens == 1
 
 
 def test_single_prompt_gives_a_text_and_all_else_a_list() -> None:

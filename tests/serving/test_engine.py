@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from gpt_lightning.data import tokenizer as tokenizers
+from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.inference.text import TextGenerator
 from gpt_lightning.model.gpt import GPT, GPTConfig
 from gpt_lightning.serving.engine import Engine
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "seed": 1, "temperature": 0.9}
+LONG = SamplingSettings(**{**SETTINGS, "max_new_tokens": 100})
 
 
 @pytest.fixture
@@ -30,14 +32,14 @@ def engine(model: TextGenerator) -> Engine:
 
 
 async def read(engine: Engine, prompt: str) -> str:
-    async with aclosing(engine.pieces([prompt], **SETTINGS)) as steps:
+    async with aclosing(engine.pieces([prompt], SamplingSettings(**SETTINGS))) as steps:
         return "".join([piece.text async for (piece,) in steps])
 
 
 def test_client_that_reads_nothing_more_does_not_hold_up_the_next(model: TextGenerator) -> None:
     async def both() -> tuple[str, str]:
         waiter = engine(model)
-        async with aclosing(waiter.pieces(["first"], **SETTINGS)) as slow:
+        async with aclosing(waiter.pieces(["first"], SamplingSettings(**SETTINGS))) as slow:
             (piece,) = await anext(slow)
             other = await asyncio.wait_for(read(waiter, "second"), 60)
             return piece.text + "".join([piece.text async for (piece,) in slow]), other
@@ -48,7 +50,7 @@ def test_client_that_reads_nothing_more_does_not_hold_up_the_next(model: TextGen
 def test_closed_request_leaves_the_engine_empty_and_able_to_answer(model: TextGenerator) -> None:
     async def closed() -> str:
         waiter = engine(model)
-        async with aclosing(waiter.pieces(["first"], **{**SETTINGS, "max_new_tokens": 100})) as steps:
+        async with aclosing(waiter.pieces(["first"], LONG)) as steps:
             await anext(steps)
         text = await asyncio.wait_for(read(waiter, "second"), 60)
         assert waiter.inside == 0

@@ -71,6 +71,10 @@ class TextFiles:
             raise ValueError(f"data.val_path={self.val_path} takes all files of data.path={self.path}")
         return {"train": train, "val": val}
 
+    def files(self, split: Split) -> list[Path]:
+        """The files that a split is read from."""
+        return self._files[split]
+
     def _find(self) -> list[Path]:
         return _find_files("data.path", self.path)
 

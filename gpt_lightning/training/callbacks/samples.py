@@ -48,10 +48,10 @@ class Samples(Callback):
         seed: int = 1337,
         show: bool = False,
     ):
-        self.path, self.prompt, self.seed, self.show = Path(path), prompt, seed, show
+        self.path, self.prompt, self.show = Path(path), prompt, show
         try:
             self.settings = SamplingSettings(
-                max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k
+                max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
             )
         except ValueError as error:
             raise ValueError(f"callbacks.samples.{error}") from error
@@ -75,7 +75,7 @@ class Samples(Callback):
         encoding = pl_module.tokenizer
         end = tokenizers.end_of_text(encoding)
         ids = tokenizers.encode_array(encoding, self.prompt).tolist() if self.prompt else []
-        new = generate(pl_module.net, [[end, *ids]], self.settings, seed=self.seed, stop_ids=(end,))[0]
+        new = generate(pl_module.net, [[end, *ids]], self.settings, stop_ids=(end,))[0]
         self.latest = encoding.decode([*ids, *(token for token in new if token != end)])
         if self.show:
             with tqdm.external_write_mode():

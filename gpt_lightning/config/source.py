@@ -1,0 +1,79 @@
+"""The value of checkpoint= and the corpus of its run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from gpt_lightning.config.command import ConfigError, build
+from gpt_lightning.rundir.directory import newest_run
+
+if TYPE_CHECKING:
+    from gpt_lightning.data.corpus.base import Corpus
+
+log = logging.getLogger(__name__)
+
+
+def checkpoint_source(cfg: DictConfig) -> Path:
+    """The path that checkpoint= names.
+
+    `latest` is the newest run with a checkpoint below paths.outputs, `NAME/latest` the newest one below
+    its subfolder NAME.
+
+    Raises:
+        ConfigError: If the key is missing.
+        FileNotFoundError: If there is no such run.
+    """
+    if cfg.checkpoint is None:
+        raise ConfigError(
+            "checkpoint= is missing; give a checkpoint, a run directory, an exported folder or latest"
+        )
+    path = Path(str(cfg.checkpoint)).expanduser()
+    if path.name != "latest" or path.exists():
+        return path
+    run = newest_run(Path(cfg.paths.outputs) / path.parent, with_checkpoint=True)
+    log.info("checkpoint=%s is %s", path, run)
+    return run
+
+
+def corpus_of_run(source: Path) -> Corpus | None:
+    """The corpus that the run of a checkpoint was trained on, built from the checkpoint's configuration.
+
+    Checkpoints may come from others, so only corpora of this package are built; None for any other
+    class and for exported folders, which hold no configuration.
+    """
+    if (source / "config.json").is_file():
+        return None
+    from gpt_lightning.rundir.checkpoint import read_checkpoint
+
+    data = read_checkpoint(source, verify=False)["hyper_parameters"].get("data")
+    node = data.get("corpus") if isinstance(data, dict) else None
+    if not isinstance(node, dict) or not all(map(_is_class_of_data, _targets(node))):
+        return None
+    corpus: Corpus = build(OmegaConf.create(node), "data.corpus")
+    return corpus
+
+
+def _targets(node: Any) -> Iterator[Any]:
+    """All values of _target_ in a configuration."""
+    if isinstance(node, dict):
+        yield from (value for key, value in node.items() if key == "_target_")
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from _targets(child)
+
+
+def _is_class_of_data(target: Any) -> bool:
+    import importlib
+
+    module, _, name = str(target).rpartition(".")
+    if not module.startswith("gpt_lightning.data."):
+        return False
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return False
+    return isinstance(found, type) and found.__module__ == module
