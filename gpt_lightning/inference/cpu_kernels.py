@@ -1,12 +1,15 @@
 """Linear layers rearranged for generation on a CPU.
 
-One token at a time, a linear layer does little but read its weights, and torch's matrix product for one
-or a few rows reads them at less than half of the memory's speed. oneDNN, which torch brings along,
-reaches it with weights in a blocked layout of its own. Smaller weights are read faster still: bfloat16,
-or int8 with one scale per output, multiplied in integers with activations that have one scale per token
-(https://arxiv.org/abs/2208.07339 calls that vector-wise). No row depends on its neighbours.
-CPUs without VNNI add two products in 16 bits, which overflow: there, activations get 7 bits, and single
-positions, for which integers are slow on them, are multiplied in bfloat16.
+For one token at a time, a linear layer mostly reads its weights, and torch's matrix product for one or a
+few rows reads them at less than half of the memory's bandwidth. oneDNN, which comes with torch, reaches it
+with weights in its own blocked layout. bfloat16 weights halve the bytes; int8 weights with one scale per
+output quarter them, and are multiplied in integers by activations with one scale per token ("vector-wise",
+https://arxiv.org/abs/2208.07339). No row depends on its neighbours.
+CPUs without VNNI add pairs of products in 16 bits, which overflow: on these, activations get 7 bits, and
+single positions, for which integers are slow there, are multiplied in bfloat16.
+
+The operators are not part of torch's stable interface. int8 is used only if asked for; the default layout
+only after `PackedLinear` has been compared with nn.Linear.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from gpt_lightning.model.gpt import GPT, Head
 
 log = logging.getLogger(__name__)
 
-ROWS = 32  # oneDNN chooses a layout for this many, which is as good for one and for a whole prompt
+ROWS = 32  # number of rows that oneDNN optimizes the layout for; as fast for one row and for a prompt
 DTYPES = ("float32", "bfloat16", "int8")
 
 
@@ -37,21 +40,21 @@ class PackedLinear(nn.Module):
         self.linear = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == x.size(-1):  # oneDNN multiplies four rows in less time than one
+        if x.numel() == x.size(-1):  # oneDNN is faster with four rows than with one
             return self.linear(x.expand(4, *x.shape[1:]), self.weight, self.bias, "none", [], "")[:1]
         return self.linear(x, self.weight, self.bias, "none", [], "")
 
 
 def _int8_product(x: Tensor, zero: int, weight: Tensor, scale: Tensor) -> Tensor:
     """scale * ((x - zero) W^T) of unsigned x and a prepacked W, in float32."""
-    output: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")  # scale, zero, type, no function
+    output: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")  # scale, zero point, type, activation
     zeros = torch.zeros(len(scale), dtype=torch.int64)
     return torch.ops.onednn.qlinear_pointwise.default(x, 1.0, zero, weight, scale, zeros, None, *output)
 
 
 @functools.cache
 def activation_levels() -> int:
-    """The largest activation whose products this CPU adds up exactly: 127, or 63 where 16 bits overflow."""
+    """The largest activation whose products this CPU adds exactly: 127, or 63 if 16 bits overflow."""
     weight = torch.ops.onednn.qlinear_prepack(torch.full((16, 64), 127, dtype=torch.int8), None)
     largest = torch.full((1, 64), 255, dtype=torch.uint8)
     exact = bool((_int8_product(largest, 0, weight, torch.ones(16)) == 64 * 127 * 255).all())
@@ -64,8 +67,8 @@ class Int8Linear(nn.Module):
     Args:
         linear: The layer to replace.
         bias: b, None for none.
-        weight_only: Whether one position per sequence meets the weights in bfloat16, unrounded, instead of
-            in integers; None where integers are slow. Not for widths that are no multiple of 16.
+        weight_only: Whether single positions are multiplied in bfloat16 instead of integers; None chooses
+            the faster one. Ignored for widths that are not a multiple of 16.
     """
 
     def __init__(self, linear: nn.Linear, bias: Tensor | None, weight_only: bool | None = None):
@@ -76,14 +79,14 @@ class Int8Linear(nn.Module):
         rounded = (weight / self.scale[:, None]).round().to(torch.int8)
         self.bias = torch.zeros(len(weight)) if bias is None else bias
         self.packed = torch.ops.onednn.qlinear_prepack(rounded, None)
-        self.packed_scale = self.scale / self.levels  # what remains when y is multiplied by the largest |x|
-        self.zero = self.levels + 1  # of the unsigned activations
-        self.middle = torch.tensor(self.zero + 0.5)  # a half to round with
+        self.packed_scale = self.scale / self.levels  # y is multiplied by the largest |x| in addition
+        self.zero = self.levels + 1  # zero point of the unsigned activations
+        self.middle = torch.tensor(self.zero + 0.5)  # a half for rounding
         wanted = self.levels < 127 if weight_only is None else weight_only
-        self.weight_only = wanted and linear.in_features % 16 == 0  # torch's kernel reads past other rows
+        self.weight_only = wanted and linear.in_features % 16 == 0  # as torch's kernel needs
         if self.weight_only:
             self.weight = rounded
-            self.ones = torch.ones(len(weight), dtype=torch.bfloat16)  # scales of 8 bits would be too rough
+            self.ones = torch.ones(len(weight), dtype=torch.bfloat16)  # scaled in float32 instead
             self.product = torch.ops.aten._weight_int8pack_mm.default
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,22 +94,40 @@ class Int8Linear(nn.Module):
             rows = x.reshape(-1, x.size(-1)).bfloat16()
             y = self.product(rows, self.weight, self.ones).float()
             return torch.addcmul(self.bias, y, self.scale).view(*x.shape[:-1], -1)
-        largest = x.abs().amax(-1, keepdim=True)  # (..., 1); where it is 0, so is its product below
+        largest = x.abs().amax(-1, keepdim=True)  # (..., 1); if it is 0, so is the result
         q = torch.addcdiv(self.middle, x, largest, value=self.levels).to(torch.uint8)
         return torch.addcmul(self.bias, _int8_product(q, self.zero, self.packed, self.packed_scale), largest)
 
 
+def check_packed_linear(dtype: torch.dtype) -> None:
+    """Compare PackedLinear with nn.Linear on a small example, for one row and for several.
+
+    Raises:
+        RuntimeError: If the results differ.
+    """
+    random = torch.Generator().manual_seed(0)
+    linear = nn.Linear(48, 20).to(dtype)
+    for parameter in linear.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=random))
+    packed = PackedLinear(linear, linear.bias)
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    for rows in (1, 5):
+        x = torch.randn(rows, 1, 48, generator=random).to(dtype)
+        if not torch.allclose(packed(x).float(), linear(x).float(), rtol=tolerance, atol=tolerance):
+            raise RuntimeError("the packed layer gives other results than nn.Linear")
+
+
 @torch.no_grad()
 def pack(net: GPT, dtype: str = "float32") -> GPT:
-    """Make a model fast at generation on its CPU, in place; it can no longer be trained or saved.
+    """Make a model fast at generation on a CPU, in place; it can no longer be trained or saved.
 
-    On other devices, and where torch was built without oneDNN, its layers stay as they are. The
-    state_dict() of a packed model raises ValueError: its weights are not what was trained.
+    The layers are unchanged on other devices, and where oneDNN is missing or gives wrong results. The
+    state_dict() of a packed model raises ValueError.
 
     Args:
         net: The model, in float32.
-        dtype: "float32" changes nothing but rounding; "bfloat16" halves weights and cache; "int8"
-            reads a quarter and computes everything between the layers in float32.
+        dtype: "float32" changes only rounding; "bfloat16" halves weights and cache; "int8" quarters the
+            weights and computes in float32 between the layers.
 
     Raises:
         ValueError: If dtype is none of these, or int8 is not available on this machine.
@@ -119,14 +140,16 @@ def pack(net: GPT, dtype: str = "float32") -> GPT:
     layers = [(parent, name, child) for parent in net.modules() for name, child in parent.named_children()]
     try:
         if net.transformer.wte.weight.device.type != "cpu":
-            raise RuntimeError("it is made for CPUs")
+            raise RuntimeError("only CPUs have them")
+        if dtype != "int8":
+            check_packed_linear(net.transformer.wte.weight.dtype)
         for parent, name, child in layers:
             if isinstance(child, nn.Linear):
                 setattr(parent, name, kind(child, child.padding if isinstance(child, Head) else child.bias))
-    except (AttributeError, RuntimeError) as error:  # torch.ops raises both for what a build lacks
+    except (AttributeError, RuntimeError) as error:  # torch.ops raises both if a build lacks an operator
         if dtype == "int8":
             raise ValueError(f"dtype=int8 is not available here ({error}); use dtype=bfloat16") from error
-        log.info("linear layers stay as they are: %s", error)
+        log.info("packed linear layers are not used: %s", error)
         return net.eval()
     net.register_state_dict_pre_hook(_refuse_to_save)
     return net.eval()

@@ -1,14 +1,14 @@
 """Token by token generation for sequences of different lengths.
 
-GPT-2's positions are learned, so a text longer than block_size cannot slide by one token without
-computing every key anew. The window therefore moves in steps: when the text outgrows the block, the
-oldest tokens are dropped until little more than half a block is left, that is computed anew, and the
-window grows again. A token thus sees between half a block and a block of context, at the price of one
-forward of half a block for every half block of tokens; moving one token at a time would cost a forward of
-a whole block per token. The window depends on the length of the text alone, with a cache or without.
+GPT-2's positions are learned, so a text longer than block_size cannot advance by one token without
+recomputing every key. The window therefore advances in steps: when the text outgrows the block, the oldest
+tokens are dropped until little more than half a block is left, that part is recomputed, and the window grows
+again. A token thus sees between half a block and a block of context, for one forward of half a block per
+half block of tokens; advancing by one token would cost a forward of a whole block per token. The window
+depends only on the length of the text, with a cache or without.
 
-Every sequence draws from random numbers of its own, so it does not depend on its neighbours in the
-batch, and the global random state stays as it was. B sequences, T positions, C n_embd, V vocabulary.
+Every sequence draws from its own generator, so it does not depend on its neighbours in the batch, and the
+global random state is unchanged. B sequences, T positions, C n_embd, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from gpt_lightning.model.gpt import GPT, KVCache
 
 log = logging.getLogger(__name__)
 
-DRAWS = 256  # random numbers drawn at once: the text does not depend on how much more may follow
+DRAWS = 256  # random numbers drawn at once; constant, so that the text does not depend on max_new_tokens
 
 
 def window_length(length: int, block_size: int) -> int:
-    """How many of a text's last tokens the model sees when it predicts the next one."""
+    """Number of last tokens of a text that the model sees when it predicts the next one."""
     shortest = block_size // 2 + 1
     if length <= block_size:
         return length
@@ -46,16 +46,16 @@ def stream(
     use_cache: bool = True,
     static_shapes: bool = False,
 ) -> Iterator[list[int | None]]:
-    """Yield the next token of every prompt until all have stopped.
+    """Yields the next token of every prompt until all have stopped.
 
     Args:
-        net: The model; in evaluation mode until the iterator ends, then as it was.
+        net: The model; in evaluation mode until the iterator ends.
         prompts: Token ids, at least one each (<|endoftext|> begins a text from nothing).
         settings: How tokens are chosen; prompt i draws from a generator seeded with settings.seed + i.
         stop_ids: A sequence ends before one of these.
-        use_cache: False computes every window anew: the slow reference.
-        static_shapes: Lets every step read the whole cache, so that a CUDA device records the step once
-            and replays it without Python; under autocast it does not record.
+        use_cache: False recomputes every window, as a slow reference.
+        static_shapes: Whether every step reads the whole cache, so that a CUDA device can record the step
+            as a CUDA graph and replay it; under autocast nothing is recorded.
 
     Yields:
         One id per prompt, None where the sequence has ended.
@@ -113,7 +113,7 @@ def generate(
 
 
 class _Uncached:
-    """Logits (B, V) after each text, from the whole window every time."""
+    """Logits (B, V) after each text, from a forward of its whole window."""
 
     def __init__(self, net: GPT):
         self.net = net
@@ -126,7 +126,7 @@ class _Uncached:
 
 
 class _Cached:
-    """The same from one new position per text, as long as its window only grows."""
+    """The same from one new position per text, while its window only grows."""
 
     def __init__(self, net: GPT, batch_size: int, longest: int, static_shapes: bool):
         weight = net.transformer.wte.weight
@@ -151,9 +151,9 @@ class _Cached:
         return logits.float()
 
     def _fill(self, rows: list[int], windows: list[list[int]]) -> Tensor:
-        """Logits after the windows, which become the contents of `rows` of the cache."""
+        """Logits after the windows, whose keys and values are written to `rows` of the cache."""
         T = max(map(len, windows))
-        # Padding on the right: no earlier position sees it, and later tokens overwrite it in the cache.
+        # Padding on the right is invisible to earlier positions and overwritten by later tokens.
         idx = torch.tensor([window + [0] * (T - len(window)) for window in windows], device=self.device)
         positions = torch.arange(T, device=self.device).expand(len(rows), T)
         self.cache.seek(self.rows[rows], positions)
@@ -170,18 +170,18 @@ class _Cached:
             try:
                 self.recorded = self.recorded or _Recorded(self.net, idx, self.cache)
                 return self.recorded(idx, self.cache)
-            except RuntimeError as error:  # memory, or a model with a layer that cannot be recorded
-                log.warning("generation goes on without a CUDA graph: %s", error)
+            except RuntimeError as error:  # too little memory, or a layer that cannot be recorded
+                log.warning("generation continues without a CUDA graph: %s", error)
                 self.static_shapes, self.recorded = False, None
                 self.cache.seek(self.rows, positions)
         return self.net.lm_head(self.net.transformer(idx, self.cache)[:, -1])
 
 
 class _Recorded:
-    """The step of one token per row as a CUDA graph, which runs without launching its kernels one by one.
+    """The step of one token per row as a CUDA graph, which replays without launching kernels one by one.
 
     Raises:
-        RuntimeError: If the step cannot be recorded, or its first replay gives something else.
+        RuntimeError: If the step cannot be recorded, or its first replay gives other logits.
     """
 
     def __init__(self, net: GPT, idx: Tensor, cache: KVCache):
@@ -190,7 +190,7 @@ class _Recorded:
             self._record(net, idx, cache)
 
     def _record(self, net: GPT, idx: Tensor, cache: KVCache) -> None:
-        aside = torch.cuda.Stream()  # kernels choose their algorithms here, which a recording must not do
+        aside = torch.cuda.Stream()  # for the warm-up, in which kernels choose algorithms
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             expected = net.lm_head(net.transformer(idx, cache)[:, -1])
@@ -198,10 +198,10 @@ class _Recorded:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.logits = net.lm_head(net.transformer(idx, cache)[:, -1])
-        self.logits.zero_()  # a recording of nothing would leave it so
+        self.logits.zero_()  # detects an empty recording
         self.graph.replay()
         if not torch.allclose(self.logits, expected, rtol=0.05, atol=0.05):
-            raise RuntimeError("its logits are not those of the step that it recorded")
+            raise RuntimeError("its logits differ from those of the recorded step")
 
     def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
         for recorded, new in zip(self.inputs, self._inputs(idx, cache), strict=True):

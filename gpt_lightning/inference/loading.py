@@ -26,16 +26,19 @@ log = logging.getLogger(__name__)
 GPT_TARGET = "gpt_lightning.model.gpt.build_gpt"
 
 
-def load(path: str | Path, device: str | None = None, dtype: str | None = None) -> TextGenerator:
-    """A trained model, ready to generate text, but no longer to be trained or saved.
+def load(
+    path: str | Path, device: str | None = None, dtype: str | None = None, *, cuda_graph: bool = False
+) -> TextGenerator:
+    """A trained model for generating text; it cannot be trained or saved.
 
         model = load("outputs/gpt/2026-01-31_12-00-00/checkpoints/best.ckpt")
         print(model.generate("Once upon a time", max_new_tokens=100, temperature=0.8))
 
     Args:
         path: A checkpoint, a run directory, or a folder that `gpt_lightning.export` wrote.
-        device: Such as "cpu", "cuda" or "mps"; None takes the fastest that is there.
+        device: Such as "cpu", "cuda" or "mps"; None takes the fastest available one.
         dtype: "float32", "bfloat16" or, on a CPU, "int8" for the weights; None is float32.
+        cuda_graph: As in `TextGenerator`.
 
     Raises:
         OSError: If there is nothing to load at `path`.
@@ -45,6 +48,7 @@ def load(path: str | Path, device: str | None = None, dtype: str | None = None) 
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} does not exist; use {', '.join(DTYPES)}")
     model = read_model(path)
+    model.cuda_graph = cuda_graph
     model.net.to(where)
     if where.type == "cpu" or dtype == "int8":
         pack(model.net, dtype or "float32")

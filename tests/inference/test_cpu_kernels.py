@@ -1,4 +1,4 @@
-"""Packed layers beside the ones they replace, on a model that has learned something."""
+"""Packed layers compared with the ones they replace, on a trained model."""
 
 import copy
 import functools
@@ -63,7 +63,7 @@ def test_every_linear_layer_is_replaced(net):
         assert torch.nn.Linear not in kinds
 
 
-def test_float32_changes_rounding_alone(net, text):
+def test_float32_changes_only_rounding(net, text):
     idx = text[:64].view(1, 64)
     with torch.no_grad():
         torch.testing.assert_close(packed(net, "float32")(idx), net(idx), atol=1e-4, rtol=1e-4)
@@ -89,7 +89,7 @@ def step_by_step(net, windows):
 
 
 @pytest.mark.parametrize("weight_only", [False, True])
-def test_int8_keeps_the_loss_where_it_generates(net, text, weight_only, monkeypatch):
+def test_int8_keeps_the_loss_of_generation(net, text, weight_only, monkeypatch):
     monkeypatch.setattr(cpu_kernels, "Int8Linear", functools.partial(Int8Linear, weight_only=weight_only))
     windows = text[: 65 * 60].view(60, 65)
     full, small = (
@@ -178,9 +178,22 @@ def test_padded_ids_stay_impossible(net, text):
         assert torch.all(logits[..., 127:] == -torch.inf), dtype
 
 
-def test_packed_model_does_not_pretend_to_have_weights_to_save(net):
+def test_packed_model_refuses_to_save(net):
     with pytest.raises(ValueError, match="use read_model"):
         packed(net, "float32").state_dict()
+
+
+def test_layers_are_not_packed_if_the_kernel_gives_wrong_results(net, text, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    operator = torch.ops.mkldnn._linear_pointwise
+    kernel = operator.default
+    monkeypatch.setattr(operator, "default", lambda *arguments: kernel(*arguments) * 1.1)
+    small = packed(net, "float32")
+    assert not any(isinstance(layer, PackedLinear) for layer in small.modules())
+    assert "packed linear layers are not used: the packed layer gives other results" in caplog.text
+    idx = text[:64].view(1, 64)
+    with torch.no_grad():
+        assert torch.equal(small(idx), net(idx))
 
 
 def test_unknown_type_is_refused_in_one_line(net):
@@ -188,7 +201,7 @@ def test_unknown_type_is_refused_in_one_line(net):
         pack(net, "int4")
 
 
-def test_model_on_another_device_stays_as_it_is():
+def test_model_on_another_device_is_unchanged():
     net = GPT(GPTConfig(vocab_size=127, block_size=8, n_layer=1, n_head=1, n_embd=8)).to("meta")
     assert pack(net) is net
     assert isinstance(net.transformer.h[0].mlp.c_fc, torch.nn.Linear)

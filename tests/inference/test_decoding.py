@@ -1,4 +1,4 @@
-"""Generation beside slow ways to the same tokens, and beside transformers."""
+"""Generation compared with slow references and with transformers."""
 
 from dataclasses import replace
 
@@ -37,14 +37,14 @@ RANDOM = SamplingSettings(max_new_tokens=40, temperature=1.0, top_k=None)
 PROMPTS = [[3], list(range(9)), [5, 4, 3, 2], list(range(30))]
 
 
-def test_window_grows_to_the_block_then_moves_in_half_blocks():
+def test_window_grows_to_the_block_then_advances_in_half_blocks():
     assert [window_length(n, 4) for n in range(1, 12)] == [1, 2, 3, 4, 3, 4, 3, 4, 3, 4, 3]
     assert [window_length(n, 6) for n in range(5, 14)] == [5, 6, 4, 5, 6, 4, 5, 6, 4]
     assert [window_length(n, 1) for n in range(1, 5)] == [1, 1, 1, 1]
     assert [window_length(n, 2) for n in range(1, 6)] == [1, 2, 2, 2, 2]
 
 
-def test_greedy_tokens_are_those_of_repeated_forwards(net):
+def test_greedy_tokens_equal_repeated_forwards(net):
     text = [7, 1, 4]
     for _ in range(30):  # beyond the block of 16
         window = text[-window_length(len(text), 16) :]
@@ -53,7 +53,7 @@ def test_greedy_tokens_are_those_of_repeated_forwards(net):
     assert generate(net, [[7, 1, 4]], greedy) == [text[3:]]
 
 
-def test_endless_request_needs_no_endless_memory_and_begins_as_a_short_one(net):
+def test_very_long_request_needs_little_memory_and_begins_like_a_short_one(net):
     endless = stream(net, PROMPTS, SamplingSettings(max_new_tokens=10**15, temperature=1.0, top_k=None))
     begun = [next(endless) for _ in range(300)]
     endless.close()
@@ -95,22 +95,22 @@ def test_static_shapes_change_no_token(net):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("recordable", [True, False])
-def test_recorded_steps_give_the_tokens_of_eager_ones(recordable, caplog):
+def test_cuda_graph_gives_the_tokens_of_eager_steps(recordable, caplog):
     net = build().to("cuda")
     plain = generate(net, PROMPTS, RANDOM, seed=5)
     if not recordable:
         net.lm_head.register_forward_hook(lambda *_: torch.cuda.synchronize())  # a recording must not wait
     assert generate(net, PROMPTS, RANDOM, seed=5, static_shapes=True) == plain
-    assert ("goes on without a CUDA graph" in caplog.text) != recordable
+    assert ("continues without a CUDA graph" in caplog.text) != recordable
 
 
-def test_sequences_in_a_batch_are_those_generated_alone(net):
+def test_batched_sequences_equal_single_ones(net):
     together = generate(net, PROMPTS, RANDOM, seed=10)
     assert together == [generate(net, [prompt], RANDOM, seed=10 + i)[0] for i, prompt in enumerate(PROMPTS)]
     assert len({tuple(t) for t in generate(net, [[3]] * 4, RANDOM)}) == 4  # each has its own numbers
 
 
-def test_seed_decides_the_text_and_more_tokens_only_prolong_it(net):
+def test_seed_determines_the_text_whatever_its_length(net):
     first = generate(net, [[3]], RANDOM, seed=1)
     assert first == generate(net, [[3]], RANDOM, seed=1)
     assert first != generate(net, [[3]], RANDOM, seed=2)
@@ -152,7 +152,7 @@ def test_repetition_penalty_counts_the_prompt_and_the_new_tokens(net):
     assert generate(net, [list(range(9))], chosen)[0] == text[9:]
 
 
-def test_global_random_state_and_mode_stay_as_they_were():
+def test_global_random_state_and_mode_are_unchanged():
     net = build(dropout=0.5).train()
     torch.manual_seed(4)
     state = torch.get_rng_state()
@@ -163,7 +163,7 @@ def test_global_random_state_and_mode_stay_as_they_were():
     assert not net.training
 
 
-def test_mode_comes_back_when_the_consumer_leaves_early(net):
+def test_mode_is_restored_when_the_iterator_is_closed(net):
     net.train()
     tokens = stream(net, [[3]], RANDOM)
     next(tokens)
