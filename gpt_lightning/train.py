@@ -6,7 +6,7 @@ import logging
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
@@ -34,6 +34,7 @@ from gpt_lightning.config.rules import check, duration
 
 if TYPE_CHECKING:
     from gpt_lightning.data.token_store import TokenStore
+    from gpt_lightning.rundir.summary import RunSummary
 from gpt_lightning.training.slurm import slurm_job
 
 log = logging.getLogger(__name__)
@@ -64,9 +65,10 @@ def micro_batch_size(cfg: DictConfig, checkpoint: Path | None) -> int:
     return find_micro_batch(cfg, device_count(cfg))
 
 
-def facts(cfg: DictConfig, store: TokenStore) -> dict[str, Any]:
-    """What decides a run beside its configuration, for its summary."""
+def facts(cfg: DictConfig, store: TokenStore) -> RunSummary:
+    """What identifies the run, for its summary."""
     return {
+        "name": cfg.name,
         "seed": cfg.seed,
         "device": cfg.device.accelerator,
         "versions": versions(),

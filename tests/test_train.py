@@ -284,16 +284,6 @@ def test_epochs_end_a_run_too(
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == windows // 8
 
 
-def test_throughput_monitor_logs_by_optimizer_step(
-    call: Callable[..., Any], tiny: list[str], tmp_path: Path
-) -> None:
-    call("train", *tiny, "callbacks=throughput", "callbacks.throughput.window_size=2", "logger=none")
-    with (tmp_path / "run" / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["step"] for row in rows] == [str(step) for step in range(1, 9)]
-    assert float(rows[-1]["throughput/device/flops_per_sec"]) > 0
-
-
 def test_sweep_makes_one_run_directory_per_job(
     call: Callable[..., Any], tiny: list[str], tmp_path: Path
 ) -> None:

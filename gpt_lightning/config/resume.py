@@ -37,7 +37,6 @@ HARMLESS = (
     "callbacks.progress*",
     "callbacks.samples*",
     "callbacks.metrics*",
-    "callbacks.throughput*",
     "callbacks.last*",
     "callbacks.nonfinite",
     "callbacks.incidents*",

@@ -1,4 +1,4 @@
-"""A picture of a run: training and validation loss, and the learning rate."""
+"""Plots of training loss, validation loss and learning rate."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from gpt_lightning.rundir.metrics import Row
 
 
 def plot_curves(rows: Sequence[Row], path: Path, *, floor: float | None = None) -> None:
-    """Draw the curves of a metrics.csv; the ending of `path` chooses the format (.png, .pdf, .svg).
+    """Plot the losses and the learning rate of a metrics.csv.
 
     Args:
         rows: As `read_metrics` returns them; losses in nats per token.
-        path: The picture.
-        floor: Entropy of the corpus in nats per token, drawn as a line.
+        path: The image; its suffix selects the format.
+        floor: Corpus entropy in nats per token, drawn as a line.
 
     Raises:
         ValueError: If no row has a loss.
@@ -35,7 +35,7 @@ def plot_curves(rows: Sequence[Row], path: Path, *, floor: float | None = None) 
     losses.plot(*column("train/loss"), linewidth=1, alpha=0.7, label="training loss")
     losses.plot(*column("val/loss"), marker="o", markersize=4, label="validation loss")
     if floor is not None:
-        losses.axhline(floor, linestyle="--", color="grey", label="entropy of the corpus")
+        losses.axhline(floor, linestyle="--", color="grey", label="corpus entropy")
     losses.set_xlabel("optimizer steps")
     losses.set_ylabel("nats per token")
     losses.grid(alpha=0.3)

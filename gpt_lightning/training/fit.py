@@ -1,4 +1,4 @@
-"""One run from its first step to its summary, however it ends."""
+"""Runs a training from its first step to its summary, and records how it ended."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -21,45 +19,44 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.data.files import read_json, write_json
 from gpt_lightning.data.windows import split_batch
 from gpt_lightning.rundir.curves import plot_curves
 from gpt_lightning.rundir.metrics import read_metrics
+from gpt_lightning.rundir.summary import RunSummary, Status, read_summary, write_summary
 from gpt_lightning.training.callbacks.checkpoints import LastCheckpoint
 from gpt_lightning.training.callbacks.incidents import Incidents
 from gpt_lightning.training.callbacks.interruption import Interrupted, Interruption
 from gpt_lightning.training.callbacks.metrics import StepMetrics
-from gpt_lightning.training.callbacks.progress import duration
+from gpt_lightning.training.callbacks.progress import format_duration
 from gpt_lightning.training.callbacks.samples import Samples
 from gpt_lightning.training.intervals import save_interval
+from gpt_lightning.training.loggers import silent_tensorboard_thread
 from gpt_lightning.training.module import LanguageModel
 
 log = logging.getLogger(__name__)
 
 
+@silent_tensorboard_thread()
 def fit(
     module: LanguageModel,
     data: TextDataModule,
     trainer: pl.Trainer,
     *,
     folder: Path,
-    facts: Mapping[str, Any],
+    facts: RunSummary,
     val_every_steps: int | None = None,
     checkpoint: Path | None = None,
     deadline: float | None = None,
-) -> dict[str, Any]:
-    """Train, and leave summary.json, curves.png and checkpoints behind.
+) -> RunSummary:
+    """Train, and write summary.json, curves.png and checkpoints.
 
     Args:
-        module, data, trainer: What trains on what.
+        module, data, trainer: The parts of the run.
         folder: The run directory.
-        facts: What the summary repeats: seed, device, versions, digests.
+        facts: What identifies the run, copied to the summary: name, seed, device, versions, digests.
         val_every_steps: Optimizer steps between validations; None follows the length of the run.
-        checkpoint: A last.ckpt to go on from.
-        deadline: When everything has to be written, in the seconds of time.monotonic(); None for never.
-
-    Returns:
-        The summary.
+        checkpoint: A last.ckpt to resume from.
+        deadline: When everything must be written, in the seconds of time.monotonic(); None for never.
 
     Raises:
         Interrupted: After a signal or at the deadline, when everything is written.
@@ -68,26 +65,24 @@ def fit(
     trainer.accumulate_grad_batches = accumulation
     # Lightning counts micro-batches here
     trainer.val_check_interval = (val_every_steps or save_interval(trainer.max_steps)) * accumulation
-    path = folder / "summary.json"
-    earlier = read_json(path) if checkpoint else {}
+    earlier = read_summary(folder) if checkpoint else RunSummary()
     started = time.monotonic()
 
-    def record(status: str, **results: Any) -> dict[str, Any]:
+    def record(status: Status, results: RunSummary | None = None) -> RunSummary:
         seconds = round(earlier.get("seconds", 0.0) + time.monotonic() - started, 1)
-        reached = _results(module, data, trainer)
-        summary = {"status": status, **reached, "seconds": seconds, **results, **facts}
+        results = results or {**_results(module, data, trainer), "seconds": seconds}
+        summary: RunSummary = {**results, **facts, "status": status}
         if trainer.is_global_zero:
-            write_json(path, summary)
+            write_summary(folder, summary)
         return summary
 
-    # a process that is killed cannot say so: until it says otherwise, the run is interrupted
-    record("interrupted", **{key: value for key, value in earlier.items() if key != "status"})
+    record("interrupted", earlier)  # which stays if the process is killed
     last = next((c for c in trainer.callbacks if isinstance(c, LastCheckpoint)), None)  # type: ignore[attr-defined]
-    if last is not None and threading.current_thread() is threading.main_thread():
-        last.interruption = Interruption(deadline)
     if last is not None:
         last.after_save = lambda: record("interrupted")
-    status = "failed"
+        if threading.current_thread() is threading.main_thread():  # others cannot handle signals
+            last.interruption = Interruption(deadline)
+    status: Status = "failed"
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         status = "finished"
@@ -97,7 +92,7 @@ def fit(
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        status = "interrupted"  # Lightning's answer to Ctrl-C before the first step
+        status = "interrupted"  # by Ctrl-C before the first step, which Lightning turns into SystemExit
         raise Interrupted(128 + signal.SIGINT) from None
     finally:
         try:
@@ -108,38 +103,36 @@ def fit(
         except OSError as error:
             if status == "finished":
                 raise
-            log.debug("nothing more could be written: %s", error)  # what ended the run is the error to tell
+            log.debug("cannot write: %s", error)  # the user needs the error that ended the run
     return summary
 
 
-def _results(module: LanguageModel, data: TextDataModule, trainer: pl.Trainer) -> dict[str, Any]:
-    """What the run has reached, in the units of the summary: nats per token, bits per byte."""
+def _results(module: LanguageModel, data: TextDataModule, trainer: pl.Trainer) -> RunSummary:
+    """Results of a run so far."""
     best = next((c for c in trainer.callbacks if type(c) is ModelCheckpoint), None)  # type: ignore[attr-defined]
     incidents = next((c for c in trainer.callbacks if isinstance(c, Incidents)), None)  # type: ignore[attr-defined]
     metrics = StepMetrics.of(trainer)
-    best_loss = module.best_val_loss
+    speed = metrics.steps * data.tokens_per_step / metrics.seconds if metrics and metrics.seconds else None
     return {
         "parameters": module.n_parameters,
         "steps": trainer.global_step,
         "tokens": trainer.global_step * data.tokens_per_step,
         "train_loss": float(module.train_loss),
         "val_loss": module.metrics.get("val/loss"),
-        "best_val_loss": best_loss if math.isfinite(best_loss) else None,
+        "best_val_loss": module.best_val_loss if math.isfinite(module.best_val_loss) else None,
         "perplexity": module.metrics.get("val/perplexity"),
         "bits_per_byte": module.metrics.get("val/bits_per_byte"),
         "floor_bits_per_byte": data.store.floor_bits_per_byte("val"),
-        "tokens_per_second": metrics.steps * data.tokens_per_step / metrics.seconds
-        if metrics and metrics.seconds
-        else None,
+        "tokens_per_second": speed,
         "skipped_steps": incidents.skipped if incidents else 0,
         "processes": trainer.world_size,
-        "threads": torch.get_num_threads(),  # of each process; Lightning changes it when several train
+        "threads": torch.get_num_threads(),  # Lightning changes it if several processes train
         "best_checkpoint": (best.best_model_path or None) if best else None,
     }
 
 
 def _draw(folder: Path, data: TextDataModule) -> None:
-    """curves.png; a run that logged no loss has none, and no picture is worth failing a run."""
+    """Draw curves.png; an error must not fail the run."""
     meta, floor = data.store.meta.splits["val"], None
     if meta.floor_bits is not None:
         floor = meta.floor_bits * math.log(2) / meta.tokens
@@ -149,32 +142,31 @@ def _draw(folder: Path, data: TextDataModule) -> None:
         log.debug("no curves: %s", error)
 
 
-def _log_hyperparameters(module: LanguageModel, trainer: pl.Trainer, summary: Mapping[str, Any]) -> None:
-    """TensorBoard's HParams page, with the results that the run really had."""
+def _log_hyperparameters(module: LanguageModel, trainer: pl.Trainer, summary: RunSummary) -> None:
+    """Fill TensorBoard's HParams page with the results of the run."""
     keys = ("val_loss", "best_val_loss", "bits_per_byte")
-    results = {f"hparams/{key}": summary[key] for key in keys if summary.get(key) is not None}
+    results = {f"hparams/{key}": value for key, value in summary.items() if key in keys and value is not None}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and results:
             logger.log_hyperparams(dict(module.hparams), results, step=trainer.global_step)
             logger.save()
 
 
-def describe(summary: Mapping[str, Any], trainer: pl.Trainer, folder: Path) -> str:
+def describe(summary: RunSummary, trainer: pl.Trainer, folder: Path) -> str:
     """The last lines that a user sees of a run."""
     sample = next((c.latest for c in trainer.callbacks if isinstance(c, Samples)), "")  # type: ignore[attr-defined]
     lines = [f"\n{sample}\n"] if sample else []
-    if summary["val_loss"] is not None:
-        floor = summary["floor_bits_per_byte"]
-        beside = ""
-        if floor:
-            beside = f", {summary['bits_per_byte'] / floor - 1:.1%} above the corpus's floor of {floor:.4f}"
-        lines.append(
+    bits, floor = summary["bits_per_byte"], summary["floor_bits_per_byte"]
+    if bits is not None:
+        compared = f", {bits / floor - 1:.1%} above the corpus entropy of {floor:.4f}" if floor else ""
+        lines += [
             f"validation loss {summary['val_loss']:.4f} | perplexity {summary['perplexity']:.2f} | "
-            f"{summary['bits_per_byte']:.4f} bits per byte{beside}"
-        )
+            f"{bits:.4f} bits per byte{compared}",
+            "(over windows end to end; evaluate uses sliding windows, whose loss is lower)",
+        ]
     speed = summary["tokens_per_second"]
     lines.append(
-        f"{summary['steps']} steps, {summary['tokens']:,} tokens in {duration(summary['seconds'])}"
+        f"{summary['steps']} steps, {summary['tokens']:,} tokens in {format_duration(summary['seconds'])}"
         + (f" ({speed:,.0f} tokens/s)" if speed else "")
     )
     lines.append(f"run: {folder}")
@@ -182,7 +174,7 @@ def describe(summary: Mapping[str, Any], trainer: pl.Trainer, folder: Path) -> s
 
 
 def end_with_parent() -> None:
-    """A rank that Lightning started must not outlive the first one, or it would hold its GPU for ever."""
+    """Let the kernel kill a rank that Lightning started when the first rank dies, to free its GPU."""
     if (
         "PL_GLOBAL_SEED" in os.environ
         and int(os.environ.get("LOCAL_RANK", 0)) > 0
@@ -192,15 +184,12 @@ def end_with_parent() -> None:
 
 
 def quiet_lightning() -> None:
-    """Leave to Lightning's log what a user needs, its warnings."""
+    """Hide Lightning's messages except its warnings."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.WARNING)
-        logger.handlers.clear()  # else every line comes twice
-    # a thread of TensorBoard prints what goes wrong, and then hands it on to us
-    others = threading.excepthook
-    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else others(args)
-    # Lightning 2.6 uses a function that torch 2.12 deprecates; nothing a user can do about it
+        logger.handlers.clear()  # else every line is printed twice
+    # Lightning 2.6 calls a function that torch 2.12 deprecates
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*", category=FutureWarning)
-    # so it is where a run goes on
+    # which is expected when a run is resumed
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")

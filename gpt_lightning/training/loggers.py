@@ -1,9 +1,11 @@
-"""metrics.csv as one of Lightning's loggers."""
+"""Loggers: metrics.csv as one of Lightning's, and errors of TensorBoard's thread."""
 
 from __future__ import annotations
 
+import threading
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +47,20 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()
+
+
+@contextmanager
+def silent_tensorboard_thread() -> Iterator[None]:
+    """Keep TensorBoard's writer thread from printing an OSError that it raises in the main thread too."""
+    report = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        from_tensorboard = type(args.thread).__module__.startswith("tensorboard.")
+        if not (from_tensorboard and isinstance(args.exc_value, OSError)):
+            report(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = report

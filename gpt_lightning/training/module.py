@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.model.gpt import IGNORE
+from gpt_lightning.rundir.checkpoint import Progress
 from gpt_lightning.training.optimizers import OptimizerFactory, decay_groups, matrix_names
 
 Schedule = Callable[[int], float]  # optimizer steps done -> factor of the peak learning rate
@@ -39,10 +40,11 @@ class LanguageModel(pl.LightningModule):
         train_loss: Mean loss of the last optimizer step's micro-batches on this rank, () nats.
         grad_norm: Gradient norm of the last optimizer step before clipping, ().
         lr: Learning rate of the last optimizer step.
-        look: Called before each optimizer step, when its loss and gradient are known and not yet clipped.
+        step_ended: Whether the last micro-batch ended an optimizer step.
+        before_step: Called before each optimizer step, with the loss known and the gradient not yet clipped.
         metrics: What the last validation measured.
         best_val_loss: Lowest validation loss so far, in nats per token.
-        n_parameters: Numbers in the network, tied ones counted once, all shards together.
+        n_parameters: Parameters of the network, tied ones counted once, over all shards.
     """
 
     def __init__(
@@ -65,11 +67,12 @@ class LanguageModel(pl.LightningModule):
             "token_bytes", torch.from_numpy(np.asarray(tokenizers.token_bytes(tokenizer))), persistent=False
         )
         self.n_parameters = sum(p.numel() for p in net.parameters())
-        self._matrices = matrix_names(net)  # now, because a sharded parameter is flat
-        self._loss_sum = torch.zeros(())  # no buffer: it stays in 32 bits where the weights do not
+        self._matrices = matrix_names(net)  # now, because sharding flattens the parameters
+        self._loss_sum = torch.zeros(())  # not a buffer, so that it stays in 32 bits if the weights do not
         self.train_loss, self.grad_norm = torch.tensor(math.nan), torch.tensor(math.nan)
         self.lr = math.nan
-        self.look: Callable[[], None] = lambda: None
+        self.step_ended = False
+        self.before_step: Callable[[], None] = lambda: None
         self.metrics: dict[str, float] = {}
         self.best_val_loss = math.inf
         self._sums: Tensor | None = None
@@ -78,8 +81,11 @@ class LanguageModel(pl.LightningModule):
 
     def on_train_start(self) -> None:
         self._loss_sum = torch.zeros((), device=self.device)
-        if self.global_rank > 0:  # the ranks began with one seed for the weights; their dropout must differ
+        if self.global_rank > 0:  # the ranks share the seed of the weights, but their dropout must differ
             torch.manual_seed(torch.initial_seed() + self.global_rank)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.step_ended = False
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         loss = self.net(*batch)
@@ -89,17 +95,17 @@ class LanguageModel(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self.train_loss = self._loss_sum / self.trainer.accumulate_grad_batches
         self._loss_sum = torch.zeros_like(self._loss_sum)
-        self.lr = optimizer.param_groups[0]["lr"]
+        self.lr, self.step_ended = optimizer.param_groups[0]["lr"], True
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
-        limit = math.inf if self.clip_norm is None else self.clip_norm  # an infinite limit only measures
+        limit = math.inf if self.clip_norm is None else self.clip_norm
         root: Any = self.trainer.strategy.model
-        if hasattr(root, "clip_grad_norm_"):  # a sharded model has one of its own
+        if hasattr(root, "clip_grad_norm_"):  # FSDP clips the shards itself
             self.grad_norm = root.clip_grad_norm_(limit)
-            self.look()
+            self.before_step()
             return
         self.grad_norm = nn.utils.get_total_norm(p.grad for p in self.parameters() if p.grad is not None)
-        self.look()
+        self.before_step()
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters(), limit, self.grad_norm)
 
@@ -108,15 +114,8 @@ class LanguageModel(pl.LightningModule):
         scheduler = LambdaLR(optimizer, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    @property
-    def flops_per_batch(self) -> int:
-        """Floating-point operations of one micro-batch, forward and backward, for Lightning's monitor."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        tokens = data.tokens_per_step // (self.trainer.accumulate_grad_batches * self.trainer.world_size)
-        return tokens * self.net.flops_per_token(data.block_size)  # type: ignore[operator]
-
     def on_validation_epoch_start(self) -> None:
-        place = "cpu" if self.device.type == "mps" else self.device  # which has no 64 bits
+        place = "cpu" if self.device.type == "mps" else self.device  # MPS has no float64
         self._sums = torch.zeros(3, dtype=torch.float64, device=place)
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
@@ -135,7 +134,7 @@ class LanguageModel(pl.LightningModule):
         loss = nats / tokens
         self.metrics = {
             "val/loss": loss,
-            "val/perplexity": math.exp(min(loss, 700.0)),  # beyond it a float overflows
+            "val/perplexity": math.exp(min(loss, 700.0)),  # exp overflows above
             "val/bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else math.nan,
         }
         self.best_val_loss = min(self.best_val_loss, loss)
@@ -146,20 +145,20 @@ class LanguageModel(pl.LightningModule):
                 logger.log_metrics(self.metrics, step=self.global_step)
 
     def mean_train_loss(self) -> float:
-        """`train_loss` over all ranks, which all have to call this."""
+        """Mean of `train_loss` over all ranks; a collective operation."""
         return float(self.trainer.strategy.reduce(self.train_loss.clone().to(self.device), reduce_op="mean"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokenizer"] = tokenizers.to_state(self.tokenizer)
-        checkpoint["progress"] = {
-            "step": self.global_step,
-            "train_loss": self.mean_train_loss(),
-            "best_val_loss": self.best_val_loss,
-            "lr": self.lr,
-            "metrics": dict(self.metrics),
-        }
+        checkpoint["progress"] = Progress(
+            step=self.global_step,
+            train_loss=self.mean_train_loss(),
+            best_val_loss=self.best_val_loss,
+            lr=self.lr,
+            metrics=dict(self.metrics),
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        progress = checkpoint["progress"]
+        progress: Progress = checkpoint["progress"]
         self.train_loss, self.lr = torch.tensor(progress["train_loss"]), progress["lr"]
         self.best_val_loss, self.metrics = progress["best_val_loss"], dict(progress["metrics"])

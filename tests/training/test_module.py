@@ -54,7 +54,7 @@ class Record(pl.Callback):
         self.rates: list[float] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:  # type: ignore[override]
-        if not trainer.fit_loop._should_accumulate():
+        if pl_module.step_ended:
             self.losses.append(float(pl_module.train_loss))
             self.norms.append(float(pl_module.grad_norm))
             self.rates.append(pl_module.lr)

@@ -1,4 +1,4 @@
-"""Checkpoints that are never half written and from which a run goes on exactly."""
+"""When a run writes checkpoints, and what it restores from them to continue exactly."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from gpt_lightning.rundir.checkpoint import write_checkpoint
 from gpt_lightning.training.callbacks.interruption import Interruption
 from gpt_lightning.training.intervals import save_interval
+from gpt_lightning.training.module import LanguageModel
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -66,10 +67,10 @@ def validation_is_due(trainer: pl.Trainer) -> bool:
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves last.ckpt every so many optimizer steps and at a clean end, and keeps the ones before it.
+    """Saves last.ckpt at regular steps, at the end and on an interruption, and keeps earlier ones.
 
-    A checkpoint is written between two optimizer steps; where a validation is due, after it, so that it
-    holds the validation's results and a resumed run does not repeat it.
+    A checkpoint is written between two optimizer steps. Where a validation is due, it is written after the
+    validation, so that it has the results and a resumed run does not repeat it.
 
     Args:
         folder: Where checkpoints go.
@@ -98,12 +99,12 @@ class LastCheckpoint(Checkpoint):
                 raise ValueError(f"trainer.{key}={value} must be at least 1")
         self.folder, self.every_steps, self.keep = Path(folder), every_steps, keep
         self.snapshot_every_steps = snapshot_every_steps
-        self.interruption: Interruption | None = None  # what may end the run early
+        self.interruption: Interruption | None = None  # a request to stop, if there can be one
         self.after_save: Callable[[], object] = lambda: None
         self._restored: dict[str, Any] | None = None
         self._saved_step = -1
         self._validating = False  # whether a validation is under way
-        self._pending = {"stop": False, "validation": False}  # what the loaded checkpoint had yet to do
+        self._pending = {"stop": False, "validation": False}  # of the loaded checkpoint
         self._max_steps = -1
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -112,7 +113,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.interruption is not None:
             self.interruption.listen(trainer)
-        if self._pending["validation"]:  # it was cut short: once more, from its beginning
+        if self._pending["validation"]:  # it was interrupted, so it is repeated from the beginning
             loop = trainer.fit_loop.epoch_loop
             loop.max_steps = self._max_steps
             loop.val_loop.restarting = False
@@ -122,60 +123,59 @@ class LastCheckpoint(Checkpoint):
             trainer.training = True
         trainer.should_stop = trainer.should_stop or self._pending["stop"]
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.fit_loop._should_accumulate() or validation_is_due(trainer):
-            return
-        self._save_if_due(trainer)
-        self._leave_if_asked(trainer)
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:  # type: ignore[override]
+        if pl_module.step_ended and not validation_is_due(trainer):
+            self._after_step(trainer)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        if trainer.world_size == 1 or batch_idx % 10 == 0:  # several ranks have to wait for each other
+        if trainer.world_size == 1 or batch_idx % 10 == 0:  # ranks must synchronize to ask
             self._validating = True
             self._leave_if_asked(trainer)
             self._validating = False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._save_if_due(trainer, clean_end=trainer.should_stop)
-            if not trainer.should_stop:
-                self._leave_if_asked(trainer)
+            self._after_step(trainer)
 
-    def _leave_if_asked(self, trainer: pl.Trainer) -> None:
-        if self.interruption is None:
-            return
-        code = self.interruption.code(trainer)
-        if code:
-            self.save_last(trainer)
-            self.interruption.leave(code, trainer)
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.save_last(trainer)
 
-    def _save_if_due(self, trainer: pl.Trainer, *, clean_end: bool = False) -> None:
+    def _after_step(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step
-        if clean_end or step % self.interval == 0:
+        ends = trainer.should_stop or step >= trainer.max_steps
+        if ends or step % self.interval == 0:
             self.save_last(trainer)
         if self.snapshot_every_steps and step % self.snapshot_every_steps == 0:
             trainer.save_checkpoint(self.folder / f"step-{step}.ckpt")
+        if not ends:
+            self._leave_if_asked(trainer)
+
+    def _leave_if_asked(self, trainer: pl.Trainer) -> None:
+        if self.interruption is not None and (code := self.interruption.code(trainer)):
+            self.save_last(trainer)
+            self.interruption.leave(code, trainer)
 
     def save_last(self, trainer: pl.Trainer) -> None:
-        """Write last.ckpt after moving the older ones on; at no moment is there no checkpoint."""
+        """Rename the older checkpoints and write last.ckpt; there is a checkpoint at every moment."""
         if trainer.global_step == self._saved_step:
             return
         started = time.monotonic()
         for logger in trainer.loggers:
-            logger.save()  # what the log tells of this step must not be lost when the checkpoint is not
+            logger.save()  # the logs on the disk must not end before the checkpoint
         if trainer.is_global_zero:
-            self._move_on()
+            self._rotate()
         trainer.save_checkpoint(self.folder / "last.ckpt")
         self._saved_step = trainer.global_step
         self.after_save()
         if self.interruption is not None:
             self.interruption.saved(time.monotonic() - started)
 
-    def _move_on(self) -> None:
-        """last.ckpt becomes last-1.ckpt too, and so on."""
+    def _rotate(self) -> None:
+        """Give last.ckpt the additional name last-1.ckpt, and so on."""
         names = ["last.ckpt", *(f"last-{age}.ckpt" for age in range(1, self.keep))]
         for older, newer in zip(reversed(names[1:]), reversed(names[:-1]), strict=True):
             if not (self.folder / newer).exists():
@@ -184,14 +184,14 @@ class LastCheckpoint(Checkpoint):
             link.unlink(missing_ok=True)
             try:
                 os.link(self.folder / newer, link)
-            except OSError:  # a file system without links: last.ckpt is away until the new one is whole
+            except OSError:  # no hard links on this file system: last.ckpt is missing until it is written
                 link = self.folder / newer
             os.replace(link, self.folder / older)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        own = self._restored or random_state()  # a loaded state comes into force with the first batch
+        own = self._restored or random_state()  # a loaded state applies from the first batch on
         states: list[Any] = [own]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
@@ -202,18 +202,22 @@ class LastCheckpoint(Checkpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._move(checkpoint["callbacks"])
+        self._relocate(checkpoint["callbacks"])
         states = checkpoint["random_states"]
-        # another number of devices cannot go on exactly; ranks that are new keep their seed
+        # with another number of devices, each rank keeps the state of its seed
         if trainer.world_size == len(states):
             self._restored = states[trainer.global_rank]
         self._pending = checkpoint["pending"]
+        if "format_version" not in checkpoint:  # these have a stop at the last step as well
+            length = checkpoint["hyper_parameters"].get("trainer", {}).get("max_steps")
+            self._pending["stop"] &= checkpoint["global_step"] != length
+        self._saved_step = -1 if self._pending["validation"] else checkpoint["global_step"]
         self._max_steps = trainer.max_steps
         if self._pending["validation"] and checkpoint["global_step"] >= self._max_steps:
             trainer.fit_loop.epoch_loop.max_steps += 1  # else Lightning would not even begin
 
-    def _move(self, states: dict[str, Any]) -> None:
-        """ModelCheckpoint remembers absolute paths; let it find its files in a run directory that moved."""
+    def _relocate(self, states: dict[str, Any]) -> None:
+        """Change the absolute paths in the state of ModelCheckpoint if the run directory was moved."""
         for state in states.values():
             if not isinstance(state, dict) or not (old := state.get("dirpath")):
                 continue
@@ -224,6 +228,6 @@ class LastCheckpoint(Checkpoint):
                     state[key] = {k.replace(old, str(self.folder)): v for k, v in value.items()}
 
     def on_train_batch_start(self, *_: Any) -> None:
-        if self._restored is not None:  # as late as can be: setting up a run may draw random numbers
+        if self._restored is not None:  # this late because setting up a run may draw random numbers
             set_random_state(self._restored)
             self._restored = None

@@ -70,7 +70,7 @@ class Incidents(Callback):
         vars(self).update(state_dict)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
-        pl_module.look = lambda: self._look(trainer, pl_module)
+        pl_module.before_step = lambda: self._check_step(trainer, pl_module)
         for path in self.folder.glob("incident-*.json"):
             step = path.stem.split("-")[1]
             if trainer.is_global_zero and step.isdecimal() and int(step) > trainer.global_step:
@@ -79,7 +79,7 @@ class Incidents(Callback):
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         self._losses.append(loss.detach())
 
-    def _look(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+    def _check_step(self, trainer: pl.Trainer, module: LanguageModel) -> None:
         """Judge the step whose gradient is complete; a step without gradients changes nothing."""
         losses, self._losses = self._losses, []
         loss, norm = torch.stack([module.train_loss, module.grad_norm]).tolist()  # waits for the device

@@ -1,4 +1,4 @@
-"""What ends a run early: a signal, its time limit, a cluster that wants the machine back."""
+"""Early ends of a run: signals, the time limit, preemption by a cluster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TIMED_OUT = 124  # exit code, that of timeout(1)
 
 
 class Interrupted(Exception):
-    """Something asked the run to stop; its state is written.
+    """The run was asked to stop, and its state is on the disk.
 
     Args:
         code: Exit code: 128 + the signal's number, as in a shell, or TIMED_OUT.
@@ -32,10 +32,10 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Remembers that something asked the run to stop until the run comes to a place where it can.
+    """Remembers a request to stop until the run reaches a point where it can stop.
 
     Args:
-        deadline: When the run has to have stopped, in the seconds of time.monotonic(); None for never.
+        deadline: When the run must have stopped, in the seconds of time.monotonic(); None for never.
     """
 
     def __init__(self, deadline: float | None = None):
@@ -45,14 +45,19 @@ class Interruption:
         self._requeue_signal: signal.Signals | None = None
 
     def listen(self, trainer: pl.Trainer) -> None:
-        """Handle signals from here on; after Lightning has set its own handlers, which stop within a step."""
-        connector = trainer._signal_connector
-        if connector.received_sigterm:  # while the run was set up
-            connector.received_sigterm, self._code = False, 128 + signal.SIGTERM
+        """Replace Lightning's signal handlers, which would stop in the middle of an optimizer step.
+
+        Called when training starts, since Lightning sets its own shortly before.
+
+        Raises:
+            Interrupted: If SIGTERM came in between.
+        """
+        if code := self._over_ranks(128 + signal.SIGTERM if trainer.received_sigterm else 0, trainer):
+            raise Interrupted(code)
         numbers = [signal.SIGINT, signal.SIGTERM]
-        environment = trainer._accelerator_connector.cluster_environment
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            self._requeue_signal = environment.requeue_signal or signal.SIGUSR1
+        environment = getattr(trainer.strategy, "cluster_environment", None)  # a single device has none
+        if SLURMEnvironment.detect() and getattr(environment, "auto_requeue", True):
+            self._requeue_signal = getattr(environment, "requeue_signal", None) or signal.SIGUSR1
             numbers.append(self._requeue_signal)
         for number in numbers:
             signal.signal(number, self._note)
@@ -60,30 +65,34 @@ class Interruption:
 
     def _note(self, number: int, _: Any) -> None:
         if self._code == 128 + number == 128 + signal.SIGINT:
-            raise Interrupted(self._code)  # the second Ctrl-C: at once
+            raise Interrupted(self._code)  # a second Ctrl-C stops at once
         self._code = 128 + number
         log.info("%s: finishing the step and writing a checkpoint", signal.Signals(number).name)
 
     def code(self, trainer: pl.Trainer) -> int:
-        """The exit code to stop with, 0 to go on; for wherever the run could stop, on all ranks at once."""
+        """The exit code to stop with, 0 to continue; called by all ranks where the run can stop."""
         now = time.monotonic()
-        # the first steps compile; what took long once should not count for ever
+        # the longest time between two calls, which fades since the first steps may compile
         self._slowest = max(now - self._asked_at, 0.9 * self._slowest)
         self._asked_at = now
         due = self.deadline is not None and now + self._slowest + self._saving >= self.deadline
-        code = self._code or (TIMED_OUT if due else 0)
-        if trainer.world_size > 1:  # a signal may have reached one rank only
-            noted = torch.tensor(code, device=trainer.strategy.root_device)
-            code = int(trainer.strategy.reduce(noted, reduce_op="max"))
-        return code
+        return self._over_ranks(self._code or (TIMED_OUT if due else 0), trainer)
+
+    @staticmethod
+    def _over_ranks(code: int, trainer: pl.Trainer) -> int:
+        """The largest code of all ranks: a signal may have reached only one of them."""
+        if trainer.world_size == 1:
+            return code
+        noted = torch.tensor(code, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(noted, reduce_op="max"))
 
     def saved(self, seconds: float) -> None:
-        """A checkpoint took so long; the time limit leaves room for another."""
+        """Reserve the time that a checkpoint took, so that another one fits before the time limit."""
         self._saving = max(self._saving, seconds)
-        self._asked_at = time.monotonic()  # the time of a checkpoint is not that of a step
+        self._asked_at = time.monotonic()  # saving is not part of the next step
 
     def leave(self, code: int, trainer: pl.Trainer) -> None:
-        """End the run, whose state is written, with a requeue where the cluster announced its end.
+        """End the run; if the cluster announced a preemption, requeue its job before.
 
         Raises:
             Interrupted: Always.

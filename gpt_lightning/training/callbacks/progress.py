@@ -1,10 +1,11 @@
-"""What a person sees of a run: the layers, a progress bar, log lines."""
+"""What a user sees of a run: the layers, a progress bar, log lines."""
 
 from __future__ import annotations
 
 import logging
 import math
 import sys
+import time
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,12 +18,16 @@ from gpt_lightning.training.module import LanguageModel
 
 log = logging.getLogger(__name__)
 
+LONGEST_SILENCE = 5.0  # seconds between two log lines
+
 
 class Layers(Callback):
-    """Prints the model by layers with their parameters, tied ones counted once, before training.
+    """Logs a table of the layers with their parameters before training.
+
+    A total counts shared parameters once; a layer that has those of an earlier one is marked.
 
     Args:
-        max_depth: How far to look into modules; 3 shows each block.
+        max_depth: Depth of nested modules that are shown; 3 shows each block.
     """
 
     def __init__(self, max_depth: int = 3):
@@ -31,26 +36,40 @@ class Layers(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
         if not trainer.is_global_zero:
             return
-        rows = [("layer", "type", "parameters")]
+        first_name = {id(p): name for name, p in pl_module.net.named_parameters()}
+        rows = [("layer", "type", "parameters", "")]
         for name, layer in pl_module.net.named_modules():
-            if len(name.split(".")) <= self.max_depth and not isinstance(layer, torch.nn.ModuleList):
-                rows.append(
-                    (name or "model", type(layer).__name__, f"{sum(p.numel() for p in layer.parameters()):,}")
-                )
+            if len(name.split(".")) > self.max_depth or isinstance(layer, torch.nn.ModuleList):
+                continue
+            prefix = f"{name}." if name else ""
+            owners = {first_name[id(p)].rpartition(".")[0] for p in layer.parameters()}
+            others = sorted(owner for owner in owners if not f"{owner}.".startswith(prefix))
+            note = f"  (shared with {', '.join(others)})" if others else ""
+            count = f"{sum(p.numel() for p in layer.parameters()):,}"
+            rows.append((name or "model", type(layer).__name__, count, note))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        for name, kind, count in rows:
-            log.info("%s  %s  %s", name.ljust(widths[0]), kind.ljust(widths[1]), count.rjust(widths[2]))
+        for name, kind, count, note in rows:
+            columns = name.ljust(widths[0]), kind.ljust(widths[1]), count.rjust(widths[2])
+            log.info("%s%s", "  ".join(columns), note)
 
 
 class Progress(Callback):
-    """One bar for the whole run, in optimizer steps; log lines where nobody watches a terminal."""
+    """A progress bar over the whole run in optimizer steps; log lines if standard error cannot show one.
+
+    There is a line for each row of metrics.csv, and more if no row was due for LONGEST_SILENCE; these show
+    the loss of the first rank alone.
+    """
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
         self._shown: dict[str, float] = {}
+        self._shown_at = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero and sys.stderr.isatty():
+        if (metrics := StepMetrics.of(trainer)) is not None:
+            self._shown = metrics.latest
+        self._shown_at = time.monotonic()
+        if trainer.is_global_zero and can_show_bar():
             self.bar = tqdm(
                 total=trainer.max_steps,
                 initial=trainer.global_step,
@@ -59,31 +78,37 @@ class Progress(Callback):
                 leave=False,
             )
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if not trainer.is_global_zero or trainer.fit_loop._should_accumulate():
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:  # type: ignore[override]
+        if not trainer.is_global_zero or not pl_module.step_ended:
             return
         if self.bar is not None:
             self.bar.update(trainer.global_step - self.bar.n)
         metrics = StepMetrics.of(trainer)
-        if metrics is None or not metrics.latest or metrics.latest is self._shown:
+        if metrics is None:
             return
-        self._shown = latest = metrics.latest
+        if metrics.latest is not self._shown:
+            self._shown = metrics.latest
+            self._show(trainer, metrics.latest)
+        elif time.monotonic() - self._shown_at >= LONGEST_SILENCE:
+            self._show(trainer, metrics.measure(trainer, pl_module, float(pl_module.train_loss)))
+
+    def _show(self, trainer: pl.Trainer, row: dict[str, float]) -> None:
+        self._shown_at = time.monotonic()
+        speed = f"{row['speed/tokens_per_second']:,.0f} tokens/s"
         if self.bar is not None:
-            self.bar.set_postfix_str(
-                f"loss {latest['train/loss']:.3f}, {latest['speed/tokens_per_second']:,.0f} tokens/s"
-            )
-        left = (trainer.max_steps - trainer.global_step) * latest["speed/ms_per_step"] / 1000
+            self.bar.set_postfix_str(f"loss {row['train/loss']:.3f}, {speed}")
+        left = (trainer.max_steps - trainer.global_step) * row["speed/ms_per_step"] / 1000
         log.log(
             logging.DEBUG if self.bar is not None else logging.INFO,
-            "step %d/%d | loss %.4f | %.1f ms/step | %s tokens/s | grad norm %.2f | lr %.2e | %s left",
+            "step %d/%d | loss %.4f | %.1f ms/step | %s | grad norm %.2f | lr %.2e | %s left",
             trainer.global_step,
             trainer.max_steps,
-            latest["train/loss"],
-            latest["speed/ms_per_step"],
-            f"{latest['speed/tokens_per_second']:,.0f}",
-            latest["train/grad_norm"],
-            latest["train/lr"],
-            duration(left),
+            row["train/loss"],
+            row["speed/ms_per_step"],
+            speed,
+            row["train/grad_norm"],
+            row["train/lr"],
+            format_duration(left),
         )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
@@ -105,7 +130,12 @@ class Progress(Callback):
         self.on_train_end()
 
 
-def duration(seconds: float) -> str:
+def can_show_bar() -> bool:
+    """Whether standard error is a terminal or a notebook."""
+    return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel.")
+
+
+def format_duration(seconds: float) -> str:
     """1:02:03 or 2:03."""
     if not math.isfinite(seconds):
         return "?"

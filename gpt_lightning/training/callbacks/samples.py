@@ -26,11 +26,10 @@ class Samples(Callback):
 
     Args:
         path: The file; sections are appended.
-        prompt: Beginning of the text; empty begins a new document.
-        max_new_tokens: Length.
-        temperature, top_k: As in `SamplingSettings`.
-        seed: Of a generator of its own, so that sampling does not change the training.
-        show: Whether to print each sample, too.
+        prompt: Beginning of the text; an empty one starts a new document.
+        max_new_tokens, temperature, top_k: As in `SamplingSettings`.
+        seed: Of a private generator, so that sampling does not change the training.
+        show: Whether to log each sample as well.
 
     Raises:
         ValueError: If a setting is out of its range, and, before training, if the prompt has a character
@@ -58,8 +57,8 @@ class Samples(Callback):
         self.latest = ""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
-        """Look at the prompt, and drop the samples that a resumed run is going to write again."""
-        tokenizers.encode_array(pl_module.tokenizer, self.prompt)  # better now than at the first validation
+        """Validate the prompt, and remove the samples that a resumed run will write again."""
+        tokenizers.encode_array(pl_module.tokenizer, self.prompt)  # raises before training
         if trainer.is_global_zero and self.path.exists():
             sections = re.split(r"(?m)^(?=## Step \d+$)", self.path.read_text(encoding="utf-8"))
             kept = [
@@ -70,7 +69,7 @@ class Samples(Callback):
             self.path.write_text("".join(kept), encoding="utf-8")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
-        if not trainer.is_global_zero or not isinstance(pl_module.net, GPT):  # another model may not generate
+        if not trainer.is_global_zero or not isinstance(pl_module.net, GPT):  # other models may not generate
             return
         encoding = pl_module.tokenizer
         end = tokenizers.end_of_text(encoding)

@@ -28,8 +28,8 @@ from gpt_lightning.model.gpt import GPT, GPTConfig
 from gpt_lightning.rundir.checkpoint import read_checkpoint
 from gpt_lightning.rundir.metrics import Row, read_metrics
 from gpt_lightning.training.callbacks.checkpoints import LastCheckpoint
-from gpt_lightning.training.callbacks.metrics import StepMetrics, Throughput
-from gpt_lightning.training.callbacks.progress import Layers, Progress, duration
+from gpt_lightning.training.callbacks.metrics import StepMetrics
+from gpt_lightning.training.callbacks.progress import Layers, Progress, format_duration
 from gpt_lightning.training.callbacks.samples import Samples
 from gpt_lightning.training.callbacks.stop import Stop
 from gpt_lightning.training.fit import quiet_lightning
@@ -157,7 +157,8 @@ def test_metrics_without_an_interval_follow_the_length_that_the_run_has_when_it_
 
     fit(Longer(), StepMetrics(), LastCheckpoint(tmp_path), steps=1, val_every_steps=1000)
     assert [row["step"] for row in rows(tmp_path, "train/loss")] == [1, *range(2, 131, 2)]
-    assert read_checkpoint(tmp_path / "last.ckpt")["progress"]["step"] == 128  # every 16 steps
+    steps = [read_checkpoint(tmp_path / name)["progress"]["step"] for name in ("last-1.ckpt", "last.ckpt")]
+    assert steps == [128, 130]  # every 16 steps and at the end
 
 
 class Pause(pl.Callback):
@@ -270,9 +271,33 @@ def test_progress_without_a_terminal_is_a_line_per_log(fit: Fit, caplog: pytest.
     assert [re.match(r"step (\d+)/7 \| loss \d\.\d{4} \| ", line)[1] for line in steps] == ["1", "3", "6"]  # type: ignore[index]
     assert [line.split(" | ")[0] for line in lines if "validation" in line] == ["step 3", "step 6"]
     latest = metrics.latest
-    left = duration((STEPS - 6) * latest["speed/ms_per_step"] / 1000)
+    left = format_duration((STEPS - 6) * latest["speed/ms_per_step"] / 1000)
     assert steps[-1].endswith(f"| grad norm {latest['train/grad_norm']:.2f} | lr 1.00e-02 | {left} left")
     assert f"loss {latest['train/loss']:.4f}" in steps[-1]
+
+
+def test_log_line_appears_before_the_next_row_if_there_was_none_for_long(
+    fit: Fit, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "gpt_lightning")
+    monkeypatch.setattr("gpt_lightning.training.callbacks.progress.LONGEST_SILENCE", 0.0)
+    losses = Losses()
+    fit(losses, StepMetrics(every_steps=3), Progress())
+    lines = [re.match(r"step (\d+)/7 \| loss (\d\.\d{4}) \| ", line) for line in caplog.messages]
+    shown = [(int(line[1]), line[2]) for line in lines if line]
+    assert shown == [(step, f"{loss:.4f}") for step, loss in enumerate(losses.of_steps, start=1)]
+    assert [row["step"] for row in rows(tmp_path, "train/loss")] == [1, 3, 6]  # which stay as they are
+
+
+@pytest.mark.slow
+def test_notebook_shows_a_progress_bar() -> None:
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    code = "from gpt_lightning.training.callbacks.progress import can_show_bar\nprint(can_show_bar())"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    nbclient.NotebookClient(notebook, timeout=120).execute()
+    assert notebook.cells[0].outputs[-1]["text"] == "True\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals on this system")
@@ -310,17 +335,6 @@ def test_progress_on_a_terminal_is_one_bar_for_the_run(
     assert [line.split(" | ")[0] for line in caplog.messages if "validation" in line] == ["step 3", "step 6"]
 
 
-def test_throughput_counts_training_batches_by_optimizer_step(fit: Fit, tmp_path: Path) -> None:
-    fit(StepMetrics(every_steps=3), Throughput(window_size=100))
-    logged = rows(tmp_path, "throughput/batches")
-    assert [row["step"] for row in logged] == [3, 6]  # validations at the same steps log none of their own
-    for row in logged:
-        batches = row["throughput/batches"]
-        assert batches == row["step"] * PARTS
-        assert row["throughput/samples"] == batches * MICRO
-        assert row["throughput/lengths"] == batches * MICRO * T
-
-
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
@@ -335,12 +349,12 @@ def test_throughput_counts_training_batches_by_optimizer_step(fit: Fit, tmp_path
         (math.nan, "?"),
     ],
 )
-def test_duration_by_hand(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+def test_durations_are_formatted(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_layers_count_tied_weights_once(
+def test_layer_table_counts_tied_weights_once_and_marks_them(
     fit: Fit, store: TokenStore, caplog: pytest.LogCaptureFixture, tied: bool
 ) -> None:
     caplog.set_level(logging.INFO, "gpt_lightning")
@@ -353,5 +367,5 @@ def test_layers_count_tied_weights_once(
         ["layer", "type", "parameters"],
         ["model", "GPT", f"{total:,}"],
         ["transformer", "Transformer", f"{total - (0 if tied else embedding):,}"],
-        ["lm_head", "Head", f"{embedding:,}"],
+        ["lm_head", "Head", f"{embedding:,}", *(["(shared", "with", "transformer.wte)"] if tied else [])],
     ]

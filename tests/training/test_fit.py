@@ -1,0 +1,224 @@
+"""`fit`: how runs end, and how finished runs are extended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+
+from gpt_lightning.data.corpus.files import TextFiles
+from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.token_store import TokenStore, prepare
+from gpt_lightning.data.tokenizer import Byte
+from gpt_lightning.model.gpt import GPT, GPTConfig
+from gpt_lightning.rundir.checkpoint import Checkpoint, read_checkpoint
+from gpt_lightning.rundir.metrics import read_metrics
+from gpt_lightning.rundir.summary import RunSummary, read_summary
+from gpt_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, LastCheckpoint
+from gpt_lightning.training.callbacks.interruption import Interrupted
+from gpt_lightning.training.callbacks.metrics import StepMetrics
+from gpt_lightning.training.callbacks.stop import Stop
+from gpt_lightning.training.fit import describe, fit, quiet_lightning
+from gpt_lightning.training.loggers import MetricsCSV
+from gpt_lightning.training.module import LanguageModel
+from gpt_lightning.training.optimizers import adamw
+from gpt_lightning.training.schedules import constant
+
+
+@pytest.fixture(scope="module")
+def store(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    return prepare(TextFiles(str(small_text)), Byte(), tmp_path_factory.mktemp("store"), progress=False)
+
+
+Run = Callable[..., RunSummary]
+
+
+@pytest.fixture
+def run(store: TokenStore) -> Run:
+    """Train in a folder with two micro-batches per step."""
+
+    def train(
+        folder: Path,
+        *callbacks: pl.Callback,
+        max_steps: int = 8,
+        save_every_steps: int = 3,
+        val_every_steps: int = 4,
+        checkpoint: Path | None = None,
+        data: type[TextDataModule] = TextDataModule,
+    ) -> RunSummary:
+        quiet_lightning()
+        torch.manual_seed(1)
+        shape = {"block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16, "dropout": 0.1}
+        module = LanguageModel(
+            GPT(GPTConfig(vocab_size=store.n_vocab, **shape)),
+            optimizer=partial(adamw, lr=1e-2),
+            schedule=partial(constant, max_steps=max_steps, warmup_steps=2),
+            tokenizer=store.tokenizer,
+            config={"model": {}, "trainer": {"max_steps": max_steps}},
+        )
+        resume_step = None if checkpoint is None else read_checkpoint(checkpoint)["progress"]["step"]
+        last = LastCheckpoint(folder / "checkpoints", every_steps=save_every_steps)
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_steps=max_steps,
+            max_epochs=-1,
+            check_val_every_n_epoch=None,
+            limit_val_batches=2,
+            log_every_n_steps=1,
+            num_sanity_val_steps=0,
+            callbacks=[*callbacks, StepMetrics(every_steps=1), last],
+            logger=MetricsCSV(folder / "metrics.csv", resume_step=resume_step),
+            plugins=[AtomicCheckpointIO()],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+        )
+        batches = data(store, block_size=16, batch_size=4, micro_batch_size=2, max_steps=max_steps, seed=1)
+        return fit(
+            module,
+            batches,
+            trainer,
+            folder=folder,
+            facts={"seed": 1},
+            val_every_steps=val_every_steps,
+            checkpoint=checkpoint,
+        )
+
+    return train
+
+
+def last(folder: Path) -> Checkpoint:
+    return read_checkpoint(folder / "checkpoints" / "last.ckpt")
+
+
+def assert_same_training(a: Path, b: Path) -> None:
+    """Weights, optimizer and random generators bit for bit, and the training losses of every step."""
+    one, other = last(a), last(b)
+    assert one["progress"]["step"] == other["progress"]["step"]
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "random_states"):
+        torch.testing.assert_close(one[key], other[key], rtol=0, atol=0)  # type: ignore[literal-required]
+    losses = [[(row["step"], row["train/loss"]) for row in read_metrics(f / "metrics.csv")] for f in (a, b)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("stop", [[], [Stop()]], ids=["no callback that stops", "stop"])
+def test_run_saves_its_last_step(run: Run, tmp_path: Path, stop: list[pl.Callback]) -> None:
+    summary = run(tmp_path, *stop, val_every_steps=100)
+    assert (summary["status"], summary["steps"]) == ("finished", 8)
+    assert last(tmp_path)["progress"]["step"] == 8  # not only 6, the last multiple of three
+
+
+class StopsLate(pl.Callback):
+    """Ends the run at a point where no other callback is asked any more."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.should_stop = True
+
+
+def test_run_that_a_callback_ends_saves_its_last_step(run: Run, tmp_path: Path) -> None:
+    run(tmp_path, StopsLate(), max_steps=7, val_every_steps=100)
+    assert last(tmp_path)["progress"]["step"] == 7
+
+
+@pytest.mark.parametrize("stop", [[], [Stop()]], ids=["no callback that stops", "stop"])
+@pytest.mark.parametrize("val_every_steps", [4, 100])
+def test_extended_run_equals_an_uninterrupted_one(
+    run: Run, tmp_path: Path, stop: list[pl.Callback], val_every_steps: int
+) -> None:
+    short, whole = tmp_path / "short", tmp_path / "whole"
+    run(short, *stop, val_every_steps=val_every_steps)
+    checkpoint = short / "checkpoints" / "last.ckpt"
+    summary = run(short, *stop, max_steps=12, val_every_steps=val_every_steps, checkpoint=checkpoint)
+    assert (summary["status"], summary["steps"]) == ("finished", 12)
+    run(whole, Stop(), max_steps=12, val_every_steps=val_every_steps)
+    assert_same_training(short, whole)
+    assert summary["val_loss"] is not None or not stop
+
+
+def test_checkpoint_of_an_older_release_is_extended(run: Run, tmp_path: Path) -> None:
+    """It has no version, and a stop is pending although only the length of the run was reached."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    run(old, Stop())
+    checkpoint = last(old)
+    assert checkpoint.pop("format_version") == 1
+    checkpoint["pending"]["stop"] = True
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    summary = run(old, Stop(), max_steps=12, checkpoint=tmp_path / "old.ckpt")
+    assert summary["steps"] == 12
+    run(new, Stop(), max_steps=12)
+    assert_same_training(old, new)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "steps"),
+    [
+        (lambda: [Stop(target_loss=99.0)], 1),
+        (lambda: [Stop(), EarlyStopping("val/loss", patience=1, min_delta=99.0)], 8),
+    ],
+    ids=["target loss", "early stopping at the last step"],
+)
+def test_run_that_stopped_early_stays_stopped(
+    run: Run, tmp_path: Path, callbacks: Callable[[], list[pl.Callback]], steps: int
+) -> None:
+    assert run(tmp_path, *callbacks())["steps"] == steps
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    assert run(tmp_path, *callbacks(), max_steps=12, checkpoint=checkpoint)["steps"] == steps
+
+
+class FailingThread(pl.Callback):
+    """A thread of the user's own, such as one that sends metrics elsewhere."""
+
+    def on_train_start(self, *_: Any) -> None:
+        def fail() -> None:
+            raise OSError("the server is gone")
+
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+
+
+def test_error_of_another_thread_is_reported(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", reported.append)
+    hook = threading.excepthook
+    run(tmp_path, FailingThread(), max_steps=3)
+    assert [str(args.exc_value) for args in reported] == ["the server is gone"]
+    assert threading.excepthook is hook
+
+
+class SignalDuringSetup(TextDataModule):
+    """SIGTERM arrives when Lightning has set its signal handlers, before the first step."""
+
+    def train_dataloader(self) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().train_dataloader()
+
+
+def test_signal_before_the_first_step_interrupts_the_run(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted) as caught:
+        run(tmp_path, data=SignalDuringSetup)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert read_summary(tmp_path)["status"] == "interrupted"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_last_lines_compare_with_the_corpus_entropy(tmp_path: Path) -> None:
+    summary: RunSummary = {
+        "val_loss": 0.5, "perplexity": 1.65, "bits_per_byte": 0.33, "floor_bits_per_byte": 0.30,
+        "steps": 3, "tokens": 3000, "seconds": 61.0, "tokens_per_second": 50.0,
+    }  # fmt: skip
+    lines = describe(summary, pl.Trainer(logger=False, enable_checkpointing=False), tmp_path).splitlines()
+    assert lines[0].endswith("| 0.3300 bits per byte, 10.0% above the corpus entropy of 0.3000")
+    assert "sliding windows" in lines[1]
+    assert lines[2] == "3 steps, 3,000 tokens in 1:01 (50 tokens/s)"
