@@ -1,4 +1,4 @@
-"""A model as a folder that other programs load."""
+"""Writes a model to a folder for other programs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gpt_lightning.model.lora import LoRALinear
 
 
 class Model(Protocol):
-    """What is exported, such as `gpt_lightning.TextGenerator`."""
+    """Anything with these attributes, such as `gpt_lightning.TextGenerator`."""
 
     net: GPT
     tokenizer: tiktoken.Encoding
@@ -47,7 +47,7 @@ def write_huggingface(model: Model, folder: Path) -> None:
 
 
 def write_weights(model: Model, folder: Path) -> None:
-    """The parameters as they are, the fields of GPTConfig, and the tokenizer, for `gpt_lightning.load`."""
+    """The parameters, the fields of GPTConfig and the tokenizer, for `gpt_lightning.load`."""
     config = {**WEIGHTS_FORMAT, "model": asdict(model.net.config)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     weights = {name: parameter.detach().contiguous() for name, parameter in model.net.named_parameters()}
@@ -56,20 +56,20 @@ def write_weights(model: Model, folder: Path) -> None:
 
 
 def write_space(model: Model, folder: Path) -> None:
-    """The bare weights, and what makes a Hugging Face Space of them."""
+    """The bare weights and a Hugging Face Space around them."""
     write_weights(model, folder)
-    write_app(model.info, folder)
+    write_app(" ".join(str(model.info.get("name") or "gpt_lightning").split()), folder)
 
 
 def write_peft(model: Model, folder: Path) -> None:
-    """The adapters alone, for peft's PeftModel.from_pretrained(BASE, folder).
+    """Only the adapters, for peft's PeftModel.from_pretrained(BASE, folder).
 
     Raises:
-        ValueError: If the model has none.
+        ValueError: If the model has no adapters.
     """
     layers = {name: layer for name, layer in model.net.named_modules() if isinstance(layer, LoRALinear)}
     if not layers:
-        raise ValueError("format=peft writes adapters, and the model was trained without; use another format")
+        raise ValueError("format=peft writes adapters, but the model has none; use another format")
     first = next(iter(layers.values()))
     config = {
         "peft_type": "LORA",
@@ -108,14 +108,14 @@ def export(
     overwrite: bool = False,
     curves: Path | None = None,
 ) -> Path:
-    """Write a model to a folder, which appears when it is complete.
+    """Write a model to a folder, atomically.
 
     Args:
         model: As from `gpt_lightning.inference.loading.read_model`.
         output: The folder.
         format: A key of FORMATS.
-        overwrite: Whether an earlier export may be there; nothing else is ever replaced.
-        curves: Picture of the model's run, which a Space shows.
+        overwrite: Whether to replace an earlier export; other files are never replaced.
+        curves: Picture of the model's run for a Space.
 
     Returns:
         The folder.
@@ -138,7 +138,7 @@ def export(
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         new = partial / "new"
-        new.mkdir()  # with the user's usual permissions, which mkdtemp does not give
+        new.mkdir()  # with the usual permissions; mkdtemp's are narrower
         FORMATS[format](model, new)
         if curves is not None and format == "space":
             shutil.copyfile(curves, new / "curves.png")
@@ -152,7 +152,7 @@ def export(
 
 
 def readme(model: Model) -> str:
-    """What a reader of the folder should know of the model, as Markdown."""
+    """The model card for the hub, as Markdown."""
     info = {key: value for key, value in model.info.items() if value is not None}
     rows = "\n".join(f"| {key} | {value} |" for key, value in info.items())
     return f"""---

@@ -1,4 +1,4 @@
-"""The files that make an exported model a Hugging Face Space with the web page.
+"""The files that turn an exported model into a Hugging Face Space with the web page.
 
 Source: https://huggingface.co/docs/hub/spaces-config-reference.
 """
@@ -8,11 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from packaging.requirements import Requirement
 
 APP = '''"""The web page of the model in this folder; takes settings, as in `python app.py port=7861`."""
 
@@ -39,31 +35,28 @@ Text from a language model trained with gpt_lightning; completions in OpenAI's f
 """
 
 
-def write_app(info: Mapping[str, Any], folder: Path) -> None:
-    """Write app.py, requirements.txt, README.md and this package beside an exported model.
+def write_app(name: str, folder: Path) -> None:
+    """Write app.py, requirements.txt, README.md and a copy of this package beside an exported model.
+
+    The package is copied because it is on no package index, and so that the Space runs this version.
 
     Args:
-        info: What is known about the model, for its name.
+        name: Of the model.
         folder: One that `gpt_lightning.load` reads.
     """
-    name = " ".join(str(info.get("name") or "gpt_lightning").split())
     try:
         gradio = importlib.metadata.version("gradio")
     except importlib.metadata.PackageNotFoundError:
-        gradio = "6.31.0"  # the version that the tests ran with
-    (folder / "app.py").write_text(APP, encoding="utf-8")
-    (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in needed()), encoding="utf-8")
+        gradio = "6.31.0"  # the version of the tests
     text = README.format(title=json.dumps(name, ensure_ascii=False), name=name, gradio=gradio)
     (folder / "README.md").write_text(text, encoding="utf-8")
-    # the package itself, so that the page runs with the version that exported it
+    (folder / "app.py").write_text(APP, encoding="utf-8")
+    # lines such as "gradio>=6; extra == 'demo'"
+    required = (line.partition(";") for line in importlib.metadata.requires("gpt-lightning") or ())
+    needed = [f"{line.strip()}\n" for line, _, marker in required if not marker or "demo" in marker]
+    (folder / "requirements.txt").write_text("".join(needed), encoding="utf-8")
     package = Path(__file__).resolve().parents[1]
     code = folder / package.name
     shutil.copytree(package, code, ignore=shutil.ignore_patterns("__pycache__", "input.txt"))
-    if not (code / "conf").exists():  # a checkout has it beside the package, a wheel inside
+    if not (code / "conf").exists():  # it is beside the package in a checkout, inside it in a wheel
         shutil.copytree(package.parent / "conf", code / "conf")
-
-
-def needed() -> list[str]:
-    """What pip has to install for the page, as in requirements.txt."""
-    found = [Requirement(line) for line in importlib.metadata.requires("gpt-lightning") or ()]
-    return [f"{r.name}{r.specifier}" for r in found if not r.marker or r.marker.evaluate({"extra": "demo"})]
