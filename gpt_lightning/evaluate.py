@@ -84,20 +84,20 @@ def choose_corpus(cfg: DictConfig, source: Path) -> Corpus | None:
     return corpus
 
 
-def score_corpus(cfg: DictConfig, corpus: Corpus, model: TextGenerator) -> dict[str, Any]:
-    """Scores of a split of a corpus."""
+def corpus_tokens(cfg: DictConfig, corpus: Corpus, model: TextGenerator) -> tuple[np.ndarray, dict[str, Any]]:
+    """The tokens of a split of a corpus, and what is known about its text."""
     from gpt_lightning.data.token_store import prepare
     from gpt_lightning.data.tokenizer import FixedTokenizer
 
     store = prepare(corpus, FixedTokenizer(model.tokenizer), cfg.paths.cache)
     data = cfg.get("data") or {}
     name = data.get("name") or data.get("path") or model.info.get("data") or type(corpus).__name__
-    facts = {"text": f"{name}, {cfg.split}", "floor_bits_per_byte": store.floor_bits_per_byte(cfg.split)}
-    return facts | score(cfg, store.tokens(cfg.split), model)
+    floor = store.floor_bits_per_byte(cfg.split)
+    return store.tokens(cfg.split), {"text": f"{name}, {cfg.split}", "floor_bits_per_byte": floor}
 
 
-def score_text(cfg: DictConfig, model: TextGenerator, source: Path) -> dict[str, Any]:
-    """Scores of a text file."""
+def file_tokens(cfg: DictConfig, model: TextGenerator, source: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """The tokens of text=, and what is known about it."""
     from gpt_lightning.data.corpus.files import TextFiles
     from gpt_lightning.evaluation.losses import count_words, lay_out
 
@@ -107,8 +107,7 @@ def score_text(cfg: DictConfig, model: TextGenerator, source: Path) -> dict[str,
             log.warning("text=%s was training text of the run (%s): its loss is too low", file, match)
     documents = list(text.documents("train"))
     tokens = lay_out(documents, model.tokenizer, separated=text.separated or cfg.per_document)
-    words = sum(map(count_words, documents))
-    return {"text": cfg.text, "words": words} | score(cfg, tokens, model, words=words)
+    return tokens, {"text": cfg.text, "words": sum(map(count_words, documents))}
 
 
 def training_file(file: Path, source: Path) -> Path | None:
@@ -122,16 +121,6 @@ def training_file(file: Path, source: Path) -> Path | None:
         return next((other for other in files if file_sha256(other) == file_sha256(file)), None)
     except (OSError, ValueError):
         return None
-
-
-def score(
-    cfg: DictConfig, tokens: np.ndarray, model: TextGenerator, words: int | None = None
-) -> dict[str, Any]:
-    """Scores of tokens with the options of the configuration."""
-    from gpt_lightning.evaluation.losses import evaluate
-
-    options = {key: cfg[key] for key in ("stride", "batch_size", "per_document")}
-    return {**evaluate(model, tokens, **options, words=words)}
 
 
 def read_lines(path: str) -> list[str]:
@@ -190,6 +179,7 @@ def show(result: dict[str, Any]) -> None:
 def main(cfg: DictConfig) -> None:
     source = checkpoint_source(cfg)
     validate(cfg)
+    from gpt_lightning.evaluation.losses import evaluate
     from gpt_lightning.inference.loading import load
     from gpt_lightning.inference.sampling import SamplingSettings
 
@@ -198,10 +188,12 @@ def main(cfg: DictConfig) -> None:
     corpus = choose_corpus(cfg, source)
     model = load(source, cfg.device.accelerator, cfg.dtype)
     result: dict[str, Any] = {"checkpoint": str(source)}
-    if corpus is not None:
-        result |= score_corpus(cfg, corpus, model)
-    elif cfg.text is not None:
-        result |= score_text(cfg, model, source)
+    if corpus is not None or cfg.text is not None:
+        tokens, facts = (
+            corpus_tokens(cfg, corpus, model) if corpus is not None else file_tokens(cfg, model, source)
+        )
+        windows = {key: cfg[key] for key in ("stride", "batch_size", "per_document")}
+        result |= facts | {**evaluate(model, tokens, **windows, words=facts.get("words"))}
     if cfg.num_samples or cfg.samples is not None:
         result |= compare_samples(cfg, corpus, model, settings)
     show(result)

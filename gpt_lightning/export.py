@@ -17,11 +17,9 @@ def main(cfg: DictConfig) -> None:
         raise ConfigError(f"overwrite={cfg.overwrite!r} must be true or false")
     from gpt_lightning.inference.loading import read_model
     from gpt_lightning.interop.export import export
-    from gpt_lightning.rundir.checkpoint import find_curves
 
     model = read_model(source, merge=cfg.format != "peft")
-    curves = find_curves(source)
-    folder = export(model, cfg.output, format=cfg.format, overwrite=cfg.overwrite, curves=curves)
+    folder = export(model, cfg.output, format=cfg.format, overwrite=cfg.overwrite)
     for path in sorted(folder.iterdir()):
         print(f"{path.stat().st_size:>12,} bytes  {path.name}")
     print(folder)

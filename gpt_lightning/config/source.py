@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterator
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from gpt_lightning.config.command import ConfigError, build
@@ -52,28 +54,17 @@ def corpus_of_run(source: Path) -> Corpus | None:
 
     data = read_checkpoint(source, verify=False)["hyper_parameters"].get("data")
     node = data.get("corpus") if isinstance(data, dict) else None
-    if not isinstance(node, dict) or not all(map(_is_class_of_data, _targets(node))):
+    targets = re.findall(r'"_target_": "([^"]*)"', json.dumps(node))  # at any depth
+    if not isinstance(node, dict) or not all(map(_is_class_of_data, targets)):
         return None
     corpus: Corpus = build(OmegaConf.create(node), "data.corpus")
     return corpus
 
 
-def _targets(node: Any) -> Iterator[Any]:
-    """All values of _target_ in a configuration."""
-    if isinstance(node, dict):
-        yield from (value for key, value in node.items() if key == "_target_")
-    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        yield from _targets(child)
-
-
-def _is_class_of_data(target: Any) -> bool:
-    import importlib
-
-    module, _, name = str(target).rpartition(".")
-    if not module.startswith("gpt_lightning.data."):
-        return False
+def _is_class_of_data(target: str) -> bool:
+    """Whether a _target_ is a class that is defined in gpt_lightning.data, rather than imported there."""
     try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError:
+        found = hydra.utils.get_object(target) if target.startswith("gpt_lightning.data.") else None
+    except Exception:  # hydra raises errors of several types
         return False
-    return isinstance(found, type) and found.__module__ == module
+    return isinstance(found, type) and f"{found.__module__}.{found.__qualname__}" == target

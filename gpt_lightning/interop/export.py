@@ -15,7 +15,6 @@ import tiktoken
 from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.interop.folder import CARD_FILE, WEIGHTS_FORMAT, ModelCard
 from gpt_lightning.interop.gpt2 import save_gpt2, write_safetensors
-from gpt_lightning.interop.space import write_app
 from gpt_lightning.interop.tokenizer import save_tokenizer
 from gpt_lightning.model.gpt import GPT
 from gpt_lightning.model.lora import LoRALinear
@@ -55,12 +54,6 @@ def write_weights(model: Model, folder: Path) -> None:
     tokenizers.save(model.tokenizer, folder / "tokenizer.json")
 
 
-def write_space(model: Model, folder: Path) -> None:
-    """The bare weights and a Hugging Face Space around them."""
-    write_weights(model, folder)
-    write_app(" ".join(str(model.info.get("name") or "gpt_lightning").split()), folder)
-
-
 def write_peft(model: Model, folder: Path) -> None:
     """Only the adapters, for peft's PeftModel.from_pretrained(BASE, folder).
 
@@ -95,19 +88,11 @@ def write_peft(model: Model, folder: Path) -> None:
 FORMATS: dict[str, Callable[[Model, Path], None]] = {
     "huggingface": write_huggingface,
     "weights": write_weights,
-    "space": write_space,
     "peft": write_peft,
 }
 
 
-def export(
-    model: Model,
-    output: str | Path,
-    *,
-    format: str,
-    overwrite: bool = False,
-    curves: Path | None = None,
-) -> Path:
+def export(model: Model, output: str | Path, *, format: str, overwrite: bool = False) -> Path:
     """Write a model to a folder, atomically.
 
     Args:
@@ -115,7 +100,6 @@ def export(
         output: The folder.
         format: A key of FORMATS.
         overwrite: Whether to replace an earlier export; other files are never replaced.
-        curves: Picture of the model's run for a Space.
 
     Returns:
         The folder.
@@ -140,8 +124,6 @@ def export(
         new = partial / "new"
         new.mkdir()  # with the usual permissions; mkdtemp's are narrower
         FORMATS[format](model, new)
-        if curves is not None and format == "space":
-            shutil.copyfile(curves, new / "curves.png")
         (new / CARD_FILE).write_text(json.dumps(model.info, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
             folder.rename(partial / "old")

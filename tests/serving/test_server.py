@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -276,6 +277,20 @@ def test_page_is_no_way_round_the_limits(server: Any, change: dict[int, Any], me
     assert message in seen
     assert ("root:" in seen, "Traceback" in seen) == (False, False)
     assert requests(server) == 0
+
+
+def test_ctrl_c_ends_running_completions(serve: Callable[..., Any], checkpoint: Path) -> None:
+    server = serve("-m", "gpt_lightning.demo", f"checkpoint={checkpoint}", "port=0", "max_new_tokens=100000")
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.completions.create(model="letters", prompt="a", max_tokens=100_000, stream=True)
+        next(stream)
+        server.process.send_signal(signal.SIGINT)
+        with pytest.raises(openai.APIError, match="the server is stopping"):
+            list(stream)
+        output, _ = server.process.communicate(timeout=60)
+    assert server.process.returncode == 0
+    assert output.splitlines()[-1] == "stopped"
+    assert server.log.read_text() == ""
 
 
 def test_server_asks_nothing_of_other_machines(server: Any, client: Any) -> None:
