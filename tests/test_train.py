@@ -234,7 +234,7 @@ def test_log_file_has_every_step_beside_a_progress_bar(
     assert re.search(r"\d/8 \[.*loss \d\.\d{3}", terminal.getvalue())
     out, log = capsys.readouterr().out, (tmp_path / "run" / "train.log").read_text()
     step, validation = r"(?m)^%sstep (\d+)/8 \| loss \d", r"(?m)^%sstep (\d+) \| validation loss "
-    dated = r"\[\d{4}-.*?\]\[gpt_lightning\.training\.callbacks\]\[%s\] "
+    dated = r"\[\d{4}-.*?\]\[gpt_lightning\.training\.callbacks\.progress\]\[%s\] "
     assert re.findall(step % dated % "DEBUG", log) == [str(number) for number in range(1, 9)]
     assert re.findall(validation % dated % "INFO", log) == re.findall(validation % "", out) == ["4", "8"]
     assert "/8 | loss" not in out
