@@ -1,4 +1,4 @@
-"""Loads windows of tokens for Lightning, from a position that is saved and restored."""
+"""Data loading for Lightning, with a position that is saved and restored."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from gpt_lightning.data.windows import Batch, EvalBatches, TrainBatches, split_b
 
 
 class PositionedLoader:
-    """Iterates over a dataset of ready batches from a position that is saved and restored.
+    """Iterates over a dataset of batches from a position that is saved and restored.
 
-    The position counts sequences over all ranks, so it also holds for another micro-batch size or number
-    of devices, and it counts what was handed out, not what worker processes fetched ahead.
+    The saved position counts sequences over all ranks, so it is valid for another micro-batch size or number
+    of devices. Batches that workers prefetched but training did not receive are not counted.
 
     Args:
         dataset: Its items are batches.
         sequences: Sequences in one item over all ranks.
-        resumable: Whether iterating goes on from the position; otherwise it begins at the first item.
-        num_workers: Processes that read ahead; 0 reads in this one.
-        pin_memory: Whether batches are put into page-locked memory, for CUDA.
+        resumable: Whether iteration starts at the position; otherwise at the first item.
+        num_workers: Worker processes; 0 reads in this process.
+        pin_memory: Whether to use page-locked memory, for CUDA.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class PositionedLoader:
     ):
         self.dataset, self.sequences, self.resumable = dataset, sequences, resumable
         self.num_workers, self.pin_memory = num_workers, pin_memory
-        self.position = 0  # items handed out
+        self.position = 0  # items returned
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -52,7 +52,7 @@ class PositionedLoader:
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
-            generator=torch.Generator(),  # a private one: a new iterator must not draw from the global
+            generator=torch.Generator(),  # an iterator must not draw from the global one
         )
         for batch in loader:
             self.position += 1
@@ -72,7 +72,7 @@ class TextDataModule(pl.LightningDataModule):
         store: Prepared tokens.
         block_size: Tokens of a window.
         batch_size: Sequences per optimizer step over all devices.
-        micro_batch_size: At most this many sequences per device per forward; None is no limit.
+        micro_batch_size: Maximum of sequences per device per forward; None is no limit.
         max_steps: Optimizer steps of the run.
         seed, stride, shuffle, drop_last, random_offset: As in `TrainBatches`.
         num_workers, pin_memory: As in `PositionedLoader`.
@@ -98,7 +98,7 @@ class TextDataModule(pl.LightningDataModule):
         pin_memory: bool = False,
     ):
         super().__init__()
-        EvalBatches(store, block_size=block_size, micro_batch_size=1)  # too little text is an error here
+        EvalBatches(store, block_size=block_size, micro_batch_size=1)  # raises if there is too little text
         self.store, self.block_size, self.batch_size = store, block_size, batch_size
         self.micro_batch_size, self.max_steps = micro_batch_size, max_steps
         self.order: dict[str, Any] = {
@@ -116,7 +116,7 @@ class TextDataModule(pl.LightningDataModule):
         return self.batch_size * self.block_size
 
     def _place(self) -> dict[str, Any]:
-        """This process among all, and its share of a batch."""
+        """Rank, number of processes, and micro-batch size."""
         world_size = self.trainer.world_size if self.trainer else 1
         rank = self.trainer.global_rank if self.trainer else 0
         micro, _ = split_batch(self.batch_size, self.micro_batch_size, world_size)

@@ -1,9 +1,8 @@
 """Token files: a corpus tokenized once, then memory-mapped by every run.
 
-A store is a folder with train.bin and val.bin (raw little-endian token ids), tokenizer.json, and meta.json,
-which says what they hold. A corpus with documents is laid out as E d1 E d2 E … dN E, where E is the
-end-of-text token, so that each document is predicted from an E and its end is predicted; a text without
-documents has no E.
+A store is a folder with train.bin and val.bin (little-endian token ids), tokenizer.json and meta.json.
+A corpus of documents is stored as E d1 E d2 E … dN E, where E is the end-of-text token, so that every
+document begins after an E and its end is a target too. A text without documents has no E.
 """
 
 import contextlib
@@ -40,7 +39,7 @@ VERIFY_BELOW = 64 << 20  # bytes; larger files are checked by their size alone w
 
 @dataclass(frozen=True)
 class SplitMeta:
-    """What a .bin file holds; bytes are of UTF-8 text, without separators."""
+    """Content of a .bin file; bytes count UTF-8 text without separators."""
 
     tokens: int
     bytes: int
@@ -51,7 +50,7 @@ class SplitMeta:
 
 @dataclass(frozen=True)
 class StoreMeta:
-    """The content of meta.json."""
+    """Content of meta.json."""
 
     version: int
     dtype: str
@@ -63,7 +62,7 @@ class StoreMeta:
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Both splits of a tokenized corpus; cheap to pickle, since files are mapped where they are used."""
+    """Both splits of a tokenized corpus; pickled without the tokens, which each process maps itself."""
 
     folder: Path
     tokenizer: tiktoken.Encoding
@@ -86,7 +85,7 @@ class TokenStore:
         return np.memmap(self.folder / f"{split}.bin", dtype=self.meta.dtype, mode="r")
 
     def floor_bits_per_byte(self, split: Split) -> float | None:
-        """The least bits per byte that any model can reach on a split; None where the corpus knows it not."""
+        """Corpus entropy of a split, which no model can beat; None if the corpus does not know it."""
         meta = self.meta.splits[split]
         return None if meta.floor_bits is None else meta.floor_bits / meta.bytes
 
@@ -99,17 +98,18 @@ def prepare(
     threads: int | None = None,
     progress: bool = True,
 ) -> TokenStore:
-    """The token store of a corpus, from the cache if it is there and whole, else built.
+    """Load the token store of a corpus from the cache, or build it if it is missing or damaged.
 
     Args:
-        corpus: The text, or token files that are used where they are.
-        tokenizer: Which tokenizer; one that is learned is kept in cache/tokenizers.
-        cache: Folder of stores; made if needed.
-        threads: Threads that encode; by default one per core.
-        progress: Show a bar, if standard error is a terminal.
+        corpus: The text, or token files, which are used in place.
+        tokenizer: A trained one is stored in cache/tokenizers.
+        cache: Folder of stores; created if needed.
+        threads: Encoding threads; None for one per core.
+        progress: Whether to show a progress bar if standard error is a terminal.
+
     Raises:
-        ValueError: If the corpus or the tokenizer cannot be used as they are.
-        OSError: If something cannot be read, reached, or written to the cache.
+        ValueError: If the corpus or the tokenizer is not usable.
+        OSError: If something cannot be read, downloaded, or written to the cache.
     """
     if isinstance(corpus, TokenBins):
         return _open_bins(corpus, tokenizer)
@@ -135,10 +135,13 @@ def prepare_shard(
     threads: int | None = None,
     progress: bool = True,
 ) -> TokenStore | None:
-    """Tokenizes one of several parts; the process that completes them merges them, the others return None.
+    """Tokenize one of several shards; the process that completes the last one merges them into the store.
 
     Run it once for each shard 0 … shards - 1, on one or several machines that share the cache folder. The
-    store has the very bytes of `prepare`. Each process reads all of the corpus, the smaller part of the work.
+    store has the same bytes as that of `prepare`. Each process reads the whole corpus but encodes its shard.
+
+    Returns:
+        The store, None if shards are still missing.
 
     Raises:
         ValueError: If shard is out of range, or as `prepare`.
@@ -172,7 +175,7 @@ def prepare_shard(
 
 
 class _Group(NamedTuple):
-    """A run of documents that a thread encodes at once; bytes are those of the text."""
+    """Consecutive documents that a thread encodes in one task; bytes count the text."""
 
     tokens: int
     bytes: int
@@ -181,7 +184,7 @@ class _Group(NamedTuple):
 
 
 class _Job:
-    """A corpus and a tokenizer on their way to a store."""
+    """Builds the store of a corpus and a tokenizer."""
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, cache: str | Path, threads: int, progress: bool):
         if not isinstance(cache, (str, Path)):
@@ -195,7 +198,7 @@ class _Job:
         self.folder = cache / f"{self.corpus_digest[:16]}-{self.tokenizer_digest[:16]}"
 
     def reopen(self, warn: bool) -> TokenStore | None:
-        """The store if it is there and whole."""
+        """Open the store; None if it is missing or damaged."""
         if not self.folder.exists():
             return None
         try:
@@ -206,7 +209,7 @@ class _Job:
             return None
 
     def open(self) -> TokenStore:
-        """The store, checked.
+        """Open the store and verify it.
 
         Raises:
             ValueError: If it is damaged or belongs to another corpus or tokenizer.
@@ -230,7 +233,7 @@ class _Job:
         return StoreMeta(1, self.dtype, n_vocab, self.corpus_digest, self.tokenizer_digest, splits)
 
     def finish(self, folder: Path, groups: dict[Split, list[_Group]]) -> None:
-        """Writes what stands beside the token files; meta.json comes last."""
+        """Write tokenizer.json and, last, meta.json."""
         splits = {}
         for split in SPLITS:
             tokens, size, documents, floors = zip(*groups[split], strict=True)
@@ -243,11 +246,11 @@ class _Job:
             write_json(folder / "meta.json", asdict(self.meta(splits)))
 
     def tokenize(self, split: Split, folder: Path, shard: int = 0, shards: int = 1) -> list[_Group]:
-        """Writes the token file of a split, or every `shards`-th group of it; returns what the groups are."""
+        """Write the token file of a split, or every `shards`-th group of it."""
         log.info("tokenizing the %s split into %s", split, self.folder)
         done: list[_Group] = []
         pending: deque[Future[tuple[np.ndarray, _Group]]] = deque()
-        hide = None if self.progress else True  # None: hide it unless standard error is a terminal
+        hide = None if self.progress else True  # None: only on a terminal
         bar = tqdm(desc=f"tokenizing {split}", unit="B", unit_scale=True, disable=hide)
         with _output(folder / f"{split}.bin") as write, ThreadPoolExecutor(self.threads) as pool, bar:
 
@@ -260,7 +263,7 @@ class _Job:
             for index, texts in enumerate(_groups(self.corpus.documents(split))):
                 if index % shards == shard:
                     pending.append(pool.submit(self._encode, texts, index == 0))
-                if len(pending) > 2 * self.threads:  # which bounds the memory
+                if len(pending) > 2 * self.threads:  # bounds the memory
                     write_next()
             while pending:
                 write_next()
@@ -281,7 +284,7 @@ class _Job:
 
 
 def _build_tokenizer(corpus: Corpus, digest: str, tokenizer: Tokenizer, cache: Path) -> tiktoken.Encoding:
-    """The encoding; a learned one is loaded if an earlier run has saved it."""
+    """Build the encoding, or load a trained one from the cache."""
     if not tokenizer.trained:
         return tokenizer.build(corpus.documents)
     path = cache / "tokenizers" / f"{tokenizer.key()}-{digest[:16]}.json"
@@ -293,7 +296,7 @@ def _build_tokenizer(corpus: Corpus, digest: str, tokenizer: Tokenizer, cache: P
             try:
                 return tokenizers.load(path)
             except ValueError as error:
-                log.warning("%s; learning it again", error)
+                log.warning("%s; training it again", error)
         encoding = tokenizer.build(corpus.documents)
         with _writing(path.parent):
             tokenizers.save(encoding, path)
@@ -301,7 +304,7 @@ def _build_tokenizer(corpus: Corpus, digest: str, tokenizer: Tokenizer, cache: P
 
 
 def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Runs of documents of at least GROUP characters; they depend on nothing but the documents."""
+    """Consecutive documents of at least GROUP characters together; a function of the documents alone."""
     group: list[str] = []
     size = 0
     for document in documents:
@@ -315,13 +318,13 @@ def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _merge(parts: list[Path], split: Split, folder: Path, dtype: str) -> list[_Group]:
-    """Joins the token files of all shards, group by group in the order of the corpus."""
+    """Join the token files of all shards in the order of the corpus."""
     listed = [iter(json.loads((part / "groups.json").read_bytes())[split]) for part in parts]
     merged: list[_Group] = []
     with contextlib.ExitStack() as stack, _output(folder / f"{split}.bin") as write:
         sources = [stack.enter_context((part / f"{split}.bin").open("rb")) for part in parts]
         for source, groups in itertools.cycle(zip(sources, listed, strict=True)):
-            if (found := next(groups, None)) is None:  # groups were dealt in turn: the first lack is the end
+            if (found := next(groups, None)) is None:  # shards take turns, so this was the last group
                 break
             group = _Group(*found)
             write(source.read(group.tokens * np.dtype(dtype).itemsize))
@@ -330,7 +333,7 @@ def _merge(parts: list[Path], split: Split, folder: Path, dtype: str) -> list[_G
 
 
 def _open_bins(corpus: TokenBins, tokenizer: Tokenizer) -> TokenStore:
-    """A store that is a folder of token files from elsewhere."""
+    """Use a folder of token files as a store."""
     encoding = tokenizer.build(corpus.documents)
     lengths = tokenizers.token_bytes(encoding)
     splits = {}
@@ -353,9 +356,6 @@ def _open_bins(corpus: TokenBins, tokenizer: Tokenizer) -> TokenStore:
     return TokenStore(Path(corpus.path).expanduser(), encoding, meta)
 
 
-# -- files -------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
     try:
@@ -369,7 +369,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock of a path against other processes, on this machine and others that share the folder."""
+    """Hold a lock file against other processes, also on other machines that share the folder."""
     lock = filelock.FileLock(f"{path}.lock")
     with _writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -386,9 +386,9 @@ def _locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when it is complete, and vanishes if that fails.
+    """Create a temporary folder that replaces `folder` when the block ends; an error removes it.
 
-    The caller holds the lock of `folder`, so a temporary folder that is there was left by a killed process.
+    The caller holds the lock of `folder`, so an existing temporary folder was left by a killed process.
     """
     partial, old = (folder.with_name(folder.name + ending) for ending in (".tmp", ".old"))
     with _writing(folder.parent):
@@ -410,7 +410,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _output(path: Path) -> Iterator[Callable[[bytes], None]]:
-    """A function that writes to a new file; errors of the disk alone are those of the cache."""
+    """Open a new file for writing; only errors of the file itself are reported as errors of the cache."""
 
     def write(data: bytes) -> None:
         with _writing(path.parent):

@@ -1,4 +1,4 @@
-"""Windows of tokens for training and validation, as pure functions of their number.
+"""Windows of tokens for training and validation, as pure functions of their index.
 
 B sequences of a micro-batch, T block_size.
 """
@@ -21,7 +21,7 @@ Batch = tuple[Tensor, Tensor]  # inputs and targets, both (B, T) int64
 
 
 def split_batch(batch_size: int, micro_batch_size: int | None, world_size: int) -> tuple[int, int]:
-    """Micro-batch size and accumulation that make up a batch exactly.
+    """Split a batch into micro-batches of equal size.
 
     Args:
         batch_size: Sequences per optimizer step over all devices.
@@ -46,16 +46,15 @@ def split_batch(batch_size: int, micro_batch_size: int | None, world_size: int) 
 
 
 def permute(index: np.ndarray, n: int, *, seed: int, epoch: int) -> np.ndarray:
-    """Where `index` goes in a pseudo-random permutation of range(n), without storing it.
+    """Apply a pseudo-random permutation of range(n) to `index` without storing it.
 
-    A Feistel network permutes the next power of four; values that land outside range(n) walk on until
-    they land inside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    A Feistel network permutes the next power of four; it is applied again to values outside range(n)
+    until they are inside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
 
     Args:
         index: Any shape, int64, values in range(n).
         n: Size of the permutation.
-        seed: Choice of the permutation, together with
-        epoch: how often the data was seen.
+        seed, epoch: Select the permutation.
     """
     half = np.uint64(max(1, -(-max(n - 1, 1).bit_length() // 2)))
     mask = np.uint64((1 << int(half)) - 1)
@@ -74,7 +73,7 @@ def permute(index: np.ndarray, n: int, *, seed: int, epoch: int) -> np.ndarray:
 
 
 class _Batches(Dataset[Batch]):
-    """Batches cut from one split of a store."""
+    """Batches from one split of a store."""
 
     def __init__(self, store: TokenStore, split: Split):
         self.store, self.split = store, split
@@ -84,15 +83,15 @@ class _Batches(Dataset[Batch]):
         return self.store.tokens(self.split)
 
     def __getstate__(self) -> dict[str, Any]:
-        # a worker process maps the file itself; to pickle a memory map would copy the corpus
+        # pickling a memory map would copy the corpus; workers map the file themselves
         return {key: value for key, value in self.__dict__.items() if key != "tokens"}
 
 
 class TrainBatches(_Batches):
-    """Micro-batch number b of a whole run, as a pure function of b.
+    """All micro-batches of a run; number b is a pure function of b.
 
-    One epoch is `windows // batch_size` optimizer steps (one more, filled up from the epoch's beginning,
-    if `drop_last` is false); the epochs follow one another without a seam.
+    An epoch has `windows // batch_size` optimizer steps; without `drop_last` an incomplete last batch is
+    filled with the first windows of the epoch. The next epoch follows directly.
 
     Args:
         store: The tokens; its training split is read.
@@ -100,14 +99,13 @@ class TrainBatches(_Batches):
         batch_size: Sequences per optimizer step over all devices.
         micro_batch_size: Sequences per device per forward, B, as from `split_batch`.
         steps: Optimizer steps of the run.
-        seed: Chooses the order.
-        stride: Tokens between the beginnings of two windows; None is block_size.
-        shuffle: Whether windows come in a new random order each epoch or one after the other.
-        drop_last: Whether the windows that do not fill a batch are left out of an epoch.
-        random_offset: Whether each epoch's first window begins at another of the first `stride` tokens, so
-            that epochs cut the text differently; costs at most one window.
-        rank: This process among
-        world_size: all of them.
+        seed: Selects the order.
+        stride: Tokens between the starts of two windows; None is block_size.
+        shuffle: Whether each epoch has a new random order; otherwise windows are in the order of the text.
+        drop_last: Whether an epoch leaves out the windows that do not fill a batch.
+        random_offset: Whether each epoch starts at a random one of the first `stride` tokens, so that the
+            window boundaries differ; costs at most one window.
+        rank, world_size: This process and the number of processes.
 
     Raises:
         ValueError: If the split has too few tokens for a window or a batch.
@@ -174,7 +172,7 @@ def epoch_size(
     drop_last: bool = True,
     random_offset: bool = False,
 ) -> tuple[int, int]:
-    """Windows and optimizer steps of one epoch over the training split; arguments as in `TrainBatches`.
+    """Number of windows and of optimizer steps in an epoch; arguments as in `TrainBatches`.
 
     Raises:
         ValueError: If there are too few tokens for a window, or for a batch where `drop_last` is set.
@@ -196,10 +194,9 @@ def epoch_size(
 
 
 class EvalBatches(_Batches):
-    """Every token of a split but the first as a target exactly once, windows end to end.
+    """Windows end to end: every token of a split except the first is a target exactly once.
 
-    The last window is filled up with targets that do not count, and so are the micro-batches of the
-    ranks that would run out first.
+    The last window is padded with ignored targets, and so are micro-batches to give all ranks as many.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""metrics.csv: one row per optimizer step, whole after every crash and every resume."""
+"""metrics.csv: one row per logged optimizer step, valid after a crash and after resuming."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ Row = dict[str, float]
 
 
 def read_metrics(path: str | Path) -> list[Row]:
-    """Rows of a metrics.csv, each with `step` and the metrics that it has; a last line cut off is none."""
+    """Read a metrics.csv; a row has `step` and its metrics. An incomplete last line is ignored."""
     lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     whole = (line for line in lines if line.endswith("\n"))
     return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(whole)]
 
 
 def _ints(row: Row) -> dict[str, float | int]:
-    """Whole numbers without a decimal point: steps and tokens."""
+    """Convert whole numbers, such as steps, to int, which is written without a decimal point."""
     return {key: int(value) if value.is_integer() else value for key, value in row.items()}
 
 
 class MetricsFile:
-    """One table of all metrics with a column `step`; what is logged for one step becomes one row.
+    """Writes one row per step and one column per metric.
 
-    A row is appended when the next step begins or on `save`. For a metric that is new, which adds a column,
-    and for more metrics of a saved step, the file is written anew under a temporary name and renamed.
+    A row is appended when the next step begins or on `save`. A new metric, which adds a column, and more
+    metrics of a step that was saved rewrite the file atomically.
 
     Args:
         path: The file.
-        resume_step: Keep the rows of an existing file up to this step and go on; None begins anew.
+        resume_step: Last step whose rows are kept from an existing file; None keeps none.
     """
 
     def __init__(self, path: str | Path, *, resume_step: int | None = None):

@@ -1,4 +1,4 @@
-"""Windows and their order, against counting by hand."""
+"""Windows and their order, compared with values counted by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpt_lightning.data.windows import IGNORE, EvalBatches, TrainBatches, epoch_
 
 @dataclass
 class Store:
-    """Token number i is i, so that a window tells where it was cut."""
+    """Token number i is i, so that the tokens of a window show its position."""
 
     train: int = 101
     val: int = 23
@@ -110,7 +110,7 @@ def test_stride_makes_windows_overlap() -> None:
     assert data[0][0][:, 0].tolist() == [0, 3]
 
 
-def test_random_offset_moves_the_cuts_from_epoch_to_epoch() -> None:
+def test_random_offset_differs_between_epochs() -> None:
     data = batches(random_offset=True, shuffle=False, steps=40)
     assert data.windows == 9
     offsets = {int(data[b][0][0, 0]) for b in range(0, 80, 4)}  # two steps an epoch
@@ -180,7 +180,7 @@ def test_validation_counts_every_token_but_the_first_once() -> None:
         assert targets == Counter(range(1, 23))
 
 
-def test_validation_begins_anew_each_time() -> None:
+def test_every_validation_starts_at_the_first_batch() -> None:
     dataset = EvalBatches(Store(), block_size=10, micro_batch_size=1)
     loader = PositionedLoader(dataset, sequences=1, resumable=False)
     next(iter(loader))
@@ -202,7 +202,7 @@ def test_datamodule_gives_one_process_all_batches() -> None:
     assert sum(int((y != IGNORE).sum()) for _, y in data.val_dataloader()) == 22
 
 
-def test_dataset_travels_to_a_spawned_worker() -> None:
+def test_pickled_dataset_holds_no_tokens() -> None:
     data = batches(Store(train=60_000))
     first = data[0][0]
     pickled = pickle.dumps(data)

@@ -1,4 +1,4 @@
-"""The token store: its layout, its cache, and that no crash leaves half of one."""
+"""The token store: layout, cache, crashes, shards."""
 
 import json
 import os
@@ -61,9 +61,6 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# -- layout ------------------------------------------------------------------------------------------
-
-
 def test_documents_lie_between_end_of_text_tokens(stories, tmp_path):
     store = prepare(stories, Byte(), tmp_path / "cache")
     expected = [E]
@@ -93,7 +90,7 @@ def test_one_text_is_laid_out_without_separators(tmp_path):
     assert store.meta.splits["train"].documents == 1
 
 
-def test_every_group_of_documents_keeps_its_place(larger, tmp_path):
+def test_groups_of_documents_are_stored_in_order(larger, tmp_path):
     store = prepare(larger, Byte(), tmp_path / "cache", threads=3)
     tokens = store.tokens("train")
     assert len(tokens) > 5 * GROUP
@@ -169,10 +166,10 @@ def test_mapped_tokens_cannot_be_changed(stories, tmp_path):
 
 @dataclass(frozen=True)
 class Untrainable(BPE):
-    """The same key as BPE, for a test that it is not learned again."""
+    """A tokenizer with the cache key of BPE that fails when it is trained."""
 
     def build(self, documents: tokenizers.Documents) -> tiktoken.Encoding:
-        raise AssertionError("learned again")
+        raise AssertionError("trained again")
 
 
 def test_second_run_takes_tokenizer_and_tokens_from_the_cache(stories, tmp_path):
@@ -246,7 +243,7 @@ def test_large_file_is_not_read_when_opened_but_its_size_is_checked(stories, tmp
     assert "train.bin has 10 bytes instead of 32" in caplog.text
 
 
-def test_damaged_tokenizer_is_learned_again_with_a_warning(stories, tmp_path, caplog):
+def test_damaged_tokenizer_is_trained_again_with_a_warning(stories, tmp_path, caplog):
     first = prepare(stories, BPE(258), tmp_path / "cache")
     (saved,) = (tmp_path / "cache/tokenizers").glob("*.json")
     os.truncate(saved, 100)
@@ -312,18 +309,18 @@ def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
     return output, errors
 
 
-def test_three_processes_build_one_store_once(larger, tmp_path):
+def test_concurrent_processes_build_a_store_once(larger, tmp_path):
     code = "prepare(Logged(path), BPE(300), cache)"
     for process in [start(code, larger.path, tmp_path / "cache") for _ in range(3)]:
         finish(process)
     reads = (tmp_path / "reads.txt").read_text().split()
-    assert sorted(reads) == ["train", "train", "val"]  # once to learn and once to encode
+    assert sorted(reads) == ["train", "train", "val"]  # once to train the tokenizer, once to encode
     (folder,) = (p for p in (tmp_path / "cache").iterdir() if p.is_dir() and p.name != "tokenizers")
     assert files_of(folder) == files_of(prepare(larger, BPE(300), tmp_path / "own cache").folder)
 
 
 @pytest.mark.slow
-def test_killed_preparation_leaves_nothing_that_is_taken_for_a_whole(larger, tmp_path):
+def test_killed_preparation_leaves_no_incomplete_store(larger, tmp_path):
     expected = files_of(prepare(larger, BPE(300), tmp_path / "own cache").folder)
     cache = tmp_path / "cache"
     random.seed(2)
@@ -465,7 +462,7 @@ def test_id_outside_the_vocabulary_gives_one_clear_line(tmp_path):
         prepare(corpus, Byte(), tmp_path)
 
 
-def test_token_files_refuse_a_tokenizer_that_is_to_be_learned_and_shards(tmp_path):
+def test_token_files_refuse_trained_tokenizers_and_shards(tmp_path):
     corpus = write_bins(tmp_path, [1, 2], [3])
     with pytest.raises(ValueError, match=r"holds token ids, not text .* such as tokenizer=gpt2"):
         prepare(corpus, BPE(), tmp_path)

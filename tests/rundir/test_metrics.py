@@ -1,4 +1,4 @@
-"""metrics.csv as a spreadsheet would read it."""
+"""metrics.csv, read with Python's csv module."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_resuming_drops_the_rows_after_the_checkpoint(tmp_path: Path) -> None:
     assert read_metrics(path) == [{"step": 1, "a": 10}, {"step": 2, "a": 20}, {"step": 3, "a": 33}]
 
 
-def test_a_new_run_in_an_old_folder_begins_anew(tmp_path: Path) -> None:
+def test_new_run_replaces_the_rows_of_an_old_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     for value in (1, 2):
         logger = MetricsCSV(path)
@@ -59,7 +59,7 @@ def test_a_new_run_in_an_old_folder_begins_anew(tmp_path: Path) -> None:
     assert read_metrics(path) == [{"step": 1, "a": 2}]
 
 
-def test_nan_survives_the_way_to_disk(tmp_path: Path) -> None:
+def test_nan_and_infinity_are_read_back(tmp_path: Path) -> None:
     logger = MetricsCSV(tmp_path / "m.csv")
     logger.log_metrics({"a": float("nan"), "b": float("inf")}, step=1)
     logger.save()

@@ -1,4 +1,4 @@
-"""Steps that went wrong: gradients that are not finite, losses that jump, and what the step had read."""
+"""Detects gradients that are not finite and loss spikes, and reports them with the batch."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from gpt_lightning.training.module import LanguageModel
 
 log = logging.getLogger(__name__)
 
-IN_A_ROW = 10  # skipped steps after which a run stops all the same: it no longer learns
-REPORTS = 20  # of loss spikes in a run; a run that spikes all the time needs no more of them
-SETTLING = 20  # steps before a loss can be called a spike
-MEMORY = 0.98  # weight of the past in the mean loss: about the last 50 steps
+MAX_SKIPPED_IN_A_ROW = 10  # then the run stops, since it no longer learns
+MAX_SPIKE_REPORTS = 20  # in a run
+FIRST_SPIKE_STEP = 20  # the mean of fewer losses says too little
+DECAY = 0.98  # of the running mean of the loss: about the last 50 steps
 
 
 class NonFiniteError(ValueError):
-    """A step whose gradient is infinite or not a number; the weights are still those before it."""
+    """The gradient of a step is infinite or NaN; the weights are those before the step."""
 
 
 class Incidents(Callback):
-    """Looks at every optimizer step before it is taken, and writes incident-<step>.json for a strange one.
+    """Checks every optimizer step before it is taken, and writes incident-<step>.json if something is wrong.
 
-    The look waits for the device once in a step. Each rank reports on its own part of the batch, the
-    others in incident-<step>-rank<n>.json.
+    The check synchronizes with the device once per step. Each rank reports on its own part of the batch,
+    all but the first in incident-<step>-rank<n>.json.
 
     Args:
-        folder: Where reports go.
+        folder: Where reports are written.
         nonfinite: "stop" the run before a step whose gradient is not finite, or "skip" the step.
-        spike: Report a loss of more than this many times the mean of the last steps; None never does.
+        spike: Report a loss of more than this multiple of the running mean; None never does.
 
     Attributes:
-        skipped: Steps that were not taken.
-        spikes: Losses that jumped.
+        skipped: Number of skipped steps.
+        spikes: Number of loss spikes.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -74,61 +74,59 @@ class Incidents(Callback):
         for path in self.folder.glob("incident-*.json"):
             step = path.stem.split("-")[1]
             if trainer.is_global_zero and step.isdecimal() and int(step) > trainer.global_step:
-                path.unlink()  # a resumed run is going to write it again
+                path.unlink()  # of steps that a resumed run repeats
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         self._losses.append(loss.detach())
 
     def _check_step(self, trainer: pl.Trainer, module: LanguageModel) -> None:
-        """Judge the step whose gradient is complete; a step without gradients changes nothing."""
-        losses, self._losses = self._losses, []
-        loss, norm = torch.stack([module.train_loss, module.grad_norm]).tolist()  # waits for the device
+        loss, norm = torch.stack([module.train_loss, module.grad_norm]).tolist()  # synchronizes
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            norm = 0.0  # 16-bit training overflows now and then; its scaler skips such steps by itself
+            norm = 0.0  # the gradient scaler of 16-bit training skips steps that overflow itself
         self._steps += 1
         if math.isfinite(norm) and math.isfinite(loss):
             self._in_a_row = 0
-            high = bool(self.spike) and self._steps > SETTLING and loss > (self.spike or 0) * self._mean
-            if high and not self._high:
-                self._spike(trainer, module, losses, loss)
-            self._high = high
-            past = MEMORY if self._steps > 1 else 0.0
-            self._mean = past * self._mean + (1 - past) * loss
-            return
-        path = self._report(trainer, module, losses, kind="nonfinite", action=self.nonfinite)
+            self._check_spike(trainer, module, loss)
+        else:
+            self._stop_or_skip(trainer, module, f"loss {loss:g}, gradient norm {norm:g}")
+        self._losses.clear()
+
+    def _stop_or_skip(self, trainer: pl.Trainer, module: LanguageModel, values: str) -> None:
+        path = self._report(trainer, module, kind="nonfinite", action=self.nonfinite)
         self._in_a_row += 1
         step = trainer.global_step + 1
-        what = f"step {step}: the gradient is not finite (loss {loss:g}, gradient norm {norm:g})"
+        what = f"step {step}: the gradient is not finite ({values})"
         if self.nonfinite == "stop":
             raise NonFiniteError(
                 f"{what}; see {path}; lower optimizer.lr in a new run, or leave the step out with "
                 f"resume={self.folder} callbacks.nonfinite=skip"
             )
-        if self._in_a_row == IN_A_ROW:
+        if self._in_a_row == MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteError(
-                f"{what}, as in the {IN_A_ROW - 1} steps before; see {path} and lower optimizer.lr"
+                f"{what}, as in the {self._in_a_row - 1} steps before; see {path} and lower optimizer.lr"
             )
         self.skipped += 1
         log.warning("%s; it is skipped, see %s", what, path)
         for parameter in module.parameters():
-            parameter.grad = None  # which optimizers take for: leave it as it is
+            parameter.grad = None  # optimizers then leave the parameter as it is
         for logger in trainer.loggers:
             logger.log_metrics({"train/skipped_steps": float(self.skipped)}, step=step)
 
-    def _spike(self, trainer: pl.Trainer, module: LanguageModel, losses: list[Tensor], loss: float) -> None:
-        self.spikes += 1
-        if self.spikes > REPORTS:
-            return
-        path = self._report(trainer, module, losses, kind="spike", action=None, mean_loss=self._mean)
-        step, times = trainer.global_step + 1, loss / self._mean
-        log.warning(
-            "step %d: the loss of %.4f is %.1f times the mean before; see %s", step, loss, times, path
-        )
+    def _check_spike(self, trainer: pl.Trainer, module: LanguageModel, loss: float) -> None:
+        high = self.spike is not None and self._steps > FIRST_SPIKE_STEP and loss > self.spike * self._mean
+        self.spikes += high and not self._high
+        if high and not self._high and self.spikes <= MAX_SPIKE_REPORTS:
+            path = self._report(trainer, module, kind="spike", action=None, mean_loss=self._mean)
+            what = f"the loss of {loss:.4f} is {loss / self._mean:.1f} times the mean before"
+            log.warning("step %d: %s; see %s", trainer.global_step + 1, what, path)
+        self._high = high
+        decay = DECAY if self._steps > 1 else 0.0
+        self._mean = decay * self._mean + (1 - decay) * loss
 
-    def _report(self, trainer: pl.Trainer, module: LanguageModel, losses: list[Tensor], **facts: Any) -> Path:
+    def _report(self, trainer: pl.Trainer, module: LanguageModel, **facts: Any) -> Path:
         step, rank = trainer.global_step + 1, trainer.global_rank
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        scale = len(losses) / (scaler.get_scale() if scaler else 1.0)
+        scale = len(self._losses) / (scaler.get_scale() if scaler else 1.0)
         path = self.folder / (f"incident-{step}-rank{rank}.json" if rank else f"incident-{step}.json")
         report = {
             "step": step,
@@ -136,17 +134,17 @@ class Incidents(Callback):
             "loss": _number(module.train_loss),
             "gradient_norm": _number(module.grad_norm),
             "learning_rate": module.lr,
-            "micro_batch_losses": [_number(loss * scale) for loss in losses],
+            "micro_batch_losses": [_number(loss * scale) for loss in self._losses],
             "gradient_norms": gradient_norms(module.net),
-            "batch": self._batch(trainer, module, len(losses)),
+            "batch": self._batch(trainer, module, len(self._losses)),
         }
         write_json(path, report)
         return path
 
     def _batch(self, trainer: pl.Trainer, module: LanguageModel, accumulation: int) -> list[dict[str, Any]]:
-        """What the step read, window by window: place in the token file, and text."""
+        """The windows of the step: position in the token file, and text."""
         dataset = getattr(trainer.train_dataloader, "dataset", None)
-        if not isinstance(dataset, TrainBatches):  # data of the user's own
+        if not isinstance(dataset, TrainBatches):  # a user's own data module
             return []
         first = trainer.global_step * accumulation
         return [
@@ -163,7 +161,7 @@ class Incidents(Callback):
 
 
 def gradient_norms(net: torch.nn.Module) -> dict[str, float | str]:
-    """Gradient norm of each layer, by its name; of a sharded one, this rank's share."""
+    """Gradient norm by name of the layer; for a sharded layer, that of this rank's shard."""
     squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
     for name, parameter in net.named_parameters():
         if parameter.grad is not None:
@@ -173,6 +171,6 @@ def gradient_norms(net: torch.nn.Module) -> dict[str, float | str]:
 
 
 def _number(value: Tensor) -> float | str:
-    """JSON has no word for what is not finite."""
+    """A number for JSON; as text if it is not finite, which JSON cannot express."""
     number = float(value)
     return number if math.isfinite(number) else str(number)

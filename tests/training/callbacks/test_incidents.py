@@ -1,4 +1,4 @@
-"""Strange steps: they are reported, and stop the run or are left out, and everything else stays as it is."""
+"""Gradients that are not finite and loss spikes: reports, stopped runs, skipped steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYER = "transformer.h.1.mlp.c_fc"
 
 
 class Poison(Callback):
-    """Damages a gradient, or for one step the weights, as data or hardware may."""
+    """Corrupts a gradient, or the weights for one step, as bad data or hardware might."""
 
     def __init__(self, step: int, times: int = 1, value: float = math.nan, weights: bool = False):
         self.steps, self.value, self.weights = range(step, step + times), value, weights
@@ -108,7 +108,7 @@ def test_gradient_that_is_not_finite_stops_the_run_before_the_step(
         start = window["first_token"]
         assert window["text"] == text[start : start + 33].decode()
 
-    # going on without the step is the same as leaving it out at once
+    # resuming with skip equals a run that skipped from the start
     train(*poison(step=6), f"resume={run}", "callbacks.nonfinite=skip")
     skipped = train(*poison(step=6), "callbacks.nonfinite=skip", name="skip")
     assert equal(weights(run), weights(skipped))
@@ -149,7 +149,7 @@ def test_loss_spike_is_reported_and_the_run_goes_on(train: Callable[..., Path]) 
     assert json.loads((run / "summary.json").read_text())["steps"] == 30
 
 
-def test_looking_changes_no_bit(train: Callable[..., Path]) -> None:
+def test_checks_do_not_change_the_training(train: Callable[..., Path]) -> None:
     watched = train("trainer.max_steps=30", "model.dropout=0.1", name="watched")
     alone = train("trainer.max_steps=30", "model.dropout=0.1", "callbacks.incidents=null", name="alone")
     assert equal(weights(watched), weights(alone))

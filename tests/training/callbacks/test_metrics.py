@@ -1,4 +1,4 @@
-"""Callbacks in real runs of a tiny model: what they log, show and write, and when they stop a run."""
+"""Callbacks in real runs of a tiny model: metrics, samples, progress, stopping."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def rows(folder: Path, key: str) -> list[Row]:
     return [row for row in read_metrics(folder / "metrics.csv") if key in row]
 
 
-def test_metrics_are_means_over_the_step_and_logged_when_due(fit: Fit, tmp_path: Path) -> None:
+def test_metrics_are_means_over_the_step_and_logged_at_the_interval(fit: Fit, tmp_path: Path) -> None:
     losses, metrics = Losses(), StepMetrics(every_steps=3)
     fit(losses, metrics)
     logged = rows(tmp_path, "train/loss")
@@ -146,9 +146,7 @@ def test_default_intervals_follow_the_length_of_the_run(max_steps: int, log: int
     assert (log_interval(max_steps), save_interval(max_steps)) == (log, save)
 
 
-def test_metrics_without_an_interval_follow_the_length_that_the_run_has_when_it_starts(
-    fit: Fit, tmp_path: Path
-) -> None:
+def test_default_intervals_use_the_length_at_the_start_of_the_run(fit: Fit, tmp_path: Path) -> None:
     class Longer(pl.Callback):
         """The number of steps becomes known after the trainer is built."""
 
@@ -174,7 +172,7 @@ class Pause(pl.Callback):
         time.sleep(self.validation)
 
 
-def test_speed_is_that_of_training_alone(fit: Fit) -> None:
+def test_speed_excludes_validation(fit: Fit) -> None:
     metrics, started = StepMetrics(every_steps=1), time.perf_counter()
     fit(metrics, Pause(validation=0.5), val_every_steps=2)  # after steps 2, 4 and 6
     assert metrics.steps == STEPS
@@ -246,7 +244,7 @@ def test_samples_are_printed_only_if_asked(
     assert printed == ([("INFO", f"{text}\n") for text in texts.values()] if show else [])
 
 
-def test_samples_after_the_step_that_a_run_goes_on_from_are_dropped(fit: Fit, tmp_path: Path) -> None:
+def test_resuming_drops_samples_after_the_checkpoint(fit: Fit, tmp_path: Path) -> None:
     samples = Samples(tmp_path / "samples.md", max_new_tokens=8)
     trainer = fit(samples, steps=4, val_every_steps=2)
     trainer.save_checkpoint(tmp_path / "at-4.ckpt")
@@ -262,7 +260,7 @@ def test_samples_after_the_step_that_a_run_goes_on_from_are_dropped(fit: Fit, tm
     assert list(sections(samples.path)) == [2]
 
 
-def test_progress_without_a_terminal_is_a_line_per_log(fit: Fit, caplog: pytest.LogCaptureFixture) -> None:
+def test_progress_without_a_terminal_is_one_line_per_row(fit: Fit, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "gpt_lightning")
     metrics = StepMetrics(every_steps=3)
     fit(metrics, Pause(step=0.2), Progress())  # else all would be left in 0:00
@@ -276,7 +274,7 @@ def test_progress_without_a_terminal_is_a_line_per_log(fit: Fit, caplog: pytest.
     assert f"loss {latest['train/loss']:.4f}" in steps[-1]
 
 
-def test_log_line_appears_before_the_next_row_if_there_was_none_for_long(
+def test_log_line_is_written_when_no_row_was_due_for_long(
     fit: Fit, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, "gpt_lightning")
@@ -301,7 +299,7 @@ def test_notebook_shows_a_progress_bar() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals on this system")
-def test_progress_on_a_terminal_is_one_bar_for_the_run(
+def test_progress_on_a_terminal_is_one_bar(
     fit: Fit, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fcntl
