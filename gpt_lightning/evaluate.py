@@ -188,12 +188,14 @@ def main(cfg: DictConfig) -> None:
     corpus = choose_corpus(cfg, source)
     model = load(source, cfg.device.accelerator, cfg.dtype)
     result: dict[str, Any] = {"checkpoint": str(source)}
-    if corpus is not None or cfg.text is not None:
-        tokens, facts = (
-            corpus_tokens(cfg, corpus, model) if corpus is not None else file_tokens(cfg, model, source)
-        )
+    found = None
+    if corpus is not None:
+        found = corpus_tokens(cfg, corpus, model)
+    elif cfg.text is not None:
+        found = file_tokens(cfg, model, source)
+    if found:
         windows = {key: cfg[key] for key in ("stride", "batch_size", "per_document")}
-        result |= facts | {**evaluate(model, tokens, **windows, words=facts.get("words"))}
+        result |= found[1] | {**evaluate(model, found[0], **windows, words=found[1].get("words"))}
     if cfg.num_samples or cfg.samples is not None:
         result |= compare_samples(cfg, corpus, model, settings)
     show(result)

@@ -6,7 +6,6 @@ import itertools
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from typing import TypedDict
 
 from gpt_lightning.data.corpus.base import Corpus, Split
 
@@ -16,34 +15,26 @@ SEPARATOR = "\0"  # between documents, so that no match extends from one to the 
 SEARCHED = 1 << 24  # characters; one comparison with as many takes about five milliseconds
 
 
-class Originality(TypedDict, total=False):
-    """Lengths in words, n-grams of words, shares from 0 to 1; None where there are no texts."""
-
-    longest_match_words_mean: float | None
-    longest_match_words_max: int | None
-    seen_4grams: float | None
-    seen_8grams: float | None
-    distinct_1: float | None
-    distinct_2: float | None
-    distinct_3: float | None
+Figures = dict[str, float | None]  # by name; None where there are no texts
 
 
-def originality(samples: Sequence[str], training: str) -> Originality:
-    """Overlap with a training text, to be compared with that of unseen text, and variety."""
+def originality(samples: Sequence[str], training: str) -> Figures:
+    """Overlap with a training text, to be compared with that of unseen text, and variety.
+
+    Longest matches are in words, n-grams of words, shares from 0 to 1.
+    """
     longest = longest_matches(samples, training)
     return {
         "longest_match_words_mean": sum(longest) / len(longest) if longest else None,
         "longest_match_words_max": max(longest, default=None),
-        "seen_4grams": seen_share(samples, training, 4),
-        "seen_8grams": seen_share(samples, training, 8),
+        **{f"seen_{n}grams": seen_share(samples, training, n) for n in (4, 8)},
         **variety(samples),
     }
 
 
-def variety(samples: Sequence[str]) -> Originality:
+def variety(samples: Sequence[str]) -> Figures:
     """distinct-n of the samples for n = 1, 2 and 3."""
-    one, two, three = (distinct(samples, n) for n in (1, 2, 3))
-    return {"distinct_1": one, "distinct_2": two, "distinct_3": three}
+    return {f"distinct_{n}": distinct(samples, n) for n in (1, 2, 3)}
 
 
 def excerpt(corpus: Corpus, split: Split) -> str:

@@ -99,7 +99,7 @@ def choose(
     Args:
         logits: (B, V).
         uniform: A random number in [0, 1) per sequence, (B,); decides which token is drawn.
-        settings: The filters; each is left out where it would keep everything.
+        settings: The filters; those that would keep everything are skipped.
         seen: The ids in each sequence's text, (B, V) bool, for the repetition penalty.
     """
     if settings.repetition_penalty != 1 and seen is not None:

@@ -1,4 +1,4 @@
-"""GPT-2 weights in the Hugging Face layout, read into a GPT and written back.
+"""Reads and writes GPT-2 weights in the Hugging Face layout.
 
 A folder holds config.json and model.safetensors (or the shards that its index names). Its linear
 layers are "Conv1D": stored (in, out), the transpose of nn.Linear's.
@@ -19,8 +19,8 @@ from gpt_lightning.model.gpt import GPT, GPTConfig
 from gpt_lightning.model.weights import build_with_weights
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# Settings of config.json that change what is computed, with the values that mean what GPT computes;
-# the first is what a missing key means.
+# Settings of config.json that change the computation, with the values that GPT implements; the first one is
+# the default.
 COMPUTATION: dict[str, tuple[object, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -28,7 +28,7 @@ COMPUTATION: dict[str, tuple[object, ...]] = {
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
 }
-# Fields of GPTConfig that a GPT-2 folder can express; a field added later needs its default.
+# Fields of GPTConfig that a GPT-2 folder can express; other fields must have their defaults.
 EXPRESSIBLE = {"vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_inner", "dropout"}
 EXPRESSIBLE |= {"bias", "qkv_bias", "tie_weights", "vocab_multiple"}
 
@@ -51,11 +51,11 @@ def load_gpt2(source: str | Path, **asked: Any) -> GPT:
 
 
 def to_gpt2(net: GPT, *, end_of_text: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The model as contents of config.json and model.safetensors; the vocabulary loses its padding.
+    """The contents of config.json and model.safetensors, without padding of the vocabulary.
 
     Args:
-        net: The model. Missing biases become zeros, which is the same function.
-        end_of_text: Id at which `transformers` should begin and stop texts.
+        net: The model. Missing biases become zeros, which computes the same.
+        end_of_text: Id with which `transformers` begins and ends texts.
 
     Raises:
         ValueError: If the model has an option that GPT-2 cannot express.
@@ -110,21 +110,12 @@ def save_gpt2(net: GPT, folder: str | Path, *, end_of_text: int | None = None) -
 
 
 def write_safetensors(weights: dict[str, Tensor], path: Path) -> None:
-    """Write tensors to a file.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
+    """Write named tensors to a file."""
     save_file(weights, path, metadata={"format": "pt"})
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, by name.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is damaged.
-    """
+    """The tensors of a file, by name."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; pickled weights (.bin) are not read, save the model as safetensors"
@@ -136,7 +127,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def download(name: str) -> Path:
-    """The folder of a model's files from the hub, or from the hub's cache where they are there.
+    """The folder of a model's files from the hub or its cache.
 
     Raises:
         OSError: If the hub does not provide them.

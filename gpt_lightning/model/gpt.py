@@ -19,7 +19,7 @@ IGNORE = -100  # a target with this id does not count in the loss (F.cross_entro
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """The shape of a GPT.
+    """The configuration of a GPT.
 
     Args:
         vocab_size: Ids that the tokenizer can produce.
@@ -32,8 +32,8 @@ class GPTConfig:
         bias: Whether linear layers and LayerNorms have a bias, as in GPT-2.
         qkv_bias: The same for the query, key and value projection alone; None follows `bias`.
         tie_weights: Whether the output head shares the token embedding's matrix.
-        vocab_multiple: The embedding is padded to a multiple of this many rows, which matrix
-            kernels like; padded ids have probability zero.
+        vocab_multiple: The embedding is padded to a multiple of this many rows, for faster matrix
+            products; padded ids have probability zero.
 
     Raises:
         ValueError: If a value is out of its range; names the key, the value and the remedy.
@@ -81,15 +81,15 @@ class GPTConfig:
 class KVCache:
     """Keys and values of sequences of different lengths, in one buffer of fixed size.
 
-    Row b of the buffer holds the positions of sequence b from 0 on. `seek` says where the tokens of
-    the next forward belong: several per row fill it from position 0, one per row continues it.
+    Row b of the buffer holds the positions of sequence b from 0 on. `seek` sets the positions of the next
+    forward's tokens: several per row fill it from position 0, one per row continues it.
 
     Args:
         config: Shape of the model.
         batch_size: Rows, B.
-        size: Positions of a row that will be used; config.block_size if that is less.
-        device: Where the buffer lives.
-        dtype: Its type, the one in which the attention gets its keys and values.
+        size: Positions of a row, at most config.block_size.
+        device: Of the buffer.
+        dtype: Of the buffer; the type of the attention's keys and values.
     """
 
     def __init__(
@@ -100,9 +100,9 @@ class KVCache:
         self.buffer = torch.zeros(shape, device=device, dtype=dtype)
 
     def seek(self, rows: Tensor, positions: Tensor, *, whole: bool = False) -> None:
-        """Aim the next forward at `positions` (B, T) of `rows` (B,), which are all rows if T is 1.
+        """Set `positions` (B, T) and `rows` (B,) of the next forward; all rows if T is 1.
 
-        `whole` reads rows to their end under a mask, so that shapes stay the same from token to token.
+        `whole` reads complete rows under a mask, so that shapes do not change from token to token.
         """
         heads, size = 2 * self.buffer.size(3), self.buffer.size(4)
         head = torch.arange(heads, device=rows.device)
@@ -120,7 +120,7 @@ class KVCache:
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a position sees itself and those before it."""
+    """Multi-head attention of each position to itself and earlier ones."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -136,7 +136,7 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if cache is not None:
             keys, values = cache.update(self.layer, qkv[:, :, 1:])
-            if T == 1:  # else the row begins here: its keys are those of this forward
+            if T == 1:  # otherwise the row begins here, and has only the keys of this forward
                 k, v, mask = keys, values, cache.mask
         y = F.scaled_dot_product_attention(
             q, k, v, mask, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1
@@ -146,7 +146,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Position-wise feed-forward layer with the tanh form of GELU that GPT-2 was trained with."""
+    """Position-wise feed-forward layer with the tanh approximation of GELU, as in GPT-2."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -161,7 +161,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then feed-forward, each added to the stream."""
+    """Pre-norm transformer block: attention, then feed-forward, each added to the residual stream."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -176,7 +176,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embeddings, blocks and the final LayerNorm: from token ids to the vectors the head reads."""
+    """Embeddings, blocks and the final LayerNorm: from token ids to the inputs of the head."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -187,7 +187,7 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T) ids to (B, T, C), at positions 0 to T - 1 or where the cache was told to seek."""
+        """(B, T) ids to (B, T, C), at positions 0 to T - 1 or those of the cache."""
         positions = torch.arange(idx.size(1), device=idx.device) if cache is None else cache.positions
         x = F.dropout(self.wte(idx) + self.wpe(positions), self.dropout, self.training)
         for block in self.h:
@@ -196,7 +196,7 @@ class Transformer(nn.Module):
 
 
 class Head(nn.Linear):
-    """From C to logits, (..., V), that are -inf at padded ids: those are never produced."""
+    """From C to logits (..., V), which are -inf at padded ids."""
 
     padding: Tensor | None
 
@@ -265,7 +265,7 @@ class GPT(nn.Module):
         return loss.view_as(targets) if reduction == "none" else loss
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
-        """Numbers, tied ones counted once; without the position and token tables if asked."""
+        """Number of parameters, tied ones counted once, optionally without position and token embeddings."""
         total = sum(p.numel() for p in self.parameters())
         if not embeddings:
             total -= self.transformer.wpe.weight.numel()

@@ -1,6 +1,6 @@
-"""Low-rank adapters: fine-tuning that leaves a model's weights alone and trains a few numbers beside them.
+"""Low-rank adapters (LoRA): fine-tuning that freezes a model's weights and trains small matrices beside them.
 
-Names and numbers are those of `peft`, which loads what `gpt_lightning.export format=peft` writes.
+Names and scaling are those of `peft`, which loads the files of `gpt_lightning.export format=peft`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from gpt_lightning.model.gpt import GPT
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """Which layers get adapters, and of what size.
+    """The layers with adapters, and the size of the adapters.
 
     Args:
         r: Rank: the inner width of an adapter.
         lora_alpha: An adapter's output is multiplied by lora_alpha / r.
         lora_dropout: Probability that an input of an adapter is dropped in training.
-        target_modules: Last names of linear layers: c_attn, c_fc, c_proj (attention's and feed-forward's).
+        target_modules: Names of linear layers: c_attn, c_fc, c_proj (of attention and feed-forward).
 
     Raises:
         ValueError: If a value is out of its range.
@@ -50,9 +50,9 @@ class LoRAConfig:
 
 
 class LoRALinear(nn.Module):
-    """y = W x + b + lora_alpha / r * B A dropout(x), in which only A (r, in) and B (out, r) are trained.
+    """y = W x + b + lora_alpha / r * B A dropout(x), with only A (r, in) and B (out, r) trained.
 
-    B begins at zero, so that training begins with the model as it was.
+    B is initialized to zero, so that the initial output is that of the frozen layer.
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), section 4.1.
     """
 
@@ -69,13 +69,13 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The one layer that computes the same."""
+        """A single linear layer with the same output."""
         self.base_layer.weight += self.scaling * self.lora_B.weight @ self.lora_A.weight
         return self.base_layer
 
 
 def add_adapters(net: GPT, config: LoRAConfig) -> GPT:
-    """Freeze a model and give it adapters, in place."""
+    """Freeze a model and add adapters to it, in place."""
     net.requires_grad_(False)
     for parent in list(net.transformer.h.modules()):
         for name, child in list(parent.named_children()):
@@ -85,7 +85,7 @@ def add_adapters(net: GPT, config: LoRAConfig) -> GPT:
 
 
 def merge_adapters(net: GPT) -> GPT:
-    """Fold adapters into the weights that they stand beside, in place: a plain model with the same logits."""
+    """Merge adapters into the weights, in place, which gives a plain model with the same logits."""
     for parent in list(net.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear):
