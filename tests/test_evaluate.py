@@ -1,4 +1,4 @@
-"""The command that scores a checkpoint, as a user meets it."""
+"""The command `evaluate`."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_corpus_of_another_package_is_not_built_from_a_checkpoint(
         assert not (tmp_path / "made").exists()
 
 
-def test_text_that_the_run_was_trained_on_is_reported(
+def test_training_text_in_text_is_warned_of(
     call: Call, tiny: list[str], small_text: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     (tmp_path / "texts").mkdir()
@@ -265,7 +265,7 @@ metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
 
 
 @pytest.mark.slow
-def test_harness_finds_the_same_word_perplexity(
+def test_word_perplexity_equals_lm_evaluation_harness(
     score: Callable[..., dict[str, Any]], call: Call, checkpoint: Path, tmp_path: Path
 ) -> None:
     for package in ("lm_eval", "accelerate", "transformers"):

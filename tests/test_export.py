@@ -1,4 +1,4 @@
-"""From a run to other programs and back, by the commands."""
+"""The command `export`, and training from exported folders."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return save_checkpoint(tmp_path / "any" / "best.ckpt", random_net())
 
 
-def test_trained_run_loads_in_transformers_and_says_the_same(
+def test_exported_run_generates_the_same_text_in_transformers(
     call: Call, tiny: list[str], tmp_path: Path, capsys: Capture
 ) -> None:
     call("train", *tiny, "tokenizer=bpe", "tokenizer.vocab_size=300", "model.block_size=64", "logger=none")
@@ -43,7 +43,7 @@ def test_trained_run_loads_in_transformers_and_says_the_same(
         assert capsys.readouterr().out == tokenizer.decode(said, skip_special_tokens=True) + "\n"
 
 
-def test_gpt2_of_transformers_is_trained_further_and_goes_back(
+def test_gpt2_of_transformers_can_be_fine_tuned_and_exported(
     call: Call, tiny: list[str], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -68,7 +68,7 @@ def test_gpt2_of_transformers_is_trained_further_and_goes_back(
     assert summary["val_loss"] < 5.6  # ln 257 = 5.55 at the beginning
 
 
-def test_exported_bpe_model_is_trained_further_with_its_own_tokenizer(
+def test_exported_bpe_model_is_fine_tuned_with_its_own_tokenizer(
     call: Call, tiny: list[str], tmp_path: Path
 ) -> None:
     call("train", *tiny, "tokenizer=bpe", "tokenizer.vocab_size=290", "logger=none")
@@ -81,7 +81,7 @@ def test_exported_bpe_model_is_trained_further_with_its_own_tokenizer(
     assert read_model(tmp_path / "second").encode("the dog") == read_model(tmp_path / "run").encode("the dog")
 
 
-def test_weights_format_is_a_source_for_generate(
+def test_generate_reads_the_weights_format(
     call: Call, checkpoint: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     call("export", f"checkpoint={checkpoint}", f"output={tmp_path / 'bare'}", "format=weights")
@@ -100,7 +100,7 @@ def test_weights_format_is_a_source_for_generate(
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate", "export"])
-def test_command_refuses_a_pickle_that_would_run_code(
+def test_command_refuses_a_checkpoint_with_code(
     command: str, call: Call, checkpoint: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     contents = torch.load(checkpoint, weights_only=True)

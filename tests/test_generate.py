@@ -1,4 +1,4 @@
-"""The command that generates text, as a user meets it."""
+"""The command `generate`."""
 
 from __future__ import annotations
 
@@ -45,14 +45,16 @@ def in_python(prompts: list[str], **options: Any) -> list[str]:
     "prompt",
     ["Once upon a time", "", "ROMEO: it's me, ok?", 'a "b" [c] {d} ${e} x=1', "null and void", "7", "日本\\"],
 )
-def test_prompt_stands_as_it_is_and_its_continuation_follows(
+def test_prompt_is_taken_literally_and_printed_with_its_continuation(
     prompt: str, call: Call, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call("generate", f"checkpoint={checkpoint}", "device=cpu", f"prompt={prompt}", *SETTINGS)
     assert capsys.readouterr().out == prompt + in_python([prompt])[0] + "\n"
 
 
-def test_stop_and_greedy(call: Call, known: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stop_string_and_token_limit_end_a_text(
+    call: Call, known: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for more, text in (
         ((), "你好🦊é\n\nfin\n"),
         (("stop=\n\n",), "你好🦊é\n"),
@@ -62,7 +64,7 @@ def test_stop_and_greedy(call: Call, known: Path, capsys: pytest.CaptureFixture[
         assert capsys.readouterr().out == text
 
 
-def test_samples_and_default_prompts_come_under_headings(
+def test_samples_of_default_prompts_have_headings(
     call: Call, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call("generate", f"checkpoint={checkpoint}", "device=cpu", "num_samples=2", *SETTINGS)
@@ -142,7 +144,7 @@ def test_mistake_ends_in_one_line(
     assert message in shown.err
 
 
-def test_character_without_a_token_leaves_an_earlier_output_alone(
+def test_unknown_character_in_a_prompt_keeps_an_earlier_output(
     call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from gpt_lightning.data.tokenizer import Char
@@ -162,7 +164,7 @@ def test_character_without_a_token_leaves_an_earlier_output_alone(
     assert (tmp_path / "answers.jsonl").read_text() == "earlier"
 
 
-def test_default_prompt_without_a_token_is_left_out(
+def test_default_prompt_with_unknown_characters_is_skipped(
     call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from gpt_lightning.data.tokenizer import Char
@@ -228,7 +230,7 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 
 
 @pytest.mark.slow
-def test_prompt_line_on_a_terminal(terminal: Callable[..., Terminal], checkpoint: Path) -> None:
+def test_interactive_mode_on_a_terminal(terminal: Callable[..., Terminal], checkpoint: Path) -> None:
     talk = terminal("interactive=true", f"checkpoint={checkpoint}", "device=cpu", *SETTINGS)
     talk.until("> ")
     talk.type("abc\n")
@@ -257,7 +259,7 @@ def test_prompt_line_on_a_terminal(terminal: Callable[..., Terminal], checkpoint
 
 
 @pytest.mark.slow
-def test_checkpoint_alone_is_enough_and_text_streams(known: Path, tmp_path: Path) -> None:
+def test_generate_needs_only_the_checkpoint_file(known: Path, tmp_path: Path) -> None:
     path = tmp_path / "moved.ckpt"
     path.write_bytes(known.read_bytes())
     environment = {

@@ -1,4 +1,4 @@
-"""Scores beside a slow reference that reads one token after the other."""
+"""Losses compared with a slow reference that predicts one token at a time."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_losses_equal_the_slow_reference(n: int, stride: int) -> None:
     np.testing.assert_allclose(losses[1:], slow(net, ids, stride), atol=2e-5, rtol=2e-5)
 
 
-def test_every_token_sees_all_but_a_stride_of_the_block() -> None:
+def test_every_token_has_at_least_a_block_minus_a_stride_of_context() -> None:
     net, ids, stride = random_net(), tokens(100), 8
     losses = token_losses(net, ids, stride=stride)
     changed = ids.copy()
@@ -69,7 +69,7 @@ def test_every_token_sees_all_but_a_stride_of_the_block() -> None:
     assert max(differs) <= 40 + T
 
 
-def test_segments_are_read_each_for_itself() -> None:
+def test_segments_are_scored_independently() -> None:
     net, ids = random_net(), tokens(120)
     parts = [(0, 50), (50, 51), (53, 120)]
     losses = token_losses(net, ids, stride=11, batch_size=2, segments=parts)
@@ -121,7 +121,7 @@ def test_summary_by_hand() -> None:
     assert found["standard_error"] == pytest.approx(np.std([1, 2, 6], ddof=1) / math.sqrt(3))
 
 
-def test_standard_error_is_the_spread_that_texts_of_the_same_source_have() -> None:
+def test_standard_error_equals_the_spread_over_many_texts() -> None:
     # neighbours have the same loss 50 times, so 5,000 tokens say no more than 100
     draw = np.random.default_rng(0)
     samples = [np.repeat(draw.normal(3, 1, 100), 50).astype(np.float32) for _ in range(300)]
@@ -132,7 +132,7 @@ def test_standard_error_is_the_spread_that_texts_of_the_same_source_have() -> No
     assert np.mean([one["standard_error"] for one in found]) == pytest.approx(spread, rel=0.15)
 
 
-def test_text_is_laid_out_as_a_token_store_is(tmp_path: Path) -> None:
+def test_layout_equals_that_of_a_token_store(tmp_path: Path) -> None:
     for separator in ("", "\n<|endoftext|>\n"):
         text = tmp_path / f"{len(separator)}.txt"
         text.write_text(separator.join(f"story {i} of many" for i in range(40)))
@@ -142,11 +142,11 @@ def test_text_is_laid_out_as_a_token_store_is(tmp_path: Path) -> None:
         np.testing.assert_array_equal(laid_out, expected)
 
 
-def test_documents_begin_with_the_separator_before_them() -> None:
+def test_documents_include_the_separator_before_them() -> None:
     assert documents_in(np.array([END, 1, 2, END, 3, END, END]), END) == [(0, 3), (3, 5)]
     assert documents_in(np.array([1, 2, 3]), END) == [(0, 3)]
 
 
-def test_words_are_counted_as_by_the_harness() -> None:
+def test_words_are_counted_as_by_lm_evaluation_harness() -> None:
     # re.split(r"\s+", …) counts an empty word at a border of white space
     assert [count_words(text) for text in ("one", "a b\n c", " a ", "")] == [1, 3, 3, 1]

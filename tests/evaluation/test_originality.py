@@ -61,7 +61,7 @@ def test_distinct_by_hand() -> None:
     assert distinct([""], 1) is None
 
 
-def test_recital_and_invention_are_told_apart() -> None:
+def test_recited_and_new_text_have_different_figures() -> None:
     training = "the old fox ran over the green hill and came home before the night fell"
     recital = "fox ran over the green hill and came home"
     recited, invented = originality([recital], training), originality(["a hen swam under blue ice"], training)
@@ -70,7 +70,7 @@ def test_recital_and_invention_are_told_apart() -> None:
     assert invented["longest_match_words_max"] < 2
 
 
-def test_pieces_to_compare_with_have_the_samples_lengths(tmp_path: Path) -> None:
+def test_comparison_pieces_have_the_lengths_of_the_samples(tmp_path: Path) -> None:
     (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(f"story number {i}" for i in range(30)))
     stories = excerpt(TextFiles(str(tmp_path / "stories.txt")), "val")
     assert pieces_like(stories, ["12345", "1"]) == ["story", "s"]

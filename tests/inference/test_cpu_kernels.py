@@ -70,7 +70,7 @@ def test_float32_changes_only_rounding(net, text):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_smaller_weights_keep_the_loss_within_half_a_percent(net, text, dtype):
+def test_bfloat16_and_int8_change_the_loss_by_less_than_half_a_percent(net, text, dtype):
     full = loss(net, text)
     small = loss(packed(net, dtype), text)
     assert small != full
@@ -100,7 +100,7 @@ def test_int8_keeps_the_loss_of_generation(net, text, weight_only, monkeypatch):
     assert abs(small / full - 1) < 0.005
 
 
-def test_int8_weights_multiply_exactly_to_bfloat16():
+def test_weight_only_int8_products_are_accurate_to_bfloat16():
     torch.manual_seed(0)
     linear = torch.nn.Linear(48, 20)
     x = torch.randn(7, 1, 48) * torch.logspace(-3, 3, 7).view(7, 1, 1)
@@ -113,7 +113,7 @@ def test_int8_weights_multiply_exactly_to_bfloat16():
 
 
 @pytest.mark.parametrize("positions", [1, 5])
-def test_int8_products_are_those_of_rounded_integers(positions):
+def test_int8_products_equal_those_of_rounded_values(positions):
     torch.manual_seed(0)
     linear = torch.nn.Linear(48, 20)
     sizes = torch.logspace(-3, 3, 3 * positions).view(3, positions, 1)  # rows of very different sizes
@@ -138,7 +138,7 @@ def test_int8_layer_takes_zeros_and_no_bias(weight_only):
 
 
 @pytest.mark.parametrize("width", [8, 12, 24, 33])
-def test_int8_takes_widths_that_the_weight_only_kernel_cannot(width):
+def test_int8_handles_widths_that_the_weight_only_kernel_does_not(width):
     torch.manual_seed(0)
     linear = torch.nn.Linear(width, 5)
     x = torch.randn(3, 1, width)
@@ -170,7 +170,7 @@ def test_packed_model_generates_with_and_without_cache(net, text, dtype):
     assert new == [generate(small, [prompt], GREEDY)[0] for prompt in prompts]
 
 
-def test_padded_ids_stay_impossible(net, text):
+def test_padded_ids_have_logit_minus_infinity_in_packed_models(net, text):
     for dtype in ("float32", "bfloat16", "int8"):
         with torch.no_grad():
             logits = packed(net, dtype)(text[:9].view(1, 9))

@@ -1,4 +1,4 @@
-"""Models from checkpoints, run directories and folders; nothing in them is ever run."""
+"""Loading models from checkpoints, run directories and folders, without running code in them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_run_directory_means_its_best_checkpoint_else_the_last(run: Path) -> None:
+def test_run_directory_resolves_to_its_best_or_else_last_checkpoint(run: Path) -> None:
     best, last = run / "checkpoints" / "best.ckpt", run / "checkpoints" / "last.ckpt"
     assert find_checkpoint(run) == find_checkpoint(run / "checkpoints") == find_checkpoint(best) == best
     assert find_checkpoint(last) == last
@@ -41,7 +41,7 @@ def test_run_directory_means_its_best_checkpoint_else_the_last(run: Path) -> Non
             find_checkpoint(path)
 
 
-def test_model_is_what_was_saved(run: Path) -> None:
+def test_loaded_weights_and_tokenizer_equal_the_saved_ones(run: Path) -> None:
     model = read_model(run)
     for (name, mine), (_, saved) in zip(
         model.net.named_parameters(), random_net(seed=1).named_parameters(), strict=True
@@ -51,7 +51,7 @@ def test_model_is_what_was_saved(run: Path) -> None:
     assert not model.net.training
 
 
-def test_card_tells_shape_data_and_losses_but_no_path(run: Path) -> None:
+def test_card_has_shape_data_and_losses_but_no_path(run: Path) -> None:
     info = read_model(run).info
     assert info["parameters"] == sum(p.numel() for p in random_net().parameters())
     assert (info["name"], info["data"], info["step"], info["n_layer"]) == ("test", "tales.txt", 7, 2)
@@ -67,7 +67,7 @@ def test_load_from_the_package_generates(run: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_smaller_weights_predict_nearly_the_same(run: Path, dtype: str) -> None:
+def test_bfloat16_and_int8_predictions_are_close_to_float32(run: Path, dtype: str) -> None:
     try:
         small = gpt_lightning.load(run, "cpu", dtype)
     except ValueError as error:
@@ -89,19 +89,19 @@ def test_smaller_weights_predict_nearly_the_same(run: Path, dtype: str) -> None:
         ({"dtype": "float8"}, "dtype='float8' does not exist; use float32"),
     ],
 )
-def test_wrong_device_or_type_is_named(run: Path, options: dict[str, Any], message: str) -> None:
+def test_wrong_device_or_dtype_is_refused(run: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         gpt_lightning.load(run, **options)
 
 
-def test_importing_the_package_is_light_and_typos_are_errors() -> None:
+def test_importing_the_package_does_not_import_torch() -> None:
     code = "import sys, gpt_lightning; assert 'torch' not in sys.modules; gpt_lightning.lod"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "has no attribute 'lod'" in done.stderr
 
 
 @pytest.mark.parametrize("where", ["state_dict", "hyper_parameters", "tokenizer", "extra"])
-def test_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path, where: str) -> None:
+def test_checkpoint_with_code_is_refused_without_running_it(tmp_path: Path, where: str) -> None:
     path, trap = save_checkpoint(tmp_path / "evil.ckpt", random_net()), tmp_path / "ran"
     checkpoint = torch.load(path, weights_only=True)
     checkpoint[where] = Evil(trap)
@@ -115,7 +115,7 @@ def test_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path, 
     assert trap.exists()  # the trap works where nobody is careful
 
 
-def test_bare_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
+def test_bare_pickle_is_refused_without_running_it(tmp_path: Path) -> None:
     path = tmp_path / "evil.ckpt"
     path.write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
     with pytest.raises(ValueError, match="not a checkpoint"):
@@ -137,7 +137,7 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path: Path) -> No
             read_checkpoint(tmp_path / "foreign")
 
 
-def test_changed_byte_in_the_weights_is_noticed(tmp_path: Path) -> None:
+def test_changed_byte_in_the_weights_is_detected(tmp_path: Path) -> None:
     net = random_net()
     data = bytearray(save_checkpoint(tmp_path / "good.ckpt", net).read_bytes())
     place = data.index(net.transformer.wpe.weight.detach().numpy().tobytes())
@@ -196,7 +196,7 @@ def test_start_from_logs_what_it_loaded(tmp_path: Path, caplog: pytest.LogCaptur
     ]
 
 
-def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "odd.ckpt", random_net())
     for change, message in (
         (

@@ -1,4 +1,4 @@
-"""Each filter beside values computed by hand; probabilities are powers of two, exact in binary."""
+"""Each filter compared with values computed by hand; probabilities are powers of two, exact in binary."""
 
 import math
 
@@ -47,7 +47,7 @@ def test_top_p_keeps_the_fewest_that_reach_p(p, expected):
     assert torch.equal(filtered[finite], TWO[finite])
 
 
-def test_top_p_is_the_same_where_the_nucleus_needs_a_full_sort(monkeypatch):
+def test_top_p_equals_a_full_sort_for_any_size_of_the_nucleus(monkeypatch):
     torch.manual_seed(0)
     rows = torch.randn(4, 300)
     rows[:, 290:] = -math.inf
@@ -88,7 +88,7 @@ def test_draw_inverts_the_cumulative_distribution():
     assert drawn.tolist() == [0, 0, 1, 1, 2, 3, 3]
 
 
-def test_draw_never_gives_an_impossible_id():
+def test_draw_never_returns_an_id_with_probability_zero():
     row = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]])
     uniform = torch.tensor([0.0, 0.25, 0.4999999, 0.5, 1 - 2**-24, 1.0])
     assert sampling.draw(row.expand(6, -1), uniform).tolist() == [1, 1, 1, 3, 3, 3]
@@ -96,7 +96,7 @@ def test_draw_never_gives_an_impossible_id():
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32), st.integers(2, 60))
-def test_draw_gives_only_possible_ids(seed, n):
+def test_draw_returns_only_possible_ids_of_random_logits(seed, n):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(8, n, generator=generator) * 5
     rows[torch.rand(8, n, generator=generator) < 0.5] = -math.inf
@@ -105,7 +105,7 @@ def test_draw_gives_only_possible_ids(seed, n):
     assert rows.gather(1, drawn[:, None]).isfinite().all()
 
 
-def test_zero_temperature_takes_the_most_likely_whatever_the_random_number():
+def test_zero_temperature_always_takes_the_most_likely_token():
     for uniform in (0.0, 0.999):
         chosen = choose(TWO[:1], torch.tensor([uniform]), SamplingSettings(temperature=0.0))
         assert chosen.tolist() == [1]
@@ -145,7 +145,7 @@ def test_penalty_comes_before_temperature_and_needs_the_seen_ids():
     assert choose(row, torch.zeros(1), greedy).tolist() == [0]
 
 
-def test_batch_rows_are_chosen_as_they_are_alone():
+def test_batched_rows_equal_single_rows():
     torch.manual_seed(0)
     rows, uniform = torch.randn(6, 50), torch.rand(6)
     chosen = SamplingSettings(temperature=0.9, top_k=20, top_p=0.9, min_p=0.01)

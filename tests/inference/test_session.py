@@ -1,4 +1,4 @@
-"""The lines of the prompt line."""
+"""Interactive sessions: prompts and commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def say(session: Session, line: str) -> str:
     return "".join(session.respond(line))
 
 
-def test_line_is_continued_with_the_settings_and_each_answer_has_another_seed() -> None:
+def test_line_is_continued_with_the_settings_and_the_next_seed() -> None:
     talk = session()
     options = {"max_new_tokens": 8, "temperature": 0.9}
     expected = [talk.model.generate("ab", seed=seed, **options) for seed in (3, 4)]
@@ -65,7 +65,7 @@ def test_command_changes_a_setting_and_shows_it(line: str, name: str, value: obj
         ("/", None),
     ],
 )
-def test_wrong_command_says_why_and_changes_nothing(line: str, message: str | None) -> None:
+def test_wrong_command_is_refused_and_changes_nothing(line: str, message: str | None) -> None:
     talk = session()
     before = talk.settings
     if message is None:
@@ -83,7 +83,7 @@ def test_help_and_settings_name_every_setting() -> None:
         assert f"{name} = " in say(talk, "/settings")
 
 
-def test_several_samples_are_divided_by_a_line() -> None:
+def test_samples_are_separated_by_a_line() -> None:
     settings = SamplingSettings(max_new_tokens=20, temperature=0.0, num_samples=2, stop="lo")
     talk = Session(reciting("hello"), settings)
     assert say(talk, "") == "hel\n---\nhel"

@@ -1,4 +1,4 @@
-"""Prompts in, text out: characters stay whole, stop strings cut, batches change nothing."""
+"""Text generation: whole characters, stop strings, batches."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ GREEDY = {"temperature": 0.0, "max_new_tokens": 100}
 SAID = "naïve 你好 🦊!"
 
 
-def test_stream_gives_whole_characters_as_soon_as_they_are_complete() -> None:
+def test_stream_yields_characters_as_soon_as_they_are_complete() -> None:
     pieces = list(reciting(SAID).stream(**GREEDY))
     assert pieces == list(SAID)  # the tokens are bytes: each character comes with its last
 
 
-def test_text_that_ends_inside_a_character_shows_the_replacement_character() -> None:
+def test_incomplete_last_character_is_replaced() -> None:
     cut = len(SAID.encode()) - 3  # two of the fox's four bytes
     model = reciting(SAID)
     assert model.generate(temperature=0.0, max_new_tokens=cut) == "naïve 你好 \N{REPLACEMENT CHARACTER}"
@@ -30,7 +30,7 @@ def test_text_that_ends_inside_a_character_shows_the_replacement_character() -> 
     )
 
 
-def test_bytes_that_are_no_text_are_replaced_as_python_does() -> None:
+def test_invalid_utf8_is_replaced_as_in_python() -> None:
     data = b"a\xff\xc3(\xf0\x9f"
     assert reciting(data).generate(**GREEDY) == data.decode(errors="replace")
 
@@ -49,7 +49,7 @@ TEXTS = st.text(alphabet="ab\né", min_size=1, max_size=12)
 
 @settings(max_examples=150, deadline=None)
 @given(text=TEXTS, stops=st.lists(st.text(alphabet="ab\né", min_size=1, max_size=4), max_size=3))
-def test_stop_strings_cut_wherever_tokens_divide_them(text: str, stops: list[str]) -> None:
+def test_stop_string_ends_the_text_however_it_is_tokenized(text: str, stops: list[str]) -> None:
     model = reciting(text)
     expected = until_a_stop(text, stops)
     assert model.generate(stop=stops, **GREEDY) == expected
@@ -69,7 +69,7 @@ def test_stop_strings_cut_wherever_tokens_divide_them(text: str, stops: list[str
         ({"max_new_tokens": 4, "stop": "lo"}, "hell", 4, "length"),  # the l was held back until then
     ],
 )
-def test_last_piece_tells_why_and_after_how_many_tokens(
+def test_last_piece_has_the_finish_reason_and_the_token_count(
     options: dict, text: str, tokens: int, finish: str
 ) -> None:
     pieces = [piece for (piece,) in reciting("hello").pieces([""], SamplingSettings(**{**GREEDY, **options}))]
@@ -78,7 +78,7 @@ def test_last_piece_tells_why_and_after_how_many_tokens(
     assert not any(piece.finish for piece in pieces[:-1])
 
 
-def test_each_sample_is_what_it_would_be_alone() -> None:
+def test_batched_samples_equal_single_ones() -> None:
     model = TextGenerator(random_net(), BYTES)
     prompts = ["", "a longer prompt", "b"] * 7
     options = {"max_new_tokens": 12, "temperature": 1.0, "top_k": 20}
@@ -89,7 +89,7 @@ def test_each_sample_is_what_it_would_be_alone() -> None:
     assert len(set(together[1::6])) > 1  # samples do differ
 
 
-def test_answers_come_in_order_and_the_first_at_once() -> None:
+def test_answers_come_in_order_and_the_first_one_streams() -> None:
     model = TextGenerator(random_net(), BYTES)
     seen = list(model.in_order(["a", "b", "c"], SamplingSettings(max_new_tokens=5, stop="x")))
     numbers = [number for number, _ in seen]
@@ -98,7 +98,7 @@ def test_answers_come_in_order_and_the_first_at_once() -> None:
     assert next(iter(model.in_order(["a"] * 3, SamplingSettings(max_new_tokens=100_000))))[1].tokens == 1
 
 
-def test_single_prompt_gives_a_text_and_all_else_a_list() -> None:
+def test_generate_returns_a_text_for_one_prompt_and_a_list_otherwise() -> None:
     model = reciting("hi")
     assert model.generate("", **GREEDY) == "hi"
     assert model.generate([""], **GREEDY) == ["hi"]
@@ -106,14 +106,14 @@ def test_single_prompt_gives_a_text_and_all_else_a_list() -> None:
     assert model.generate([], **GREEDY) == []
 
 
-def test_separator_in_a_prompt_is_the_token_between_documents() -> None:
+def test_end_of_text_in_a_prompt_is_the_special_token() -> None:
     model, end = reciting("hi"), end_of_text(BYTES)
     assert model.encode("") == [end]
     assert model.encode("ab") == [97, 98]
     assert model.encode("<|endoftext|>a<|endoftext|>") == [end, 97, end]
 
 
-def test_ids_that_the_tokenizer_lacks_are_no_text() -> None:
+def test_ids_that_the_tokenizer_lacks_give_no_text() -> None:
     net = random_net(vocab_size=300)
     with torch.no_grad():
         net.transformer.ln_f.weight.zero_()
@@ -135,6 +135,6 @@ def test_ids_that_the_tokenizer_lacks_are_no_text() -> None:
         ({"prompt": "\ud800"}, "surrogate"),
     ],
 )
-def test_wrong_value_is_named_before_anything_is_generated(options: dict, message: str) -> None:
+def test_wrong_value_is_refused_before_anything_is_generated(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         reciting("hi").generate(**options)

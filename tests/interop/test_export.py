@@ -1,4 +1,4 @@
-"""Exported folders in `transformers`, and back."""
+"""Exported folders in `transformers`, and back in this package."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_transformers_gives_the_same_logits_and_the_same_text(
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("format", ["huggingface", "weights"])
-def test_exported_folder_is_read_back(tmp_path: Path, format: str, encoding: str) -> None:
+def test_exported_folder_round_trips(tmp_path: Path, format: str, encoding: str) -> None:
     tokenizer = ENCODINGS[encoding]()
     info = {"name": "x", "data": "tales", "val_loss": 1.5}
     model = TextGenerator(random_net(tokenizer, tie_weights=format == "weights"), tokenizer, info)
@@ -83,7 +83,7 @@ def test_exported_folder_is_read_back(tmp_path: Path, format: str, encoding: str
     assert again.net.num_parameters() == again.info["parameters"]
 
 
-def test_run_begins_from_an_exported_folder_with_its_tokenizer(tmp_path: Path) -> None:
+def test_start_from_reads_an_exported_folder_with_its_tokenizer(tmp_path: Path) -> None:
     tokenizer = ENCODINGS["bpe"]()
     model = TextGenerator(random_net(tokenizer, vocab_multiple=1), tokenizer)
     for format in ("huggingface", "weights"):
@@ -95,7 +95,7 @@ def test_run_begins_from_an_exported_folder_with_its_tokenizer(tmp_path: Path) -
         torch.testing.assert_close(net.lm_head.weight[: tokenizer.n_vocab], model.net.lm_head.weight)
 
 
-def test_weights_keep_what_gpt2_cannot_express(tmp_path: Path) -> None:
+def test_weights_format_keeps_options_that_gpt2_lacks(tmp_path: Path) -> None:
     model = TextGenerator(random_net(vocab_size=300), BYTES)  # ids to spare
     with pytest.raises(ValueError, match=r"43 ids that the tokenizer lacks.*format=weights"):
         export(model, tmp_path / "new", format="huggingface")
@@ -105,7 +105,7 @@ def test_weights_keep_what_gpt2_cannot_express(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_loading_needs_nothing_of_this_package(tmp_path: Path) -> None:
+def test_transformers_loads_an_export_without_this_package(tmp_path: Path) -> None:
     folder = export(TextGenerator(random_net(), BYTES), tmp_path / "new", format="huggingface")
     code = f"""
 import sys
@@ -120,7 +120,7 @@ print(type(model).__name__, tokenizer.decode(tokenizer("naïve 你好").input_id
     assert done.stdout.strip() == "GPT2LMHeadModel naïve 你好", done.stderr
 
 
-def test_nothing_but_an_earlier_export_is_replaced(tmp_path: Path) -> None:
+def test_only_an_earlier_export_is_replaced(tmp_path: Path) -> None:
     model = TextGenerator(random_net(), BYTES)
     folder = export(model, tmp_path / "deep" / "new", format="weights")
     with pytest.raises(FileExistsError, match="holds an export; add overwrite=true"):
@@ -141,7 +141,7 @@ def test_nothing_but_an_earlier_export_is_replaced(tmp_path: Path) -> None:
     export(model, tmp_path / "empty", format="weights")
 
 
-def test_unknown_format_is_named(tmp_path: Path) -> None:
+def test_unknown_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="format='onnx' does not exist; use huggingface, weights"):
         export(TextGenerator(random_net(), BYTES), tmp_path / "new", format="onnx")
 
@@ -168,7 +168,7 @@ def test_damaged_folders_are_refused_in_one_line(tmp_path: Path) -> None:
     read_model(folder)
 
 
-def test_folder_without_a_tokenizer_is_no_text_generator_but_a_beginning(tmp_path: Path) -> None:
+def test_folder_without_a_tokenizer_can_only_be_trained_further(tmp_path: Path) -> None:
     config = transformers.GPT2Config(vocab_size=99, n_positions=16, n_embd=16, n_layer=1, n_head=2)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has no tokenizer\.json"):

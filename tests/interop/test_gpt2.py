@@ -1,4 +1,4 @@
-"""Weights to and from the Hugging Face layout, beside transformers itself."""
+"""Weights in the Hugging Face layout, compared with transformers."""
 
 import json
 import os
@@ -159,7 +159,7 @@ def test_option_that_gpt2_lacks_is_refused_in_one_line():
     ],
     ids=str,
 )
-def test_folder_that_is_no_such_gpt2_is_refused(tmp_path, change, message):
+def test_folder_with_another_model_is_refused(tmp_path, change, message):
     theirs().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -218,7 +218,7 @@ def test_shard_outside_the_folder_is_not_opened(tmp_path):
         load_gpt2(tmp_path / "model")
 
 
-def test_unreachable_hub_is_one_line_with_a_remedy():
+def test_unreachable_hub_is_reported_in_one_line():
     code = """
 from gpt_lightning.interop.gpt2 import load_gpt2
 try:

@@ -1,4 +1,4 @@
-"""Exported tokenizers beside tiktoken, on any text."""
+"""Exported tokenizers compared with tiktoken, on any text."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def test_long_text_equals_tiktoken(pair):
     check(pair, TEXT * 50)
 
 
-def test_special_token_and_length_are_known(pair):
+def test_special_token_and_maximum_length_are_exported(pair):
     encoding, theirs = pair
     assert theirs.eos_token_id == theirs.bos_token_id == encoding.eot_token
     assert theirs.model_max_length == 77

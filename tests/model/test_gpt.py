@@ -1,4 +1,4 @@
-"""The model beside independent implementations: transformers' GPT-2 and a plain slow one."""
+"""The model compared with transformers' GPT-2 and with a slow reference."""
 
 import math
 
@@ -151,7 +151,7 @@ def test_loss_leaves_out_ignored_targets():
     torch.testing.assert_close(net(idx, targets, reduction="none"), each * kept)
 
 
-def test_initial_weights_have_gpt2s_scale():
+def test_initial_weights_have_the_scale_of_gpt2():
     torch.manual_seed(0)
     net = GPT(GPTConfig(vocab_size=1000, block_size=64, n_layer=8, n_head=4, n_embd=128))
     for name, parameter in net.named_parameters():
@@ -165,14 +165,14 @@ def test_initial_weights_have_gpt2s_scale():
             assert abs(parameter.mean()) < 0.1 * std, name
 
 
-def test_initial_loss_is_that_of_a_uniform_guess():
+def test_initial_loss_equals_that_of_a_uniform_guess():
     torch.manual_seed(0)
     net = GPT(GPTConfig(vocab_size=1000, block_size=64, n_layer=2, n_head=4, n_embd=128))
     loss = net(*torch.randint(0, 1000, (2, 8, 64)))
     assert abs(loss - math.log(1000)) < 0.05
 
 
-def test_dropout_acts_in_training_only():
+def test_dropout_is_active_only_in_training():
     net = build(dropout=0.5)
     idx = torch.randint(0, 61, (2, 9))
     assert torch.equal(net(idx), net(idx))

@@ -1,4 +1,4 @@
-"""Adapters beside peft's."""
+"""Adapters compared with those of peft."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def adapted(config: LoRAConfig = CONFIG) -> GPT:
     return net.eval()
 
 
-def test_adapters_begin_with_the_model_as_it_was() -> None:
+def test_new_adapters_do_not_change_the_output() -> None:
     assert torch.equal(add_adapters(random_net(), CONFIG)(IDX), random_net()(IDX))
 
 
@@ -44,7 +44,7 @@ def test_only_adapters_are_trained() -> None:
     assert changed == trained.keys()
 
 
-def test_merged_model_computes_the_same_and_is_a_plain_one() -> None:
+def test_merged_model_is_a_plain_one_with_the_same_output() -> None:
     net = adapted()
     expected = net(IDX)
     assert not torch.allclose(expected, random_net()(IDX), atol=0.1)
@@ -56,7 +56,7 @@ def test_merged_model_computes_the_same_and_is_a_plain_one() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft's own making
-def test_logits_are_those_of_peft_with_the_same_adapters(tmp_path: Path) -> None:
+def test_logits_equal_peft_with_the_same_adapters(tmp_path: Path) -> None:
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     net = adapted()
     save_gpt2(random_net(), tmp_path, end_of_text=256)

@@ -1,4 +1,4 @@
-"""A running server of a small model whose text is known: letters without end."""
+"""A running server of a small model that generates random letters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One model, several clients: nobody keeps the others waiting."""
+"""One model with several clients."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def read(engine: Engine, prompt: str) -> str:
         return "".join([piece.text async for (piece,) in steps])
 
 
-def test_client_that_reads_nothing_more_does_not_hold_up_the_next(model: TextGenerator) -> None:
+def test_client_that_stops_reading_does_not_block_the_next(model: TextGenerator) -> None:
     async def both() -> tuple[str, str]:
         waiter = engine(model)
         async with aclosing(waiter.pieces(["first"], SamplingSettings(**SETTINGS))) as slow:
@@ -47,7 +47,7 @@ def test_client_that_reads_nothing_more_does_not_hold_up_the_next(model: TextGen
     assert asyncio.run(both()) == tuple(model.generate(text, **SETTINGS) for text in ("first", "second"))
 
 
-def test_closed_request_leaves_the_engine_empty_and_able_to_answer(model: TextGenerator) -> None:
+def test_closed_request_frees_the_engine(model: TextGenerator) -> None:
     async def closed() -> str:
         waiter = engine(model)
         async with aclosing(waiter.pieces(["first"], LONG)) as steps:
@@ -59,7 +59,7 @@ def test_closed_request_leaves_the_engine_empty_and_able_to_answer(model: TextGe
     assert asyncio.run(closed()) == model.generate("second", **SETTINGS)
 
 
-def test_error_of_a_step_reaches_who_asked_and_the_next_is_answered(model: TextGenerator) -> None:
+def test_error_reaches_its_client_and_the_next_request_is_answered(model: TextGenerator) -> None:
     async def failing() -> str:
         waiter = engine(model)
         weight = model.net.transformer.wte.weight.data

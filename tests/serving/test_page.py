@@ -83,7 +83,7 @@ def requests(server: Any) -> int:
         return int(json.load(answer)["requests"])
 
 
-def test_text_streams_in_and_is_the_models(page: Page, checkpoint: Path) -> None:
+def test_page_streams_the_text_of_the_model(page: Page, checkpoint: Path) -> None:
     page.set(Prompt="abc\nd", New_tokens=800, Seed=7)
     page.click("Generate")
     page.wait_for(lambda: "tokens" in page.status())
@@ -146,7 +146,7 @@ def test_reload_ends_the_computation_and_gives_a_fresh_page(page: Page, server: 
     ("settings", "message"),
     [({"Seed": -5}, "seed=-5 must be a whole number"), ({"Top_k": -1}, "top_k=-1 must be a whole number")],
 )
-def test_bad_input_is_a_message(page: Page, server: Any, settings: dict[str, Any], message: str) -> None:
+def test_bad_input_shows_a_message(page: Page, server: Any, settings: dict[str, Any], message: str) -> None:
     before = server.log.read_text()
     page.set(**settings)
     page.click("Generate")
@@ -157,7 +157,7 @@ def test_bad_input_is_a_message(page: Page, server: Any, settings: dict[str, Any
     page.finish()
 
 
-def test_full_server_is_a_message(page: Page, server: Any) -> None:
+def test_full_server_shows_a_message(page: Page, server: Any) -> None:
     body = json.dumps({"prompt": "a", "max_tokens": 100_000, "stream": True}).encode()
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{server.url}/v1/completions", body, headers)
@@ -193,7 +193,7 @@ def test_card_shows_the_model_and_the_picture_of_its_run(page: Page) -> None:
     page.wait_for(lambda: card.locator("img").evaluate("image => image.complete && image.naturalWidth > 0"))
 
 
-def test_page_asks_nothing_of_other_servers(page: Page, server: Any) -> None:
+def test_page_uses_no_other_servers(page: Page, server: Any) -> None:
     page.set(New_tokens=5)
     page.click("Generate")
     page.finish()

@@ -1,4 +1,4 @@
-"""The completion server, asked by OpenAI's own client and by plain HTTP."""
+"""The completion server, called by OpenAI's client and by plain HTTP."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
     raise AssertionError("it did not happen within 30 s")
 
 
-def test_completion_is_what_the_model_generates_in_python(client: Any, checkpoint: Path) -> None:
+def test_completion_equals_generate_in_python(client: Any, checkpoint: Path) -> None:
     answer = client.completions.create(
         model="letters", prompt="abc", max_tokens=30, temperature=0.7, top_p=0.9, seed=5
     )
@@ -76,7 +76,7 @@ def test_prompts_and_samples_come_in_order(client: Any, checkpoint: Path) -> Non
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 36)
 
 
-def test_null_is_the_default_of_every_key(server: Any) -> None:
+def test_null_means_the_default_of_every_key(server: Any) -> None:
     given = {"prompt": "a", "max_tokens": 4, "seed": 1}
     nulls = {"n": None, "stream": None, "temperature": None, "stop": None, "echo": None, "logprobs": None}
     plain, with_nulls = (ask(server, "POST", "/v1/completions", body) for body in (given, {**given, **nulls}))
@@ -171,7 +171,7 @@ def test_request_larger_than_any_prompt_is_not_read(server: Any) -> None:
     assert ask(server, "POST", "/gradio_api/queue/join", "x" * 200_000)[0] == 413
 
 
-def test_full_queue_turns_away_and_a_closed_stream_makes_room(client: Any) -> None:
+def test_full_queue_refuses_requests_until_a_stream_is_closed(client: Any) -> None:
     longest = {"model": "letters", "prompt": "a", "max_tokens": 100_000, "stream": True}
     first = client.completions.create(**longest)
     assert next(first).choices[0].text
@@ -194,13 +194,13 @@ def test_full_queue_turns_away_and_a_closed_stream_makes_room(client: Any) -> No
     assert [len(text) for text in done] == [5, 5]
 
 
-def test_client_that_goes_away_ends_the_computation(server: Any, client: Any) -> None:
+def test_disconnected_client_ends_the_computation(server: Any, client: Any) -> None:
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.5).completions.create(model="letters", prompt="a", max_tokens=100_000)
     wait_until(lambda: requests(server) == 0)
 
 
-def test_client_that_goes_away_gives_up_its_place_in_the_queue(server: Any, client: Any) -> None:
+def test_disconnected_client_leaves_the_queue(server: Any, client: Any) -> None:
     with client.completions.create(model="letters", prompt="a", max_tokens=100_000, stream=True) as first:
         next(first)
         with pytest.raises(openai.APITimeoutError):
@@ -260,7 +260,7 @@ FILE = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
         ({8: None}, "seed=None"),
     ],
 )
-def test_page_is_no_way_round_the_limits(server: Any, change: dict[int, Any], message: str) -> None:
+def test_page_requests_are_subject_to_the_limits(server: Any, change: dict[int, Any], message: str) -> None:
     """What the page sends, with values that the page itself would not send."""
     values = ["a", 1, 5, 0.8, 50, 1, 0, 1, -1, ""]
     for position, value in change.items():
@@ -293,13 +293,13 @@ def test_ctrl_c_ends_running_completions(serve: Callable[..., Any], checkpoint: 
     assert server.log.read_text() == ""
 
 
-def test_server_asks_nothing_of_other_machines(server: Any, client: Any) -> None:
+def test_server_makes_no_outgoing_connections(server: Any, client: Any) -> None:
     client.completions.create(model="letters", prompt="a", max_tokens=2)
     assert ask(server, "GET", "/")[0] == 200
     assert set(server.watched.read_text().split("\n")) == {"watching", ""}
 
 
-def test_server_listens_to_this_machine_alone(server: Any) -> None:
+def test_server_listens_only_on_the_loopback_address(server: Any) -> None:
     port = int(server.url.rpartition(":")[2])
     assert server.url == f"http://127.0.0.1:{port}"
     with pytest.raises(ConnectionRefusedError):  # all of 127/8 is this machine, on Linux
@@ -313,7 +313,7 @@ def demo(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def test_port_in_use_is_one_line() -> None:
+def test_port_in_use_is_reported_in_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         code, error = demo("checkpoint=any.ckpt", f"port={port}")
@@ -331,7 +331,7 @@ def test_port_in_use_is_one_line() -> None:
         (("checkpoint=a", "host=no.such.host.invalid", "port=0"), "error: host=no.such.host.invalid"),
     ],
 )
-def test_wrong_configuration_is_one_line(arguments: tuple[str, ...], message: str) -> None:
+def test_wrong_configuration_is_reported_in_one_line(arguments: tuple[str, ...], message: str) -> None:
     code, error = demo(*arguments)
     assert code == 1
     assert error.startswith(message)
