@@ -21,39 +21,42 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 
 from gpt_lightning.config.build import (
-    build_callbacks,
+    Parts,
+    Prepared,
     build_data,
     build_loggers,
     build_module,
+    build_net,
+    build_parts,
     build_trainer,
     prepare_data,
 )
-from gpt_lightning.config.command import CONF, build
-from gpt_lightning.data.token_store import TokenStore
+from gpt_lightning.config.resolvers import CONF
 from gpt_lightning.training.callbacks.metrics import StepMetrics
 from gpt_lightning.training.fit import fit, quiet_lightning
 from gpt_lightning.training.optimizers import decay_groups
 
 
-def framework(cfg: DictConfig, store: TokenStore, folder: Path) -> float:
+def framework(cfg: DictConfig, prepared: Prepared, folder: Path) -> float:
     """Tokens per second of training steps as `train` logs them."""
     pl.seed_everything(cfg.seed, verbose=False)
     with open_dict(cfg):
         cfg.paths.run = str(folder)
-    data, module = build_data(cfg, store), build_module(cfg, store)
-    trainer = build_trainer(cfg, build_callbacks(cfg), build_loggers(cfg, None))
+    parts = build_parts(cfg)  # callbacks have a state, so each run has its own
+    data, module = build_data(cfg, prepared), build_module(cfg, parts, prepared)
+    trainer = build_trainer(cfg, parts.callbacks, build_loggers(cfg, None))
     fit(module, data, trainer, folder=folder, val_every_steps=10**9, facts={})
     metrics = StepMetrics.of(trainer)
     assert metrics is not None
     return metrics.steps * data.tokens_per_step / metrics.seconds
 
 
-def plain(cfg: DictConfig, store: TokenStore) -> float:
+def plain(cfg: DictConfig, parts: Parts, prepared: Prepared) -> float:
     """Tokens per second of the same steps without the framework."""
     torch.manual_seed(cfg.seed)
-    data, device = build_data(cfg, store), torch.device(cfg.device.accelerator)
-    net = build(cfg.model).to(device)
-    optimizer = build(cfg.optimizer)(decay_groups(net))
+    data, device = build_data(cfg, prepared), torch.device(cfg.device.accelerator)
+    net = build_net(cfg, prepared.vocab_size).to(device)
+    optimizer = parts.optimizer(decay_groups(net))
     loader = data.train_dataloader()
     accumulation = data.tokens_per_step // (loader.dataset[0][0].numel())
     bf16 = str(cfg.device.precision).startswith("bf16")
@@ -88,11 +91,12 @@ def main() -> None:
     ]  # fmt: skip
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", overrides=[*fixed, *overrides])
-    store = prepare_data(cfg)
+    parts = build_parts(cfg)
+    prepared = prepare_data(cfg, parts)
     ours, bare = [], []
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(-1, arguments.rounds):  # the first turn warms up
-            pair = framework(cfg, store, Path(folder) / str(turn)), plain(cfg, store)
+            pair = framework(cfg, prepared, Path(folder) / str(turn)), plain(cfg, parts, prepared)
             if turn >= 0:
                 ours.append(pair[0])
                 bare.append(pair[1])

@@ -1,27 +1,55 @@
 """Train GPT-2-style language models with PyTorch Lightning and Hydra.
 
-A trained model in Python:
+The commands are functions, with the overrides of the command line; `load` gives a trained model:
 
-    from gpt_lightning import load
+    import gpt_lightning
 
-    model = load("outputs/gpt/2026-01-31_12-00-00/checkpoints/best.ckpt")
+    run = gpt_lightning.train("model=tiny", "trainer.max_steps=200")
+    print(run.summary["val_loss"], run.metrics["train/loss"])
+    model = run.load()  # or gpt_lightning.load("outputs/gpt/2026-01-31_12-00-00")
     print(model.generate("Once upon a time", max_new_tokens=100, temperature=0.8))
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gpt_lightning.inference.loading import load
+    from gpt_lightning.inference.run import Run
     from gpt_lightning.inference.text import TextGenerator
+    from gpt_lightning.plan import Plan
+
+    def train(*overrides: str) -> Run:
+        """Train a run; returns it with its summary, its metrics and its folder."""
+
+    def plan(*overrides: str) -> Plan:
+        """What a run would cost, as numbers."""
+
+    def evaluate(*overrides: str) -> dict[str, Any]:
+        """How well a model predicts text, by the names that the table of the command has."""
+
+    def generate(*overrides: str) -> list[str]:
+        """Texts from a model, one for each prompt and sample."""
+
 
 __version__ = "0.1.0"
-__all__ = ["TextGenerator", "__version__", "load"]
+__all__ = ["Run", "TextGenerator", "evaluate", "generate", "load", "plan", "train"]
+
+# torch takes seconds to import, so what needs it waits until it is asked for
+_WHERE = {
+    "load": "gpt_lightning.inference.loading",
+    "Run": "gpt_lightning.inference.run",
+    "TextGenerator": "gpt_lightning.inference.text",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """torch takes seconds to import, so what needs it waits until it is asked for."""
-    if name in ("TextGenerator", "load"):
-        from gpt_lightning.inference import loading
-
-        return getattr(loading, name)
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    if name in __all__:  # a command, whose module can be called
+        return importlib.import_module(f"gpt_lightning.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -8,7 +8,9 @@ import socket
 from omegaconf import DictConfig
 
 import gpt_lightning
-from gpt_lightning.config.command import ConfigError, entry_point, verbatim
+from gpt_lightning.config.command import command
+from gpt_lightning.config.command_line import verbatim
+from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.source import checkpoint_source
 
 
@@ -28,7 +30,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"host={host} port={port}: {reason}; choose another port or host") from error
 
 
-@entry_point("demo", arguments=verbatim("checkpoint"))
+@command("demo", arguments=verbatim("checkpoint"))
 def main(cfg: DictConfig) -> None:
     source = checkpoint_source(cfg)
     with contextlib.suppress(KeyboardInterrupt), listen(str(cfg.host), cfg.port) as listener:

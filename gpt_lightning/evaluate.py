@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from gpt_lightning.config.command import ConfigError, build, check_output, entry_point, verbatim
+from gpt_lightning.config.build import build
+from gpt_lightning.config.command import command
+from gpt_lightning.config.command_line import verbatim
+from gpt_lightning.config.errors import ConfigError, check_output
 from gpt_lightning.config.source import checkpoint_source, corpus_of_run
 from gpt_lightning.data.files import write_json
 
@@ -72,7 +75,7 @@ def validate(cfg: DictConfig) -> None:
 def choose_corpus(cfg: DictConfig, source: Path) -> Corpus | None:
     """The corpus of data=, that of the run where nothing else is to be evaluated, else None."""
     if cfg.get("data") is not None:
-        return build(cfg.data.corpus, "data.corpus")
+        return build(cfg, "data.corpus")
     if cfg.text is not None or cfg.samples is not None or cfg.num_samples:
         return None
     corpus = corpus_of_run(source)
@@ -175,8 +178,9 @@ def show(result: dict[str, Any]) -> None:
         print(f"{key:>24}  " + "".join(f"{'-' if v is None else format(v, '.3f'):>12}" for v in values))
 
 
-@entry_point("evaluate", arguments=verbatim("checkpoint", "text", "samples", "reference", "output"))
-def main(cfg: DictConfig) -> None:
+@command("evaluate", arguments=verbatim("checkpoint", "text", "samples", "reference", "output"), show=show)
+def main(cfg: DictConfig) -> dict[str, Any]:
+    """Returns what the table shows, by name."""
     source = checkpoint_source(cfg)
     validate(cfg)
     from gpt_lightning.evaluation.losses import evaluate
@@ -198,9 +202,9 @@ def main(cfg: DictConfig) -> None:
         result |= found[1] | {**evaluate(model, found[0], **windows, words=found[1].get("words"))}
     if cfg.num_samples or cfg.samples is not None:
         result |= compare_samples(cfg, corpus, model, settings)
-    show(result)
     if cfg.output is not None:
         write_json(Path(cfg.output).expanduser(), result)
+    return result
 
 
 if __name__ == "__main__":

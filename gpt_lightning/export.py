@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from gpt_lightning.config.command import ConfigError, entry_point, verbatim
+from gpt_lightning.config.command import command
+from gpt_lightning.config.command_line import verbatim
+from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.source import checkpoint_source
 
 
-@entry_point("export", arguments=verbatim("checkpoint", "output"))
+@command("export", arguments=verbatim("checkpoint", "output"))
 def main(cfg: DictConfig) -> None:
     source = checkpoint_source(cfg)
     if cfg.output is None:

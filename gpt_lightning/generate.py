@@ -7,13 +7,16 @@ import json
 import logging
 import sys
 import time
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from gpt_lightning.config.command import ConfigError, check_output, entry_point, plain, verbatim
+from gpt_lightning.config.build import plain
+from gpt_lightning.config.command import command
+from gpt_lightning.config.command_line import verbatim
+from gpt_lightning.config.errors import ConfigError, check_output
 from gpt_lightning.config.source import checkpoint_source
 
 if TYPE_CHECKING:
@@ -115,8 +118,9 @@ def converse(session: Session) -> None:
         print()
 
 
-@entry_point("generate", arguments=verbatim("checkpoint", "prompt", "prompt_file", "output", "stop"))
-def main(cfg: DictConfig) -> None:
+@command("generate", arguments=verbatim("checkpoint", "prompt", "prompt_file", "output", "stop"))
+def main(cfg: DictConfig) -> list[str] | None:
+    """Prints texts, or returns them to Python."""
     if not isinstance(cfg.interactive, bool):
         raise ConfigError(f"interactive={cfg.interactive!r} must be true or false")
     given = [key for key in ("prompt", "prompt_file", "output") if cfg[key] is not None]
@@ -135,6 +139,8 @@ def main(cfg: DictConfig) -> None:
     prompts = [] if cfg.interactive else read_prompts(cfg)
     model = load(source, cfg.device.accelerator, cfg.dtype)
     prompts = [prompt for prompt in prompts if can_encode(cfg, model, prompt)]
+    if main.in_python:
+        return model.generate(prompts, **asdict(settings))
     try:
         if cfg.interactive:
             converse(Session(model, settings))
@@ -145,6 +151,7 @@ def main(cfg: DictConfig) -> None:
     except KeyboardInterrupt:
         print()
         raise SystemExit(130) from None
+    return None
 
 
 if __name__ == "__main__":

@@ -3,24 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
 from gpt_lightning.config.build import (
     build_net,
-    build_schedule,
+    build_parts,
+    memory_needs,
     prepare_data,
-    rehearse,
     starting_point,
-    windows,
+    with_length,
 )
-from gpt_lightning.config.command import entry_point
-from gpt_lightning.config.memory import ENOUGH, GIB, device_count, memory_estimate
-from gpt_lightning.config.rules import check
+from gpt_lightning.config.command import command
+from gpt_lightning.config.rules import validate
+from gpt_lightning.config.start import with_recorded_values
+from gpt_lightning.training.memory import DEFAULT_MICRO_BATCH_SIZE, GIB
 
 
-def warnings_for(cfg: DictConfig, *, tokens: int, parameters: int, epochs: float) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The numbers of a run. Tokens, windows and steps are counts; memory is in bytes per device.
+
+    Args:
+        parameters: Numbers in the network, of which
+        trained_parameters: have gradients.
+        train_tokens, val_tokens: Of the corpus.
+        vocab_size: Ids of the tokenizer.
+        micro_batch_size: Sequences of a forward on a device,
+        accumulation: forwards of an optimizer step, on each of
+        devices: them, each sequence of
+        block_size: tokens.
+        windows_per_epoch, steps_per_epoch: Of the training split.
+        max_steps: Optimizer steps of the run.
+        flops_per_token: Forward and backward.
+        memory: By what needs it.
+        learning_rates: Of 48 steps, evenly spread over the run.
+        peak_learning_rate: The highest of all.
+        notes: What a careful colleague would ask about.
+    """
+
+    parameters: int
+    trained_parameters: int
+    train_tokens: int
+    val_tokens: int
+    vocab_size: int
+    micro_batch_size: int
+    accumulation: int
+    devices: int
+    block_size: int
+    windows_per_epoch: int
+    steps_per_epoch: int
+    max_steps: int
+    flops_per_token: float
+    memory: dict[str, float]
+    learning_rates: list[float]
+    peak_learning_rate: float
+    notes: list[str]
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step over all devices."""
+        return self.micro_batch_size * self.accumulation * self.devices * self.block_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the run, those of later epochs counted again."""
+        return self.max_steps * self.tokens_per_step
+
+
+def notes_on(cfg: DictConfig, *, tokens: int, parameters: int, epochs: float, max_steps: int) -> list[str]:
     """What a careful colleague would ask about before the run."""
     notes = []
     if epochs > 100:
@@ -29,72 +81,114 @@ def warnings_for(cfg: DictConfig, *, tokens: int, parameters: int, epochs: float
         notes.append(
             "there are fewer training tokens than parameters; watch the validation loss, use dropout"
         )
-    if cfg.device.micro_batch_size == "auto":
-        notes.append(
-            f"device.micro_batch_size=auto is found when the run begins; these figures are for {ENOUGH}"
-        )
-    if cfg.trainer.val_every_steps > cfg.trainer.max_steps:
+    if (cfg.trainer.val_every_steps or 0) > max_steps:
         notes.append("trainer.val_every_steps exceeds trainer.max_steps; the only validation is the last")
-    if cfg.trainer.save_every_steps > cfg.trainer.max_steps:
+    if (cfg.trainer.save_every_steps or 0) > max_steps:
         notes.append("trainer.save_every_steps exceeds trainer.max_steps; a crash would lose everything")
     return notes
 
 
-def preview(schedule: Callable[[int], float], lr: float, max_steps: int, *, width: int = 48) -> str:
-    """The learning rate over the run as one line of eight heights."""
-    bars = "▁▂▃▄▅▆▇█"
-    steps = [round(i * (max_steps - 1) / (width - 1)) for i in range(width)]
-    factors = [schedule(step) for step in steps]
-    # a schedule of the user's own may leave 0 … 1
-    line = "".join(bars[min(max(round(7 * factor), 0), 7)] for factor in factors)
-    peak = max(map(schedule, range(0, max_steps, max(1, max_steps // 1000))))  # between the bars, it may be
-    return f"{line}  {lr * factors[0]:.1e} → {lr * peak:.1e} → {lr * factors[-1]:.1e}"
-
-
-@entry_point("plan")
-def main(cfg: DictConfig) -> None:
-    check(cfg)
-    rehearse(cfg, trainer=False)
+def device_count(cfg: DictConfig) -> int:
+    """How many devices share a batch, over all nodes."""
     import torch
 
-    from gpt_lightning.data.windows import epoch_size, split_batch
+    devices, accelerator = cfg.device.devices, cfg.device.accelerator
+    if devices == "auto":
+        on_cuda = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
+        devices = max(1, torch.cuda.device_count()) if on_cuda else 1
+    elif not isinstance(devices, int):
+        devices = len(devices)
+    return int(devices * cfg.trainer.num_nodes)
 
-    devices = device_count(cfg)
-    limit = ENOUGH if cfg.device.micro_batch_size == "auto" else cfg.device.micro_batch_size
-    micro, accumulation = split_batch(cfg.data.batch_size, limit, devices)
-    net, encoding = starting_point(cfg)
-    store = prepare_data(cfg, encoding)
-    with torch.device("meta"):  # shapes without memory
-        net = build_net(cfg)
-    schedule, lr = build_schedule(cfg), cfg.optimizer.lr
-    tokens, parameters = store.meta.splits["train"].tokens, sum(p.numel() for p in net.parameters())
-    cut = windows(cfg)
-    count, steps_per_epoch = epoch_size(store, **cut)
-    tokens_per_step = cut["batch_size"] * cut["block_size"]
-    total, epochs = cfg.trainer.max_steps * tokens_per_step, cfg.trainer.max_steps / steps_per_epoch
-    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    memory = memory_estimate(cfg, parameters, micro, trained=trained)
-    flops = net.flops_per_token(cut["block_size"]) if hasattr(net, "flops_per_token") else 6 * parameters
-    lines: dict[str, Any] = {
-        "parameters": f"{parameters:,}" + f", {trained:,} of them trained" * (trained < parameters),
-        "training tokens": f"{tokens:,} ({tokens / parameters:.2f} per parameter)",
-        "validation tokens": f"{store.meta.splits['val'].tokens:,}",
-        "vocabulary": f"{store.n_vocab:,} ids",
-        "tokens per step": f"{tokens_per_step:,} = {micro} sequences × {accumulation} accumulated × "
-        f"{devices} device(s) × {cut['block_size']} tokens",
-        "steps per epoch": f"{steps_per_epoch:,} ({count:,} windows)",
-        "run": f"{cfg.trainer.max_steps:,} steps, {total:,} tokens ({total / parameters:.2f} per parameter), "
+
+def sampled(schedule: Callable[[int], float], max_steps: int, *, points: int = 48) -> list[float]:
+    """The schedule's factor at steps evenly spread over the run."""
+    return [schedule(round(i * (max_steps - 1) / (points - 1))) for i in range(points)]
+
+
+def preview(rates: list[float], peak: float) -> str:
+    """Learning rates as one line of eight heights, with the first, the highest and the last."""
+    bars = "▁▂▃▄▅▆▇█"
+    line = "".join(bars[min(max(round(7 * rate / (peak or 1)), 0), 7)] for rate in rates)
+    return f"{line}  {rates[0]:.1e} → {peak:.1e} → {rates[-1]:.1e}"
+
+
+def show(plan: Plan) -> None:
+    """The plan as a table."""
+    total, epochs = plan.tokens, plan.max_steps / plan.steps_per_epoch
+    trained = f", {plan.trained_parameters:,} of them trained"
+    parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in plan.memory.items())
+    lines = {
+        "parameters": f"{plan.parameters:,}" + trained * (plan.trained_parameters < plan.parameters),
+        "training tokens": f"{plan.train_tokens:,} ({plan.train_tokens / plan.parameters:.2f} per parameter)",
+        "validation tokens": f"{plan.val_tokens:,}",
+        "vocabulary": f"{plan.vocab_size:,} ids",
+        "tokens per step": f"{plan.tokens_per_step:,} = {plan.micro_batch_size} sequences × "
+        f"{plan.accumulation} accumulated × {plan.devices} device(s) × {plan.block_size} tokens",
+        "steps per epoch": f"{plan.steps_per_epoch:,} ({plan.windows_per_epoch:,} windows)",
+        "run": f"{plan.max_steps:,} steps, {total:,} tokens ({total / plan.parameters:.2f} per parameter), "
         f"{epochs:.2f} epochs",
-        "compute": f"{flops:.3g} FLOPs per token, {flops * total:.3g} in all",
-        "memory estimate": f"{sum(memory.values()) / GIB:.2f} GiB per device ("
-        + ", ".join(f"{name} {value / GIB:.2f}" for name, value in memory.items())
-        + ")",
-        "learning rate": preview(schedule, lr, cfg.trainer.max_steps),
+        "compute": f"{plan.flops_per_token:.3g} FLOPs per token, {plan.flops_per_token * total:.3g} in all",
+        "memory estimate": f"{sum(plan.memory.values()) / GIB:.2f} GiB per device ({parts})",
+        "learning rate": preview(plan.learning_rates, plan.peak_learning_rate),
     }
     for name, text in lines.items():
         print(f"{name:>17}  {text}")
-    for note in warnings_for(cfg, tokens=tokens, parameters=parameters, epochs=epochs):
+    for note in plan.notes:
         print(f"{'note':>17}  {note}")
+
+
+@command("plan", show=show)
+def main(cfg: DictConfig) -> Plan:
+    """Plans the run; nothing is allocated but the tokens."""
+    cfg = with_recorded_values(cfg)
+    validate(cfg)
+    import torch
+
+    from gpt_lightning.data.windows import split_batch
+
+    parts = build_parts(cfg)
+    devices = device_count(cfg)
+    micro, accumulation = split_batch(
+        cfg.data.batch_size, cfg.device.micro_batch_size or DEFAULT_MICRO_BATCH_SIZE, devices
+    )
+    net, encoding = starting_point(cfg)
+    prepared = prepare_data(cfg, parts, net, encoding)
+    if net is None:
+        with torch.device("meta"):  # shapes without memory
+            net = build_net(cfg, prepared.vocab_size)
+    else:
+        net = build_net(cfg, prepared.vocab_size, net)
+    schedule, lr = with_length(parts.schedule, prepared.max_steps), cfg.optimizer.get("lr", 1.0)
+    splits, parameters = prepared.store.meta.splits, sum(p.numel() for p in net.parameters())
+    block_size, steps = prepared.windows["block_size"], prepared.max_steps
+    flops = net.flops_per_token(block_size) if hasattr(net, "flops_per_token") else 6 * parameters
+    return Plan(
+        parameters=parameters,
+        trained_parameters=sum(p.numel() for p in net.parameters() if p.requires_grad),
+        train_tokens=splits["train"].tokens,
+        val_tokens=splits["val"].tokens,
+        vocab_size=prepared.store.n_vocab,
+        micro_batch_size=micro,
+        accumulation=accumulation,
+        devices=devices,
+        block_size=block_size,
+        windows_per_epoch=prepared.windows_per_epoch,
+        steps_per_epoch=prepared.steps_per_epoch,
+        max_steps=steps,
+        flops_per_token=flops,
+        memory=memory_needs(cfg, prepared, net, micro),
+        learning_rates=[lr * factor for factor in sampled(schedule, steps)],
+        # the peak may lie between the points
+        peak_learning_rate=lr * max(map(schedule, range(0, steps, max(1, steps // 1000)))),
+        notes=notes_on(
+            cfg,
+            tokens=splits["train"].tokens,
+            parameters=parameters,
+            epochs=steps / prepared.steps_per_epoch,
+            max_steps=steps,
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -3,45 +3,65 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from gpt_lightning.config.build import (
-    build_callbacks,
     build_data,
     build_loggers,
     build_module,
+    build_parts,
     build_trainer,
     prepare_data,
-    rehearse,
     starting_point,
 )
-from gpt_lightning.config.command import entry_point, git_revision, lacks_memory, readable, versions
-from gpt_lightning.config.memory import device_count, find_micro_batch, out_of_memory
-from gpt_lightning.config.repeat import repeat_arguments
-from gpt_lightning.config.resume import (
-    check_unchanged,
-    claimed,
-    resume_arguments,
-    status,
+from gpt_lightning.config.command import command
+from gpt_lightning.config.command_line import key_of
+from gpt_lightning.config.errors import lacks_memory
+from gpt_lightning.config.rules import parse_duration, validate
+from gpt_lightning.config.start import (
+    check_extension,
+    record_extension,
+    start_arguments,
     warn_of_versions,
+    with_recorded_values,
 )
-from gpt_lightning.config.rules import check, duration
+from gpt_lightning.rundir.directory import locked
+from gpt_lightning.rundir.provenance import git_revision, versions
+from gpt_lightning.rundir.summary import read_summary
 
 if TYPE_CHECKING:
-    from gpt_lightning.data.token_store import TokenStore
-    from gpt_lightning.rundir.summary import RunSummary
-from gpt_lightning.training.slurm import slurm_job
+    from gpt_lightning.config.build import Prepared
+    from gpt_lightning.inference.run import Run
 
 log = logging.getLogger(__name__)
 
 
-def resume_from(folder: Path) -> tuple[Path | None, int]:
-    """The checkpoint to go on from and its step; None and -1 where the run was killed before its first."""
+def provenance(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:
+    """What decides a run beside its configuration, for its summary."""
+    from gpt_lightning.training.slurm import slurm_job
+
+    return {
+        "name": cfg.name,
+        "overrides": [text for text in HydraConfig.get().overrides.task if key_of(text) != "resume"],
+        "seed": cfg.seed,
+        "device": cfg.device.accelerator,
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "slurm_job": slurm_job(),
+        "corpus_digest": prepared.store.corpus_digest,
+        "tokenizer_digest": prepared.store.tokenizer_digest,
+    }
+
+
+def checkpoint_of(folder: Path) -> tuple[Path | None, int]:
+    """The checkpoint to resume from and its step; None and -1 for a run that was killed before its first."""
     from gpt_lightning.rundir.checkpoint import newest_valid_checkpoint, read_checkpoint
 
     warn_of_versions(folder)
@@ -54,70 +74,54 @@ def resume_from(folder: Path) -> tuple[Path | None, int]:
     return path, step
 
 
-def micro_batch_size(cfg: DictConfig, checkpoint: Path | None) -> int:
-    """The number that device.micro_batch_size=auto stands for; a run goes on with the one it began with."""
-    from gpt_lightning.rundir.checkpoint import read_checkpoint
-
-    if checkpoint is not None:
-        return int(
-            read_checkpoint(checkpoint, verify=False)["hyper_parameters"]["device"]["micro_batch_size"]
-        )
-    return find_micro_batch(cfg, device_count(cfg))
-
-
-def facts(cfg: DictConfig, store: TokenStore) -> RunSummary:
-    """What identifies the run, for its summary."""
-    return {
-        "name": cfg.name,
-        "seed": cfg.seed,
-        "device": cfg.device.accelerator,
-        "versions": versions(),
-        "git_revision": git_revision(),
-        "slurm_job": slurm_job(),
-        "corpus_digest": store.corpus_digest,
-        "tokenizer_digest": store.tokenizer_digest,
-    }
-
-
-@entry_point("train", arguments=lambda given: resume_arguments(repeat_arguments(readable(given))))
-def main(cfg: DictConfig) -> float | None:
+@command("train", arguments=start_arguments)
+def main(cfg: DictConfig) -> Run:
+    """Trains, or continues, the run that the configuration describes."""
     started = time.monotonic()
-    check(cfg)
-    deadline = started + duration(cfg.time_limit) if cfg.time_limit is not None else None
-    folder = Path(cfg.paths.run).resolve()
-    if cfg.resume is not None:
-        check_unchanged(cfg, folder)
-        if status(folder).get("status") == "finished":
-            log.info("the run in %s is finished; there is nothing to resume", folder)
-            return status(folder).get("best_val_loss")
+    cfg = with_recorded_values(cfg)
+    validate(cfg)
+    deadline = started + parse_duration(cfg.time_limit) if cfg.time_limit is not None else None
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-    with claimed(folder) if getattr(rank_zero_only, "rank", 0) == 0 else nullcontext():
-        return train(cfg, folder, deadline)
+    from gpt_lightning.inference.run import Run
+
+    folder = Path(cfg.paths.run).resolve()
+    with locked(folder) if getattr(rank_zero_only, "rank", 0) == 0 else nullcontext():
+        train(cfg, folder, deadline)
+    return Run(folder)
 
 
-def train(cfg: DictConfig, folder: Path, deadline: float | None) -> float | None:
-    """One run in its directory; returns its best validation loss."""
+def train(cfg: DictConfig, folder: Path, deadline: float | None) -> None:
+    """One run in its directory: everything that needs no data is built before the data is looked at."""
     import lightning.pytorch as pl
     import torch
 
-    from gpt_lightning.data.windows import split_batch
     from gpt_lightning.training.callbacks.interruption import Interrupted
     from gpt_lightning.training.fit import describe, end_with_parent, fit, quiet_lightning
 
     quiet_lightning()
     end_with_parent()
-    rehearse(cfg, trainer=True)
-    log.info("run: %s", folder)
-    checkpoint, resume_step = resume_from(folder) if cfg.resume is not None else (None, None)
+    finished = cfg.resume is not None and read_summary(folder).get("status") == "finished"
+    parts = build_parts(cfg)
+    extended = finished and check_extension(cfg, int(read_summary(folder)["steps"]))
+    if finished and not extended:
+        log.info("the run in %s is finished; there is nothing to resume", folder)
+        return
+    trainer = build_trainer(cfg, parts.callbacks, loggers=[])
+    overrides = [f"resume={folder}"] if cfg.resume else HydraConfig.get().overrides.task
+    log.info("run: %s\ncommand: python -m gpt_lightning.train %s", folder, shlex.join(map(str, overrides)))
+    checkpoint, step = checkpoint_of(folder) if cfg.resume is not None else (None, None)
+    if step is not None and not finished and check_extension(cfg, max(step, 0)):
+        extended = True
     net, encoding = starting_point(cfg, checkpoint)
-    store = prepare_data(cfg, encoding)
-    if cfg.device.micro_batch_size == "auto":
-        cfg.device.micro_batch_size = micro_batch_size(cfg, checkpoint)
+    prepared = prepare_data(cfg, parts, net, encoding)
+    if extended:
+        record_extension(cfg)
     pl.seed_everything(cfg.seed, verbose=False)
     torch.set_float32_matmul_precision(cfg.device.matmul_precision)
-    data, module = build_data(cfg, store), build_module(cfg, store, net)
-    trainer = build_trainer(cfg, build_callbacks(cfg), build_loggers(cfg, resume_step))
+    data, module = build_data(cfg, prepared), build_module(cfg, parts, prepared, net)
+    trainer.fit_loop.epoch_loop.max_steps = prepared.max_steps
+    trainer.loggers = build_loggers(cfg, step)
     try:
         summary = fit(
             module,
@@ -125,7 +129,7 @@ def train(cfg: DictConfig, folder: Path, deadline: float | None) -> float | None
             trainer,
             folder=folder,
             val_every_steps=cfg.trainer.val_every_steps,
-            facts=facts(cfg, store),
+            facts=provenance(cfg, prepared),
             checkpoint=checkpoint,
             deadline=deadline,
         )
@@ -135,11 +139,24 @@ def train(cfg: DictConfig, folder: Path, deadline: float | None) -> float | None
     except RuntimeError as error:
         if not lacks_memory(error):
             raise
-        size, _ = split_batch(cfg.data.batch_size, cfg.device.micro_batch_size, trainer.world_size)
-        raise out_of_memory(cfg, sum(p.numel() for p in module.parameters()), size) from error
+        raise too_large(cfg, prepared, module.net, trainer.world_size) from error
     if trainer.is_global_zero:
         log.info(describe(summary, trainer, folder))
-    return summary["best_val_loss"]
+
+
+def too_large(cfg: DictConfig, prepared: Prepared, net: Any, world_size: int) -> ValueError:
+    """The error of a run that found too little memory."""
+    from gpt_lightning.config.build import memory_needs
+    from gpt_lightning.data.windows import split_batch
+    from gpt_lightning.training.memory import out_of_memory
+
+    size, _ = split_batch(cfg.data.batch_size, cfg.device.micro_batch_size, world_size)
+    return out_of_memory(
+        memory_needs(cfg, prepared, net, size),
+        parameters=sum(p.numel() for p in net.parameters()),
+        micro_batch_size=size,
+        block_size=prepared.windows["block_size"],
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def test_small_run_on_the_stories_learns_and_stays_above_the_floor(
 def test_floor_of_the_split_is_between_zero_and_the_gzip_of_the_text() -> None:
     import gzip
 
-    from gpt_lightning.config.command import ROOT
+    from gpt_lightning.config.resolvers import ROOT
     from gpt_lightning.data.corpus.files import TextFiles
     from gpt_lightning.data.tales import Tales
 

@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from support.models import random_net, save_checkpoint
 
-from gpt_lightning.config.command import CONF
-from gpt_lightning.plan import preview, warnings_for
+from gpt_lightning.config.resolvers import CONF
+from gpt_lightning.plan import notes_on, preview, sampled
 
 Plan = Callable[..., dict[str, list[str]]]
 SMALL = [
@@ -142,15 +142,16 @@ def test_plan_leaves_nothing_behind(plan: Plan, tmp_path: Path) -> None:
 
 
 def test_preview_names_a_peak_between_its_bars() -> None:
-    assert preview(lambda step: float(step == 500), 1e-2, 1000).endswith("0.0e+00 → 1.0e-02 → 0.0e+00")
+    rates = sampled(lambda step: float(step == 500), 1000)
+    assert preview(rates, 1e-2).endswith("0.0e+00 → 1.0e-02 → 0.0e+00")
 
 
 def test_preview_draws_every_height() -> None:
-    line, rates = preview(lambda step: step / 47, 0.5, 48).split("  ")
+    line, rates = preview([0.5 * factor for factor in sampled(lambda step: step / 47, 48)], 0.5).split("  ")
     heights = [round(7 * i / 47) for i in range(48)]
     assert line == "".join("▁▂▃▄▅▆▇█"[height] for height in heights)
     assert rates == "0.0e+00 → 5.0e-01 → 5.0e-01"
-    assert preview(lambda step: 1.0, 1.0, 1) == "█" * 48 + "  1.0e+00 → 1.0e+00 → 1.0e+00"
+    assert preview(sampled(lambda step: 1.0, 1), 1.0) == "█" * 48 + "  1.0e+00 → 1.0e+00 → 1.0e+00"
 
 
 @functools.cache
@@ -169,20 +170,19 @@ def composed(*overrides: str) -> DictConfig:
         ([], {"tokens": 999, "epochs": 1.01}, ["fewer training tokens than parameters"]),
         ([], {"tokens": 999, "epochs": 1.0}, []),  # no token is read twice
         ([], {"tokens": 1000, "epochs": 1.01}, []),
-        (["device.micro_batch_size=auto"], {}, ["these figures are for 32"]),
         (["trainer.val_every_steps=1001"], {}, ["the only validation is the last"]),
         (["trainer.save_every_steps=1001"], {}, ["a crash would lose everything"]),
         (
-            ["trainer.val_every_steps=1001", "trainer.save_every_steps=1001", "device.micro_batch_size=auto"],
+            ["trainer.val_every_steps=1001", "trainer.save_every_steps=1001"],
             {"tokens": 1, "epochs": 200},
-            ["200 times", "fewer", "auto", "validation", "crash"],
+            ["200 times", "fewer", "validation", "crash"],
         ),
     ],
 )
 def test_each_note_where_it_belongs_and_nowhere_else(
     overrides: list[str], figures: dict[str, float], notes: list[str]
 ) -> None:
-    given: dict[str, Any] = {"tokens": 1000, "parameters": 1000, "epochs": 0.5, **figures}
-    found = warnings_for(composed(*overrides), **given)
+    given: dict[str, Any] = {"tokens": 1000, "parameters": 1000, "epochs": 0.5, "max_steps": 1000, **figures}
+    found = notes_on(composed(*overrides), **given)
     assert len(found) == len(notes)
     assert all(note in line for note, line in zip(notes, found, strict=True))

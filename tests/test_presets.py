@@ -15,9 +15,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from support.runs import ROOT, SHARED
 
-from gpt_lightning.config.build import build_schedule
-from gpt_lightning.config.command import CONF, build, detect_device
-from gpt_lightning.config.rules import check
+from gpt_lightning.config.build import build, build_net, with_length
+from gpt_lightning.config.resolvers import CONF, detect_device
+from gpt_lightning.config.rules import validate
 from gpt_lightning.data.windows import split_batch
 
 GROUPS = (
@@ -50,7 +50,7 @@ def composed(*overrides: str) -> DictConfig:
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_choice_composes_and_passes_the_checks(group: str, choice: str) -> None:
     cfg = composed(f"{group}={choice}")
-    check(cfg)
+    validate(cfg)
 
 
 @pytest.mark.parametrize(
@@ -70,12 +70,12 @@ def test_model_chooses_its_tokenizer_unless_told_otherwise(overrides: list[str],
 def parameters(*overrides: str, vocab_size: int = GPT2_VOCABULARY) -> int:
     cfg = composed(*overrides, f"model.vocab_size={vocab_size}")
     with torch.device("meta"):
-        return build(cfg.model).num_parameters()
+        return int(build_net(cfg, vocab_size).num_parameters())
 
 
 @pytest.mark.parametrize(
     ("experiment", "count"),
-    [("shakespeare_target_loss model=target_cuda", 51_237_888), ("shakespeare_gpt2_small_amp", 124_475_904)],
+    [("shakespeare_target_loss device=cuda", 51_237_888), ("shakespeare_gpt2_small_amp", 124_475_904)],
 )
 def test_preset_has_the_published_number_of_parameters(experiment: str, count: int) -> None:
     assert parameters(*f"experiment={experiment}".split()) == count
@@ -154,17 +154,17 @@ CHARACTERS: Published = {
     "scheduler.warmup_steps": 100,
 }  # fmt: skip
 PUBLISHED: list[tuple[str, Published]] = [
-    ("shakespeare_target_loss model=target_cuda", {**TARGET_LOSS, **shape(8, 8, 512, 512), **batches(8, 4)}),
-    ("shakespeare_target_loss model=target_mps", {**TARGET_LOSS, **shape(6, 6, 384, 128), **batches(4, 4)}),
-    ("shakespeare_target_loss model=target_cpu", {**TARGET_LOSS, **shape(6, 6, 384, 256), **batches(4, 4)}),
+    ("shakespeare_target_loss device=cuda", {**TARGET_LOSS, **shape(8, 8, 512, 512), **batches(8, 4)}),
+    ("shakespeare_target_loss device=mps", {**TARGET_LOSS, **shape(6, 6, 384, 128), **batches(4, 4)}),
+    ("shakespeare_target_loss device=cpu", {**TARGET_LOSS, **shape(6, 6, 384, 256), **batches(4, 4)}),
     ("shakespeare_gpt2_small", GPT2_SMALL),
     ("shakespeare_gpt2_small_amp", GPT2_SMALL_AMP),
     ("bpe_from_scratch", {**BPE, **shape(12, 12, 768, 1024), "feed_forward": 3072}),
-    ("bpe_from_scratch model=bpe_small", {**BPE, **shape(6, 8, 512, 1024), "feed_forward": 2048}),
-    ("bpe_from_scratch model=bpe_large", {**BPE, **shape(24, 16, 1024, 1024), "feed_forward": 4096}),
+    ("bpe_from_scratch size=small", {**BPE, **shape(6, 8, 512, 1024), "feed_forward": 2048}),
+    ("bpe_from_scratch size=large", {**BPE, **shape(24, 16, 1024, 1024), "feed_forward": 4096}),
     ("tinystories_124m", {**TINYSTORIES, **shape(12, 12, 768, 256)}),
-    ("tinystories_124m model=tinystories_small", {**TINYSTORIES, **shape(6, 6, 384, 128)}),
-    ("tinystories_124m model=tinystories_large", {**TINYSTORIES, **shape(24, 16, 1024, 512)}),
+    ("tinystories_124m size=small", {**TINYSTORIES, **shape(6, 6, 384, 128)}),
+    ("tinystories_124m size=large", {**TINYSTORIES, **shape(24, 16, 1024, 512)}),
     (
         "nanogpt_shakespeare_char",
         {**CHARACTERS, **shape(6, 6, 384, 256), **batches(64, 1), "trainer.max_steps": 5000},
@@ -176,21 +176,25 @@ PUBLISHED: list[tuple[str, Published]] = [
 ]
 
 
+def schedule_of(cfg: DictConfig) -> Callable[[int], float]:
+    return with_length(build(cfg, "scheduler"), cfg.trainer.max_steps)
+
+
 def measured(cfg: DictConfig, key: str) -> Any:
     """What a configuration makes of a key, or of what follows from several."""
     net: Any = None
     if key in ("vocabulary", "feed_forward", "block"):
         with torch.device("meta"):
-            net = build(cfg.model)
+            net = build_net(cfg, GPT2_VOCABULARY)
     match key:
         case "accumulation":
             return split_batch(cfg.data.batch_size, cfg.device.micro_batch_size, 1)[1]
         case "tokenizer" | "scheduler":
             return cfg[key]._target_.rsplit(".", 1)[1]
         case "first_rate":
-            return cfg.optimizer.lr * build_schedule(cfg)(0)
+            return cfg.optimizer.lr * schedule_of(cfg)(0)
         case "last_rate":
-            return cfg.optimizer.lr * build_schedule(cfg)(cfg.trainer.max_steps)
+            return cfg.optimizer.lr * schedule_of(cfg)(cfg.trainer.max_steps)
         case "vocabulary":
             return net.transformer.wte.num_embeddings
         case "feed_forward":
@@ -217,9 +221,9 @@ def detected(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def test_size_of_the_target_loss_follows_the_device_unless_it_is_chosen(detected: str) -> None:
     sizes = {"cuda": (8, 512, 512), "mps": (6, 384, 128), "cpu": (6, 384, 256)}
-    for choice, expected in (([], detected), (["model=target_cuda"], "cuda"), (["model=target_cpu"], "cpu")):
+    for choice, expected in (([], detected), (["device=cuda"], "cuda"), (["device=cpu"], "cpu")):
         cfg = composed("experiment=shakespeare_target_loss", *choice)
-        assert cfg.device.accelerator == detected
+        assert cfg.device.accelerator == expected
         assert (cfg.model.n_layer, cfg.model.n_embd, cfg.model.block_size) == sizes[expected]
         assert cfg.data.batch_size == 4 * cfg.device.micro_batch_size == (32 if expected == "cuda" else 16)
 
@@ -296,7 +300,7 @@ def test_preset_trains_a_step(
 TINY_SHAKESPEARE = SHARED / "data" / "tinyshakespeare" / "input.txt"
 
 
-@pytest.mark.parametrize("overrides", [*EXPERIMENTS, "shakespeare_target_loss model=target_cuda"])
+@pytest.mark.parametrize("overrides", [*EXPERIMENTS, "shakespeare_target_loss device=cuda"])
 def test_preset_can_be_planned_as_it_is(
     overrides: str,
     call: Callable[..., Any],
@@ -311,7 +315,7 @@ def test_preset_can_be_planned_as_it_is(
     call("plan", *arguments, *data_for(overrides, tmp_path, text))
     out = capsys.readouterr().out
     assert re.search(r"^ +learning rate  [▁-█]{48}  ", out, re.M)
-    if overrides.endswith("target_cuda") and text == TINY_SHAKESPEARE:
+    if overrides.endswith("device=cuda") and text == TINY_SHAKESPEARE:
         assert "(656 windows)" in out  # 82 batches of 8 × 512 tokens, as published
 
 

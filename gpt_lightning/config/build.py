@@ -1,143 +1,189 @@
-"""From the configuration to objects; what `train` and `plan` share."""
+"""From the configuration to objects: each is built once, cheapest first, and cfg is never changed."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib.util
 import logging
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
 
-from gpt_lightning.config.arguments import check_arguments
-from gpt_lightning.config.command import ConfigError, build, explicit, inspect_node, one_line, plain
+from gpt_lightning.config.errors import ConfigError, one_line
+from gpt_lightning.config.rules import TRAINER_KEYS, check_arguments
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     import tiktoken
+    from torch import nn
 
+    from gpt_lightning.data.corpus.base import Corpus
     from gpt_lightning.data.datamodule import TextDataModule
     from gpt_lightning.data.token_store import TokenStore
+    from gpt_lightning.data.tokenizer import Tokenizer
     from gpt_lightning.training.module import LanguageModel
-
+    from gpt_lightning.training.optimizers import OptimizerFactory
 
 log = logging.getLogger(__name__)
 
 PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}  # what Lightning's loggers need
-GENTLE = 1e-3  # a learning rate above which trained weights soon say nothing of what they knew
-SETTINGS = ("nonfinite",)  # keys of `callbacks` that are no callback
+MAX_FINETUNE_LR = 1e-3  # a learning rate above which trained weights soon lose what they knew
+NO_CALLBACKS = ("nonfinite",)  # keys of `callbacks` that are values for other callbacks
 
 
-def rehearse(cfg: DictConfig, *, trainer: bool) -> None:
-    """Build what needs no data once, with next to no weights: a wrong value ends a run before it costs.
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration in dicts, lists and scalars."""
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
 
-    Loggers may start services, and a model of the user's own may be large, so these are only looked at.
+
+# -- nodes with a _target_ ----------------------------------------------------------------------------
+
+
+def build(cfg: DictConfig, key: str, /, **kwargs: Any) -> Any:
+    """Instantiate a node of the configuration; errors of the class itself come out as they are.
 
     Args:
-        cfg: The configuration; it is not changed.
-        trainer: Whether to build the Trainer too, which wants the run's devices here.
+        cfg: The configuration.
+        key: Of the node.
+        kwargs: Arguments that take the place of the node's.
+
+    Raises:
+        ConfigError, ValueError: If there is no such class, or it does not take these arguments.
     """
-    import torch
+    inspect_node(cfg, key, without=kwargs)
+    try:
+        return hydra.utils.instantiate(OmegaConf.select(cfg, key), **kwargs)
+    except (InstantiationException, TypeError) as error:
+        cause = error.__cause__
+        if cause is None or isinstance(cause, TypeError):
+            raise ConfigError(f"{key} cannot be made of its values: {one_line(cause or error)}") from error
+        raise cause from error
 
-    from gpt_lightning.data.windows import split_batch
-    from gpt_lightning.inference.loading import GPT_TARGET
-    from gpt_lightning.model.gpt import GPTConfig
-    from gpt_lightning.model.lora import LoRAConfig
-    from gpt_lightning.training.optimizers import decay_groups
 
-    cfg = copy.deepcopy(cfg)
-    cfg.trainer.max_steps = cfg.trainer.max_steps or sys.maxsize  # the data tells how many an epoch has,
-    with open_dict(cfg):
-        cfg.model.vocab_size = cfg.model.get("vocab_size") or 1  # and the tokenizer this
-    inspect_node(cfg.model, "model")
-    if cfg.model._target_ == GPT_TARGET:
-        check_arguments(GPTConfig, cfg.model)
-        GPTConfig(**{key: value for key, value in cfg.model.items() if not key.startswith("_")})
-    if cfg.lora.r:
-        LoRAConfig(**plain(cfg.lora))
-    with blamed_on("optimizer"):
-        build(cfg.optimizer)(decay_groups(torch.nn.Linear(1, 1)))
-    build_schedule(cfg)
-    callbacks = build_callbacks(cfg)
-    for name, node in cfg.logger.items():
-        if node is None:
-            continue
-        inspect_node(node, f"logger.{name}")
-        package = PACKAGES.get(node._target_.rpartition(".")[2])
-        if package and importlib.util.find_spec(package) is None:
-            raise ModuleNotFoundError(name=package)
-    if trainer:
-        split_batch(cfg.data.batch_size, None, build_trainer(cfg, callbacks, loggers=[]).world_size)
+def inspect_node(cfg: DictConfig, key: str, *, without: Any = ()) -> None:
+    """Import the class that a node names, and check that it takes what it is given."""
+    node = OmegaConf.select(cfg, key)
+    if not OmegaConf.is_dict(node):
+        raise ConfigError(f"{key}={node} must be keys with values, of which _target_ names a class")
+    if not isinstance(node.get("_target_"), str):
+        raise ConfigError(f"{key}._target_={node.get('_target_')} must be the name of a class")
+    try:
+        target = hydra.utils.get_object(node._target_)
+    except Exception as error:  # whatever goes wrong in the user's own module
+        raise ConfigError(f"{key}: {one_line(error)}; correct {key}._target_={node._target_}") from error
+    if not callable(target):
+        raise ConfigError(f"{key}._target_={node._target_} is no class and no function")
+    check_arguments(target, cfg, key, without=without)
+    for name, child in node.items():
+        if OmegaConf.is_dict(child) and "_target_" in child:
+            inspect_node(cfg, f"{key}.{name}")
 
 
 @contextmanager
-def blamed_on(key: str) -> Iterator[None]:
-    """What the call of a partly configured function raises for its arguments, in terms of their key."""
+def naming_key(key: str) -> Iterator[None]:
+    """Errors of a call of a partly configured function, in terms of the key of its arguments."""
     try:
         yield
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"{key} cannot be made of its values: {one_line(error)}") from error
 
 
-def prepare_data(cfg: DictConfig, encoding: tiktoken.Encoding | None = None) -> TokenStore:
-    """The tokens that the configuration asks for; fills in what depends on them.
+# -- what needs no data -------------------------------------------------------------------------------
 
-    After it, model.vocab_size and trainer.max_steps are numbers. A given tokenizer replaces the configured.
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Everything of a run that can be built before its data is looked at."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    optimizer: OptimizerFactory
+    schedule: Callable[[int], float]  # without its length where that depends on the data
+    callbacks: list[Any]
+
+
+def build_parts(cfg: DictConfig) -> Parts:
+    """Everything that needs no data, so that a wrong value is found before anything costs.
+
+    Raises:
+        ConfigError, ValueError, ModuleNotFoundError: The first thing that is wrong.
     """
-    from gpt_lightning.data.token_store import prepare
-    from gpt_lightning.data.tokenizer import FixedTokenizer
-    from gpt_lightning.data.windows import epoch_size
+    import torch
 
-    cut = windows(cfg)
-    tokenizer = FixedTokenizer(encoding) if encoding else build(cfg.tokenizer)
-    store = prepare(build(cfg.data.corpus, "data.corpus"), tokenizer, cfg.paths.cache)
-    with open_dict(cfg):
-        if cfg.model.get("vocab_size") is None:
-            cfg.model.vocab_size = store.n_vocab
-        elif cfg.model.vocab_size < store.n_vocab:
-            raise ConfigError(
-                f"model.vocab_size={cfg.model.vocab_size} is smaller than the tokenizer's "
-                f"{store.n_vocab} ids; use model.vocab_size=null"
-            )
-        _, steps = epoch_size(store, **cut)  # too little text is an error here
-        if cfg.trainer.max_epochs is not None:
-            in_epochs = cfg.trainer.max_epochs * steps
-            cfg.trainer.max_steps = min(in_epochs, cfg.trainer.max_steps or in_epochs)
-    return store
+    from gpt_lightning.training.optimizers import decay_groups
 
-
-def windows(cfg: DictConfig) -> dict[str, Any]:
-    """How tokens are cut into windows and batches."""
-    keys = ("batch_size", "stride", "drop_last", "random_offset")
-    block_size = cfg.data.sequence_length or cfg.model.block_size
-    if block_size > cfg.model.block_size:
-        raise ConfigError(
-            f"data.sequence_length={block_size} exceeds model.block_size={cfg.model.block_size}"
-        )
-    return {"block_size": block_size, **{key: cfg.data[key] for key in keys}}
+    check_model(cfg)
+    optimizer = build(cfg, "optimizer")
+    with naming_key("optimizer"):
+        optimizer(decay_groups(torch.nn.Linear(1, 1)))
+    schedule = build(cfg, "scheduler")
+    if cfg.trainer.max_steps is not None or not wants_length(schedule):
+        with_length(schedule, cfg.trainer.max_steps)
+    callbacks = build_callbacks(cfg)
+    for name, node in cfg.logger.items():
+        if node is not None:
+            inspect_node(cfg, f"logger.{name}")
+            package = PACKAGES.get(node._target_.rpartition(".")[2])
+            if package and importlib.util.find_spec(package) is None:
+                raise ModuleNotFoundError(name=package)
+    tokenizer, corpus = build(cfg, "tokenizer"), build(cfg, "data.corpus")
+    return Parts(
+        corpus=corpus, tokenizer=tokenizer, optimizer=optimizer, schedule=schedule, callbacks=callbacks
+    )
 
 
-def build_schedule(cfg: DictConfig) -> Any:
-    """The factor of the learning rate at each step; a warm-up that does not fit is an error here."""
-    schedule = build(cfg.scheduler)
-    with blamed_on("scheduler"):
-        schedule(0)
-    return schedule
+def check_model(cfg: DictConfig) -> None:
+    """Check the model's arguments without allocating it; a class of the user's own is only looked at."""
+    from gpt_lightning.inference.loading import GPT_TARGET
+    from gpt_lightning.model.gpt import GPTConfig
+    from gpt_lightning.model.lora import LoRAConfig
+
+    if cfg.model.get("vocab_size", 0) is None:  # the tokenizer tells later
+        cfg = cast(DictConfig, OmegaConf.merge(cfg, {"model": {"vocab_size": 1}}))
+    inspect_node(cfg, "model", without=("recommended",))
+    if cfg.model._target_ == GPT_TARGET:
+        check_arguments(GPTConfig, cfg, "model", without=("recommended",))
+        GPTConfig(**model_options(cfg))
+    if cfg.lora.r:
+        LoRAConfig(**plain(cfg.lora))
+
+
+def model_options(cfg: Any) -> dict[str, Any]:
+    """Arguments of the model: what it recommends to other groups is none of them."""
+    return {key: v for key, v in plain(cfg.model).items() if key[0] != "_" and key != "recommended"}
+
+
+def wants_length(schedule: Any) -> bool:
+    """Whether a schedule depends on the number of optimizer steps and is to get that of the run."""
+    keywords = getattr(schedule, "keywords", {})
+    return "max_steps" in keywords and keywords["max_steps"] is None
+
+
+def with_length(schedule: Any, max_steps: int | None) -> Callable[[int], float]:
+    """The schedule of a run of so many optimizer steps; a warm-up that does not fit is an error here."""
+    known = partial(schedule, max_steps=max_steps) if wants_length(schedule) else schedule
+    with naming_key("scheduler"):
+        known(0)
+    return cast(Callable[[int], float], known)
 
 
 def build_callbacks(cfg: DictConfig) -> list[Any]:
     """The callbacks that are not null."""
-    nodes = {key: node for key, node in cfg.callbacks.items() if node is not None and key not in SETTINGS}
-    for key, node in nodes.items():
-        if not OmegaConf.is_dict(node):
-            raise ConfigError(f"callbacks.{key}={node} must have a _target_, the name of a class, or be null")
-    return [build(node) for node in nodes.values()]
+    names = [str(key) for key, node in cfg.callbacks.items() if node is not None and key not in NO_CALLBACKS]
+    for name in names:
+        if not OmegaConf.is_dict(node := cfg.callbacks[name]):
+            raise ConfigError(
+                f"callbacks.{name}={node} must have a _target_, the name of a class, or be null"
+            )
+    return [build(cfg, f"callbacks.{name}") for name in names]
 
 
 def build_loggers(cfg: DictConfig, resume_step: int | None) -> list[Any]:
@@ -155,7 +201,7 @@ def build_loggers(cfg: DictConfig, resume_step: int | None) -> list[Any]:
         if target == "WandbLogger":  # a resumed run is the same run there
             name = hashlib.blake2b(str(Path(cfg.paths.run).resolve()).encode(), digest_size=8).hexdigest()
             more = {"version": name, "resume": "allow"}
-        loggers.append(build(node, f"logger.{key}", **more))
+        loggers.append(build(cfg, f"logger.{key}", **more))
     return loggers
 
 
@@ -165,20 +211,20 @@ def build_trainer(cfg: DictConfig, callbacks: list[Any], loggers: list[Any]) -> 
     import torch
     from lightning.pytorch.callbacks import Checkpoint
 
+    from gpt_lightning.data.windows import split_batch
     from gpt_lightning.training.callbacks.checkpoints import AtomicCheckpointIO
 
     if cfg.device.accelerator == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device.accelerator=cuda: torch finds no NVIDIA GPU here; use device=cpu")
     settings = cfg.trainer
+    strategy = settings.strategy
     ours: dict[str, Any] = {
         "accelerator": cfg.device.accelerator,
         "devices": cfg.device.devices,
         "num_nodes": settings.num_nodes,
-        "strategy": settings.strategy
-        if isinstance(settings.strategy, str)
-        else build(settings.strategy, "trainer.strategy"),
+        "strategy": strategy if isinstance(strategy, str) else build(cfg, "trainer.strategy"),
         "precision": cfg.device.precision,
-        "max_steps": settings.max_steps,
+        "max_steps": settings.max_steps or -1,  # the data tells how many an epoch has
         "max_epochs": -1,  # the loader runs through the epochs by itself
         "limit_val_batches": settings.val_batches or 1.0,
         "check_val_every_n_epoch": None,
@@ -194,12 +240,19 @@ def build_trainer(cfg: DictConfig, callbacks: list[Any], loggers: list[Any]) -> 
         "use_distributed_sampler": False,
         "default_root_dir": Path(cfg.paths.run),
     }
-    check_arguments(pl.Trainer, settings.lightning, without=ours)
-    return pl.Trainer(**ours, **plain(settings.lightning))
+    check_arguments(pl.Trainer, cfg, "trainer.lightning", without=TRAINER_KEYS)
+    trainer = pl.Trainer(**ours, **plain(settings.lightning))
+    split_batch(cfg.data.batch_size, None, trainer.world_size)
+    return trainer
 
 
-def starting_point(cfg: DictConfig, checkpoint: Path | None = None) -> tuple[Any, Any]:
-    """The network and the tokenizer of `init_from`, or None and None; they then decide the model's shape.
+# -- what a run starts from ---------------------------------------------------------------------------
+
+
+def starting_point(
+    cfg: DictConfig, checkpoint: Path | None = None
+) -> tuple[nn.Module, tiktoken.Encoding | None] | tuple[None, None]:
+    """The network and the tokenizer of `init_from`, or None and None.
 
     A run that goes on has them in its own checkpoint; what it began from may be gone.
     """
@@ -208,25 +261,104 @@ def starting_point(cfg: DictConfig, checkpoint: Path | None = None) -> tuple[Any
     from gpt_lightning.inference.loading import start_from
 
     rate = cfg.optimizer.get("lr")
-    if checkpoint is None and isinstance(rate, (int, float)) and rate > GENTLE and not cfg.lora.r:
+    if checkpoint is None and isinstance(rate, (int, float)) and rate > MAX_FINETUNE_LR and not cfg.lora.r:
         log.warning(
             "optimizer.lr=%g is a rate for training from nothing and makes a model forget; 1e-4 suits most",
             rate,
         )
-    net, encoding = start_from(str(checkpoint or cfg.init_from), **explicit(cfg, "model"))
-    cfg.model.update(asdict(net.config))
-    return net, encoding
+    return start_from(str(checkpoint or cfg.init_from), **({} if checkpoint else asked_of_model(cfg)))
 
 
-def build_data(cfg: DictConfig, store: TokenStore) -> TextDataModule:
+def asked_of_model(cfg: DictConfig) -> dict[str, Any]:
+    """The model's arguments that were asked for: all if a size was chosen, else those that differ from it."""
+    job, options = HydraConfig.get(), {k: v for k, v in model_options(cfg).items() if v is not None}
+    keys = [text.split("=")[0].lstrip("+") for text in job.overrides.task]
+    default = cast(Any, hydra.compose(job.job.config_name, return_hydra_config=True))
+    if "model" in keys or job.runtime.choices["model"] != default.hydra.runtime.choices.model:
+        return options
+    unchanged = model_options(default)
+    return {k: v for k, v in options.items() if f"model.{k}" in keys or unchanged.get(k) != v}
+
+
+# -- what needs the data ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """The tokens of a run, and what depends on them.
+
+    Args:
+        store: The tokens.
+        vocab_size: Ids of the model.
+        max_steps: Optimizer steps of the run.
+        windows: How tokens are cut into windows and batches: arguments of `epoch_size`.
+        windows_per_epoch, steps_per_epoch: Of the training split.
+    """
+
+    store: TokenStore
+    vocab_size: int
+    max_steps: int
+    windows: dict[str, Any]
+    windows_per_epoch: int
+    steps_per_epoch: int
+
+
+def prepare_data(
+    cfg: DictConfig, parts: Parts, net: Any = None, encoding: tiktoken.Encoding | None = None
+) -> Prepared:
+    """The tokens that the configuration asks for; a network and a tokenizer that are there already decide.
+
+    Raises:
+        ConfigError, ValueError: If the vocabulary does not fit or there is too little text.
+    """
+    from gpt_lightning.data.token_store import prepare
+    from gpt_lightning.data.tokenizer import FixedTokenizer
+    from gpt_lightning.data.windows import epoch_size
+
+    cut = windows(cfg, net)
+    store = prepare(parts.corpus, FixedTokenizer(encoding) if encoding else parts.tokenizer, cfg.paths.cache)
+    config = getattr(net, "config", None)
+    vocab_size = config.vocab_size if config else cfg.model.get("vocab_size") or store.n_vocab
+    if vocab_size < store.n_vocab:
+        raise ConfigError(
+            f"model.vocab_size={vocab_size} is smaller than the tokenizer's {store.n_vocab} ids; "
+            "use model.vocab_size=null"
+        )
+    count, steps_per_epoch = epoch_size(store, **cut)  # too little text is an error here
+    max_steps = cfg.trainer.max_steps
+    if cfg.trainer.max_epochs is not None:
+        in_epochs = cfg.trainer.max_epochs * steps_per_epoch
+        max_steps = min(in_epochs, max_steps or in_epochs)
+    return Prepared(
+        store=store,
+        vocab_size=vocab_size,
+        max_steps=max_steps,
+        windows=cut,
+        windows_per_epoch=count,
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def windows(cfg: DictConfig, net: Any = None) -> dict[str, Any]:
+    """How tokens are cut into windows and batches."""
+    keys = ("batch_size", "stride", "drop_last", "random_offset")
+    config = getattr(net, "config", None)
+    longest = config.block_size if config else cfg.model.block_size
+    block_size = cfg.data.sequence_length or longest
+    if block_size > longest:
+        raise ConfigError(f"data.sequence_length={block_size} exceeds model.block_size={longest}")
+    return {"block_size": block_size, **{key: cfg.data[key] for key in keys}}
+
+
+def build_data(cfg: DictConfig, prepared: Prepared) -> TextDataModule:
     """Windows of the store's tokens in the configured batches."""
     from gpt_lightning.data.datamodule import TextDataModule
 
     return TextDataModule(
-        store,
-        **windows(cfg),
+        prepared.store,
+        **prepared.windows,
         micro_batch_size=cfg.device.micro_batch_size,
-        max_steps=cfg.trainer.max_steps,
+        max_steps=prepared.max_steps,
         seed=cfg.seed,
         shuffle=cfg.data.shuffle,
         num_workers=cfg.data.num_workers,
@@ -234,26 +366,62 @@ def build_data(cfg: DictConfig, store: TokenStore) -> TextDataModule:
     )
 
 
-def build_net(cfg: DictConfig, net: Any = None) -> Any:
+def memory_needs(
+    cfg: DictConfig, prepared: Prepared, net: nn.Module, micro_batch_size: int
+) -> dict[str, float]:
+    """Bytes that a run needs on a device, as `memory_estimate`."""
+    from gpt_lightning.training.memory import memory_estimate
+
+    config = getattr(net, "config", None)  # a model of the user's own may have none
+    return memory_estimate(
+        parameters=sum(p.numel() for p in net.parameters()),
+        trained=sum(p.numel() for p in net.parameters() if p.requires_grad),
+        tokens=micro_batch_size * prepared.windows["block_size"],
+        n_embd=getattr(config, "n_embd", 0),
+        n_layer=getattr(config, "n_layer", 0),
+        vocab_size=prepared.vocab_size,
+        precision=str(cfg.device.precision),
+    )
+
+
+def build_net(cfg: DictConfig, vocab_size: int, net: Any = None) -> Any:
     """The network, new unless given, with the adapters that the configuration asks for."""
     from gpt_lightning.model.lora import LoRAConfig, add_adapters
 
-    net = net or build(cfg.model)
+    if net is None:
+        options = OmegaConf.create({"model": without_recommendations(cfg)})
+        net = build(options, "model", **({"vocab_size": vocab_size} if "vocab_size" in cfg.model else {}))
     return add_adapters(net, LoRAConfig(**plain(cfg.lora))) if cfg.lora.r else net
 
 
-def build_module(cfg: DictConfig, store: TokenStore, net: Any = None) -> LanguageModel:
+def without_recommendations(cfg: DictConfig) -> dict[str, Any]:
+    return {key: value for key, value in plain(cfg.model).items() if key != "recommended"}
+
+
+def build_module(cfg: DictConfig, parts: Parts, prepared: Prepared, net: Any = None) -> LanguageModel:
     """The network, new unless given, in its LightningModule."""
     from gpt_lightning.training.module import LanguageModel
 
-    net = build_net(cfg, net)
+    net = build_net(cfg, prepared.vocab_size, net)
     if cfg.device.compile:
         net.compile()  # in place: the names of the parameters stay
     return LanguageModel(
         net,
-        optimizer=build(cfg.optimizer),
-        schedule=build_schedule(cfg),
-        tokenizer=store.tokenizer,
-        config=plain(cfg),
+        optimizer=parts.optimizer,
+        schedule=with_length(parts.schedule, prepared.max_steps),
+        tokenizer=prepared.store.tokenizer,
+        config=final_config(cfg, prepared, net),
         clip_norm=cfg.trainer.clip_norm,
     )
+
+
+def final_config(cfg: DictConfig, prepared: Prepared, net: Any) -> dict[str, Any]:
+    """What a checkpoint keeps: the resolved configuration with the numbers that the data decided."""
+    config = plain(cfg)
+    config["model"] = without_recommendations(cfg)
+    if "vocab_size" in config["model"]:
+        config["model"]["vocab_size"] = prepared.vocab_size
+    if cfg.init_from is not None and hasattr(net, "config"):
+        config["model"] |= asdict(net.config)
+    config["trainer"]["max_steps"] = prepared.max_steps
+    return config

@@ -1,18 +1,29 @@
-"""What must hold between the parts of a configuration, and of keys that no class of ours reads."""
+"""What must hold within and between the parts of a configuration: the one place that validates it.
+
+Names and types of a class's arguments are read from its signature, and ranges are checked by the class when
+it is built; the tables are for keys that no class of this package reads, and for relations between keys.
+"""
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
+import os
 import re
 import types
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from gpt_lightning.config.command import ConfigError
+from gpt_lightning.config.errors import ConfigError
 
 Rule = Callable[[str, Any], str | None]  # a key and its value -> what is wrong, or None
+
+# -- keys ---------------------------------------------------------------------------------------------
 
 
 def _number(
@@ -48,11 +59,6 @@ def _text(key: str, value: Any) -> str | None:
     return None if good else f"{key}={value!r} must be text; quote a number, as in {key}=\"'3'\""
 
 
-def _micro_batch_size(key: str, value: Any) -> str | None:
-    problem = _number(int, least=1, optional=True)(key, value)
-    return f"{problem}, or auto" if problem and value != "auto" else None
-
-
 def _devices(key: str, value: Any) -> str | None:
     good = value == "auto" or (type(value) is int and value >= 1)
     if OmegaConf.is_list(value):
@@ -66,7 +72,7 @@ def _name(key: str, value: Any) -> str | None:
     return None if good else f"{key}={value!r} names a folder; use letters, digits, and . _ - only"
 
 
-def duration(limit: str | int) -> float:
+def parse_duration(limit: str | int) -> float:
     """Seconds of a time limit: "HH:MM:SS", "D-HH:MM:SS" as SLURM has it, or seconds.
 
     Raises:
@@ -99,26 +105,53 @@ RULES: dict[str, Rule] = {
     "device.accelerator": _one_of("auto", "cpu", "cuda", "mps"),
     "device.devices": _devices,
     "device.precision": _one_of("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
-    "device.micro_batch_size": _micro_batch_size,
+    "device.micro_batch_size": _number(int, least=1, optional=True),
     "device.compile": _one_of(True, False),
     "device.pin_memory": _one_of(True, False),
     "device.matmul_precision": _one_of("highest", "high", "medium"),
     "trainer.max_steps": _number(int, least=1, optional=True),
     "trainer.max_epochs": _number(int, least=1, optional=True),
-    "trainer.val_every_steps": _number(int, least=1),
+    "trainer.val_every_steps": _number(int, least=1, optional=True),
     "trainer.val_batches": _number(int, least=1, optional=True),
-    "trainer.log_every_steps": _number(int, least=1),
-    "trainer.save_every_steps": _number(int, least=1),
+    "trainer.log_every_steps": _number(int, least=1, optional=True),
+    "trainer.save_every_steps": _number(int, least=1, optional=True),
     "trainer.keep_last": _number(int, least=1),
     "trainer.snapshot_every_steps": _number(int, least=1, optional=True),
     "trainer.clip_norm": _number(float, above=0, optional=True),
     "trainer.num_nodes": _number(int, least=1),
     "trainer.deterministic": _one_of(True, False, "warn"),
 }
+# arguments of Lightning's Trainer that have a key of their own here
+TRAINER_KEYS = {
+    "accelerator": "device.accelerator",
+    "devices": "device.devices",
+    "precision": "device.precision",
+    "num_nodes": "trainer.num_nodes",
+    "strategy": "trainer.strategy",
+    "deterministic": "trainer.deterministic",
+    "max_steps": "trainer.max_steps",
+    "max_epochs": "trainer.max_epochs",
+    "limit_val_batches": "trainer.val_batches",
+    "val_check_interval": "trainer.val_every_steps",
+    "check_val_every_n_epoch": "trainer.val_every_steps",
+    "num_sanity_val_steps": "trainer.val_every_steps",
+    "log_every_n_steps": "trainer.log_every_steps",
+    "gradient_clip_val": "trainer.clip_norm",
+    "gradient_clip_algorithm": "trainer.clip_norm",
+    "accumulate_grad_batches": "data.batch_size and device.micro_batch_size",
+    "logger": "logger",
+    "callbacks": "callbacks",
+    "enable_checkpointing": "callbacks.last",
+    "enable_progress_bar": "callbacks.progress",
+    "enable_model_summary": "callbacks.layers",
+    "default_root_dir": "paths.run",
+    "plugins": "trainer.strategy",
+    "use_distributed_sampler": "data.shuffle",
+}
 METRICS = ("val/loss", "val/perplexity", "val/bits_per_byte", "train/loss")  # what a callback can monitor
 
 
-def check(cfg: DictConfig) -> None:
+def validate(cfg: DictConfig) -> None:
     """Refuse what cannot work before anything expensive begins.
 
     Raises:
@@ -130,12 +163,17 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(problem)
     if cfg.trainer.max_steps is None and cfg.trainer.max_epochs is None:
         raise ConfigError("trainer.max_steps and trainer.max_epochs are both null; set one of them")
-    if not OmegaConf.is_dict(cfg.trainer.lightning):
+    lightning = cfg.trainer.lightning
+    if not OmegaConf.is_dict(lightning):
         raise ConfigError(
-            f"trainer.lightning={cfg.trainer['lightning']!r} must be keys with values, as in "
+            f"trainer.lightning={lightning!r} must be keys with values, as in "
             "+trainer.lightning.detect_anomaly=true"
         )
-    if cfg.time_limit is not None and duration(cfg.time_limit) and cfg.callbacks.get("last") is None:
+    for name in TRAINER_KEYS.keys() & lightning.keys():
+        raise ConfigError(
+            f"trainer.lightning.{name}={lightning[name]} would be ignored; set {TRAINER_KEYS[name]} instead"
+        )
+    if cfg.time_limit is not None and parse_duration(cfg.time_limit) and cfg.callbacks.get("last") is None:
         raise ConfigError("time_limit= needs the checkpoints of callbacks.last; do not set that to null")
     if cfg.lora.r and cfg.init_from is None:
         raise ConfigError(f"lora.r={cfg.lora.r} trains beside frozen weights; give these with init_from=")
@@ -176,3 +214,106 @@ def _check_device(cfg: DictConfig) -> None:
         raise ConfigError(
             "device.precision=16-mixed cannot clip under a fused optimizer; add optimizer.fused=false"
         )
+
+
+# -- arguments of classes ------------------------------------------------------------------------------
+
+# a type as an annotation has it, and as a user reads it; the ones that YAML can say
+WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "keys with values",
+    types.NoneType: "null",
+}
+ALIASES: dict[Any, Any] = {Path: str, os.PathLike: str, Mapping: dict}
+ALIASES |= dict.fromkeys((tuple, Sequence, Iterable), list)
+
+
+def check_arguments(
+    target: Callable[..., Any], cfg: DictConfig, key: str, *, without: Iterable[str] = ()
+) -> None:
+    """Refuse arguments that a class does not have, and values of a type that its annotations exclude.
+
+    A type that YAML cannot say is not judged; a range is the class's own business.
+
+    Args:
+        target: The class, or a function.
+        cfg: The configuration.
+        key: Of the arguments in it; names that begin with an underscore are Hydra's.
+        without: Arguments that are given elsewhere.
+
+    Raises:
+        ValueError: If one does not fit; names the key that the user set.
+    """
+    try:
+        everything = _signature(target).parameters.values()
+    except (TypeError, ValueError):  # some that are written in C have none
+        return
+    known = {p.name: p for p in everything if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in everything)
+    for name in (str(name) for name in OmegaConf.select(cfg, key) if not str(name).startswith("_")):
+        if name in without:
+            continue
+        if name in known:
+            _check_value(cfg, f"{key}.{name}", known[name])
+        elif not takes_all:
+            names = [one for one in known if one not in without]
+            close = difflib.get_close_matches(name, names, 1)
+            remedy = f"did you mean {close[0]}?" if close else f"it takes {', '.join(names) or 'none'}"
+            raise ValueError(f"{key}.{name} is no argument of {target.__name__}; {remedy}")
+
+
+def _signature(target: Callable[..., Any]) -> inspect.Signature:
+    try:
+        return inspect.signature(target, eval_str=True)
+    except NameError:  # annotations that are for type checkers alone
+        return inspect.signature(target)
+
+
+def _check_value(cfg: DictConfig, key: str, parameter: inspect.Parameter) -> None:
+    value, allowed = OmegaConf.select(cfg, key), _alternatives(parameter.annotation)
+    if allowed is None or (OmegaConf.is_dict(value) and "_target_" in value):  # any, or an object
+        return
+    if parameter.default is None:
+        allowed.append(types.NoneType)
+    if not any(_fits(value, choice) for choice in allowed):
+        key = _key_to_set(cfg, key)
+        wanted = dict.fromkeys(WORDS.get(choice, str(choice)) for choice in allowed)
+        quote = isinstance(value, (int, float)) and str in allowed
+        remedy = f"; quote it, as in {key}=\"'{value}'\"" if quote else ""
+        raise ValueError(f"{key}={value!r} must be {' or '.join(wanted)}{remedy}")
+
+
+def _alternatives(annotation: Any) -> list[Any] | None:
+    """The types of an annotation, or its literal values; None if it has one that YAML cannot say."""
+    origin = typing.get_origin(annotation) or annotation
+    if origin in (typing.Union, types.UnionType):
+        parts = [_alternatives(part) for part in typing.get_args(annotation)]
+        found = [choice for part in parts for choice in part or ()]
+        return None if None in parts else [c for c in found if c is not int or float not in found]
+    if origin is typing.Literal:
+        return list(typing.get_args(annotation))
+    origin = ALIASES.get(origin, origin)
+    return [origin] if origin in WORDS else None
+
+
+def _fits(value: Any, choice: Any) -> bool:
+    if choice not in WORDS:  # a literal value
+        return type(value) is type(choice) and value == choice
+    if choice in (int, float):
+        return isinstance(value, (int, choice)) and not isinstance(value, bool)
+    if choice in (list, dict):
+        return OmegaConf.is_list(value) if choice is list else OmegaConf.is_dict(value)
+    return isinstance(value, choice)
+
+
+def _key_to_set(cfg: DictConfig, key: str) -> str:
+    """The key that gives a value: where it refers to another key, that one."""
+    group, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, group) if group else cfg
+    raw = typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))[name]
+    found = re.fullmatch(r"\$\{([\w.]+)\}", str(raw))
+    return _key_to_set(cfg, found[1]) if found else key

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from gpt_lightning.config.command import ConfigError, build
+from gpt_lightning.config.build import build
+from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.rundir.directory import newest_run
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def corpus_of_run(source: Path) -> Corpus | None:
     targets = re.findall(r'"_target_": "([^"]*)"', json.dumps(node))  # at any depth
     if not isinstance(node, dict) or not all(map(_is_class_of_data, targets)):
         return None
-    corpus: Corpus = build(OmegaConf.create(node), "data.corpus")
+    corpus: Corpus = build(OmegaConf.create({"data": {"corpus": node}}), "data.corpus")
     return corpus
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 from omegaconf import OmegaConf
 
-from gpt_lightning.config.arguments import check_arguments
+from gpt_lightning.config.rules import check_arguments
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -59,12 +59,11 @@ def unknown(x: Decimal) -> None: ...
         ({"old": "x"}, "point.old='x' must be a whole number or null"),
         ({"y": 1}, "point.y is no argument of Point; it takes x, scale, label, shown"),
         ({"scales": 1}, "point.scales is no argument of Point; did you mean scale?"),
-        ({"callback": 1}, "point.callback has another key, or cannot be chosen; leave it out"),
     ],
 )
 def test_wrong_argument_is_named(given: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=re.escape(problem)):
-        check_arguments(Point, OmegaConf.create({"point": given}).point, without=["callback"])
+        check_arguments(Point, OmegaConf.create({"point": given}), "point", without=["callback"])
 
 
 @pytest.mark.parametrize(
@@ -77,13 +76,14 @@ def test_wrong_argument_is_named(given: dict[str, Any], problem: str) -> None:
     ],
 )
 def test_good_arguments_pass(given: dict[str, Any]) -> None:
-    check_arguments(Point, OmegaConf.create(given))
+    check_arguments(Point, OmegaConf.create({"point": given}), "point")
 
 
 def test_what_cannot_be_judged_passes() -> None:
-    check_arguments(anything, OmegaConf.create({"a": 1}))
-    check_arguments(unknown, OmegaConf.create({"x": "1.5"}))  # its annotation exists for type checkers alone
-    check_arguments(map, OmegaConf.create({"x": 1}))  # it tells of no arguments
+    cfg = OmegaConf.create({"a": {"a": 1}, "b": {"x": "1.5"}})
+    check_arguments(anything, cfg, "a")
+    check_arguments(unknown, cfg, "b")  # its annotation exists for type checkers alone
+    check_arguments(map, cfg, "b")  # it tells of no arguments
 
 
 def test_key_is_the_one_that_the_user_set() -> None:
@@ -91,4 +91,4 @@ def test_key_is_the_one_that_the_user_set() -> None:
         {"size": "wide", "page": {"x": "${size}"}, "point": {"x": "${page.x}", "scale": "${size}"}}
     )
     with pytest.raises(ValueError, match=r"^size='wide' must be a whole number"):
-        check_arguments(Point, cfg.point)
+        check_arguments(Point, cfg, "point")

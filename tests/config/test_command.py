@@ -16,7 +16,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from support.runs import BIGRAM
 
-from gpt_lightning.config.command import detect_device, one_line, readable, verbatim
+from gpt_lightning.config.command_line import readable, verbatim
+from gpt_lightning.config.errors import one_line
+from gpt_lightning.config.resolvers import detect_device
 
 
 def error_of(call: Callable[..., Any], capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -29,11 +31,15 @@ def error_of(call: Callable[..., Any], capsys: pytest.CaptureFixture[str], *argu
     return lines[0]
 
 
-def test_traceback_of_a_mistake_is_in_the_log(
+def test_refused_command_leaves_nothing(
     call: Callable[..., Any], tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error_of(call, capsys, "train", *tiny, "optimizer.lr=-1")
-    assert "Traceback" in (tmp_path / "run" / "train.log").read_text()
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    error_of(call, capsys, "train", *tiny, "data.path=nowhere.txt")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
 def test_full_error_shows_the_traceback(command: Callable[..., Any], tiny: list[str]) -> None:
@@ -71,7 +77,7 @@ def test_help_does_not_wait_for_torch(name: str, flag: str, tmp_path: Path) -> N
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "model:" in result.stdout or "checkpoint" in result.stdout
+    assert "data:" in result.stdout or "checkpoint" in result.stdout
 
 
 def test_device_is_one_that_torch_has() -> None:
@@ -172,9 +178,7 @@ def test_run_goes_where_hydra_cannot_read_and_repeats_and_resumes_there(
         0,
         f"the run in {run} is finished; there is nothing to resume\n",
     )
-    result = command(
-        "train", f"--config-dir={run}/.hydra", "--config-name=config", "hydra.run.dir=and it's ü"
-    )
+    result = command("train", f"repeat={run}", "hydra.run.dir=and it's ü")
     assert result.returncode == 0, result.stderr
     first, second = (
         json.loads((tmp_path / name / "summary.json").read_text()) for name in (run, "and it's ü")
@@ -237,7 +241,7 @@ def test_own_model_corpus_optimizer_and_schedule_need_no_change_of_the_core(
 def test_two_starts_at_once_get_two_run_directories() -> None:
     from hydra import compose, initialize_config_dir
 
-    from gpt_lightning.config.command import CONF
+    from gpt_lightning.config.resolvers import CONF
 
     folders = set()
     for _ in range(2):

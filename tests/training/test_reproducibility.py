@@ -181,8 +181,7 @@ def test_run_is_repeated_from_its_configuration_elsewhere(
 ) -> None:
     elsewhere = tmp_path / "else where"
     elsewhere.mkdir()
-    again = ["--config-dir", str(first / ".hydra"), "--config-name", "config"]
-    code, out = zygote.run("train", *again, cwd=elsewhere)
+    code, out = zygote.run("train", f"repeat={first}", cwd=elsewhere)
     assert code == 0, out
     (run,) = (elsewhere / "results" / "gpt").iterdir()
     assert out.splitlines()[0] == f"run: {run}"  # logged as every run is
@@ -205,12 +204,7 @@ def test_repeated_run_may_have_one_thing_changed(first: Path, tmp_path: Path) ->
     (tmp_path / "spy.py").write_text(SPY)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    arguments = [
-        "--config-name=config",
-        f"--config-dir={first / '.hydra'}",
-        "seed=3",
-        "hydra.run.dir=new=run",
-    ]
+    arguments = [f"repeat={first}", "seed=3", "hydra.run.dir=new=run"]
     arguments += ["+callbacks.spy._target_=spy.Spy", f"+callbacks.spy.folder={elsewhere}"]
     command = [sys.executable, "-m", "gpt_lightning.train", *arguments]
     result = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)

@@ -20,7 +20,7 @@ from support.runs import TINY
 from support.zygote import Process, Zygote
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpt_lightning.config.resume import resume_arguments
+from gpt_lightning.config.start import start_arguments
 from gpt_lightning.data.files import write_json
 from gpt_lightning.rundir.checkpoint import read_checkpoint
 from gpt_lightning.rundir.metrics import Row, read_metrics
@@ -121,7 +121,14 @@ def assert_same(run: Path, reference: Path) -> None:
     a, b = (json.loads((folder / "summary.json").read_text()) for folder in (run, reference))
     assert a.keys() == b.keys()
     assert a["seconds"] > 0
-    for key in a.keys() - {"seconds", "tokens_per_second", "best_checkpoint", "git_revision", "slurm_job"}:
+    for key in a.keys() - {
+        "seconds",
+        "tokens_per_second",
+        "best_checkpoint",
+        "git_revision",
+        "slurm_job",
+        "overrides",
+    }:
         assert a[key] == b[key], key
     assert a["best_checkpoint"] == str(run / "checkpoints" / "best.ckpt")
     assert not list(run.rglob("*.tmp"))
@@ -446,7 +453,7 @@ def test_latest_prefers_a_run_that_is_not_finished(tmp_path: Path) -> None:
         )
 
     def latest() -> str:
-        arguments = resume_arguments(["resume=latest", f"paths.outputs={tmp_path}"])
+        arguments = start_arguments(["resume=latest", f"paths.outputs={tmp_path}"])
         return next(argument for argument in arguments if argument.startswith("resume="))
 
     assert latest() == f"resume='{tmp_path}/b'"
@@ -532,10 +539,10 @@ def test_second_run_in_a_directory_is_refused_and_touches_nothing(
         )
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     for flags in (["--cfg", "job"], ["-c=job"], ["--help"], ["--info", "config"], ["-m"]):
-        assert resume_arguments([*tiny, *flags]) == [*tiny, *flags]
+        assert start_arguments([*tiny, *flags]) == [*flags, *tiny]
     for rank in ("LOCAL_RANK", "SLURM_PROCID"):  # the first rank may have made it
         monkeypatch.setenv(rank, "1")
-        assert resume_arguments(tiny) == tiny
+        assert start_arguments(tiny) == tiny
         monkeypatch.setenv(rank, "0")
         assert "holds a run" in refused(*tiny)
 

@@ -1,0 +1,114 @@
+"""The command line before Hydra reads it: flags first, plain text quoted."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+PLACES = ("paths.outputs", "hydra.run.dir", "hydra.sweep.dir")  # keys of folders that Hydra makes
+
+
+def split_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
+    """What the flags say, the flags, and the overrides, which may stand between the flags.
+
+    The parser of Hydra takes overrides in one run only; here, any order is accepted.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for names in ("--config-dir -cd", "--config-name -cn", "--config-path -cp", "--cfg -c", "--package -p"):
+        parser.add_argument(*names.split())
+    parser.add_argument("--experimental-rerun")
+    parser.add_argument("--info", "-i", nargs="?", const="all")
+    for names in ("--help -h", "--hydra-help", "--multirun -m", "--shell-completion -sc"):
+        parser.add_argument(*names.split(), action="store_true")
+    found, rest = parser.parse_known_args(arguments)
+    overrides = [argument for argument in rest if not argument.startswith("-")]
+    flags, remaining = [], list(overrides)
+    for argument in arguments:
+        if argument in remaining:
+            remaining.remove(argument)
+        else:
+            flags.append(argument)
+    return found, flags, overrides
+
+
+def begins_a_run(arguments: list[str]) -> bool:
+    """Whether the command line starts one run: it neither shows something nor sweeps."""
+    found, _, overrides = split_arguments(arguments)
+    shows = found.cfg or found.help or found.hydra_help or found.info or found.shell_completion
+    return not (shows or found.multirun or "hydra.mode=MULTIRUN" in overrides)
+
+
+def value_of(overrides: list[str], key: str) -> str | None:
+    """What the command line says of a key, without Hydra's quotes; the last time counts."""
+    values = [text.partition("=")[2] for text in overrides if text.partition("=")[0].lstrip("+") == key]
+    return unquoted(values[-1]) if values else None
+
+
+def key_of(override: str) -> str:
+    """The key, or the group, that an override sets."""
+    return override.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
+def verbatim(*keys: str) -> Callable[[list[str]], list[str]]:
+    """Rewrites a command line: the values of these keys are text as it stands, not in Hydra's grammar.
+
+    Only null, and a value that is one text in single quotes already, is left to Hydra.
+    """
+
+    def quote(argument: str) -> str:
+        key, _, value = argument.partition("=")
+        if key not in keys or value == "null" or re.fullmatch(r"'(\\.|[^'\\])*'", value, re.DOTALL):
+            return argument
+        value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # not an interpolation
+        return f"{key}={_quoted(value)}"
+
+    return lambda arguments: [quote(argument) for argument in arguments]
+
+
+def _quoted(text: str) -> str:
+    # within Hydra's quotes, backslashes count only before a quote
+    escaped = re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + (m[2] and r"\'"), text)
+    return f"'{escaped}'"
+
+
+def readable(arguments: list[str]) -> list[str]:
+    """Quotes plain text that Hydra's grammar cannot read, such as ~/é.txt.
+
+    What begins as a list, a mapping or a quoted text, and in a sweep what may be several values, stays as it
+    is.
+    """
+    parser = OverridesParser.create()
+    sweeps = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
+
+    def reads(argument: str) -> bool:
+        try:
+            parser.parse_override(argument)
+        except HydraException:
+            return False
+        return True
+
+    def quote(argument: str) -> str:
+        key, _, value = argument.partition("=")
+        several = sweeps and "," in value
+        if not value or key.startswith("-") or value[0] in "[{'\"" or several or reads(argument):
+            return argument
+        if key in PLACES and value.startswith("~/"):  # Hydra makes these folders
+            value = str(Path(value).expanduser())
+        quoted = f"{key}={_quoted(value)}"
+        return quoted if reads(quoted) else argument
+
+    return [quote(argument) for argument in arguments]
+
+
+def unquoted(value: str) -> str:
+    """The text of a value as Hydra reads it, for code that needs it before Hydra."""
+    try:
+        text = OverridesParser.create().parse_override(f"key={value}").value()
+    except HydraException:  # Hydra will say so
+        return value
+    return text if isinstance(text, str) else value

@@ -1,0 +1,128 @@
+"""How a user's mistake is told: in one line that names the key, the value and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from hydra.errors import HydraException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A wrong value in the configuration; the text is the one line that the user reads."""
+
+
+# what helps where the operating system refuses
+REMEDIES = {
+    errno.ENOSPC: "make room on the disk, then go on with resume=",
+    errno.EDQUOT: "make room on the disk, then go on with resume=",
+    errno.EACCES: "give the right to it, or name another place",
+    errno.EPERM: "give the right to it, or name another place",
+    errno.EROFS: "name a place that can be written to",
+    errno.ENOENT: "it is needed and not there; was it deleted?",
+    errno.ENOTDIR: "name a place below a folder",
+    errno.EEXIST: "name a place below a folder",
+    errno.EISDIR: "name a file",
+}
+EXTRAS = {"datasets": "hf", "transformers": "hf", "huggingface_hub": "hf", "sacrebleu": "eval"}
+EXTRAS |= dict.fromkeys(("fastapi", "gradio", "uvicorn"), "demo") | {"wandb": "wandb", "mlflow": "mlflow"}
+SYNONYMS = {  # what other trainers call a key
+    "learning_rate": "lr",
+    "epochs": "max_epochs",
+    "steps": "max_steps",
+    "max_iters": "max_steps",
+    "warmup": "warmup_steps",
+    "gradient_clip_val": "clip_norm",
+    "grad_clip": "clip_norm",
+    "dtype": "precision",
+    "accumulate_grad_batches": "micro_batch_size",
+    "gradient_accumulation_steps": "micro_batch_size",
+}
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Whether an error is one that a user can mend, so that one line says it all."""
+    kinds: tuple[type[BaseException], ...] = (ValueError, OSError, ModuleNotFoundError)
+    kinds += (OmegaConfBaseException, HydraException)
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # only if the run came that far
+    if lightning is not None:
+        kinds += (lightning.MisconfigurationException,)
+    return isinstance(error, kinds) or lacks_memory(error)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether torch could not get the memory that it asked for."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and re.search("out of memory|can't allocate memory", str(error)) is not None
+    )
+
+
+def one_line(error: BaseException, keys: Iterable[str] = ()) -> str:
+    """The text of an error for the user; `keys` are those of the configuration, for suggestions."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.split(".")[0]
+        extra = EXTRAS.get(package)
+        remedy = f"pip install 'gpt-lightning[{extra}]'" if extra else f"pip install {package}"
+        return f"the package {package} is not installed; {remedy}"
+    cause = error.__cause__
+    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.full_key:
+        close = suggestion(cause.full_key, keys)
+        remedy = f"did you mean {close}?" if close else "--cfg job shows all keys"
+        return f"there is no key {cause.full_key}; {remedy}"
+    text = str(error).strip()
+    if missing := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{missing[1]}= must be given"
+    if text.startswith("Error merging override"):
+        reason = one_line(cause) if cause else "it does not fit"
+        return f"{text}: {reason}; --cfg job shows what belongs there"
+    if lacks_memory(error):
+        return f"out of memory ({text.splitlines()[0] if text else 'Python'}); use a smaller model"
+    if text.startswith("Caught ") and "Traceback" in text:  # a loader's worker sends its whole traceback
+        text = text.splitlines()[-1]
+    if isinstance(error, OSError) and error.errno in REMEDIES and text.startswith("[Errno"):
+        where = f"{error.filename}: " if error.filename else ""
+        text = f"{where}{error.strerror}; {REMEDIES[error.errno]}"
+    return re.sub(r"\s*\n\s*", " ", text) or type(error).__name__
+
+
+def suggestion(key: str, keys: Iterable[str]) -> str | None:
+    """The key that was probably meant: in the same group if possible, else one with this last part."""
+    group, _, name = key.rpartition(".")
+    name = SYNONYMS.get(name, name)
+    everything = sorted(keys, key=lambda one: not one.startswith("trainer."))  # before scheduler.max_steps
+    same_group = [one for one in everything if one.rpartition(".")[0] == group]
+    for candidates, similarity in (
+        (same_group, 0.75),
+        (everything, 1.0),
+        (same_group, 0.6),
+        (everything, 0.8),
+    ):
+        names = [one.rpartition(".")[2] for one in candidates]
+        if close := difflib.get_close_matches(name, names, 1, similarity):
+            return candidates[names.index(close[0])]
+    return None
+
+
+def check_output(path: str | None) -> None:
+    """Refuse an output= that cannot be written, before there is something to write.
+
+    Raises:
+        ConfigError: If it is a folder.
+        OSError: If a file cannot be made there.
+    """
+    if path is None:
+        return
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise ConfigError(f"output={path} is a folder; name a file in it")
+    above = next(folder for folder in file.absolute().parents if folder.exists())
+    problem = errno.ENOTDIR if not above.is_dir() else 0 if os.access(above, os.W_OK) else errno.EACCES
+    if problem:
+        raise OSError(problem, os.strerror(problem), str(above))

@@ -1,0 +1,64 @@
+"""What training needs of a device's memory, and what to do when that is not there."""
+
+from __future__ import annotations
+
+GIB = 2**30
+DEFAULT_MICRO_BATCH_SIZE = 32  # sequences per device per forward where the configuration has null
+
+
+def memory_estimate(
+    *,
+    parameters: int,
+    trained: int,
+    tokens: int,
+    n_embd: int,
+    n_layer: int,
+    vocab_size: int,
+    precision: str,
+) -> dict[str, float]:
+    """Bytes that training needs, by what needs them.
+
+    Weights, gradients and AdamW's two averages are exact at 4 bytes each. Activations kept for the backward
+    pass are 34 bytes per token, layer and unit of width at 16 bits, after Korthikanti et al. (2022), section
+    4.1, without the attention matrix, which flash attention does not keep; logits count twice.
+
+    Args:
+        parameters: Numbers in the network, of which
+        trained: have gradients.
+        tokens: Of one forward on one device.
+        n_embd, n_layer, vocab_size: Shape of the network; 0 where it has none.
+        precision: As Lightning names it.
+    """
+    size = 2 if "16" in precision else 4
+    return {
+        "weights": 4 * parameters,
+        "gradients": 4 * trained,
+        "optimizer": 8 * trained,
+        "activations": 17 * size * tokens * n_embd * n_layer,
+        "logits": (size + 4) * tokens * vocab_size,
+    }
+
+
+def out_of_memory(
+    needs: dict[str, float], *, parameters: int, micro_batch_size: int, block_size: int
+) -> ValueError:
+    """The error to raise when a device's memory was not enough: what to lower, and what it was needed for.
+
+    Args:
+        needs: As from `memory_estimate`.
+        parameters: Numbers in the network.
+        micro_batch_size: Sequences of a forward, each with
+        block_size: tokens.
+    """
+    total = sum(needs.values())
+    if 16 * parameters > total / 2:  # weights, gradients, two averages: no batch makes them smaller
+        remedy = "take a smaller model, such as model=gpt2_small, or shard it with trainer=fsdp"
+    elif micro_batch_size > 1:
+        remedy = f"use device.micro_batch_size={micro_batch_size // 2}; data.batch_size stays as it is"
+    else:
+        remedy = f"use model.block_size={block_size // 2} or a smaller model"
+    largest = max(needs, key=lambda part: needs[part])
+    return ValueError(
+        f"out of memory with micro-batches of {micro_batch_size} sequences of {block_size} tokens and "
+        f"{parameters:,} parameters (estimate: {total / GIB:.1f} GiB, most of it {largest}); {remedy}"
+    )

@@ -1,0 +1,104 @@
+"""The estimate of memory, and what a run says when its device's memory is not enough."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from gpt_lightning.model.gpt import GPT
+from gpt_lightning.plan import device_count, preview
+from gpt_lightning.training.memory import memory_estimate, out_of_memory
+
+
+@pytest.mark.parametrize(
+    ("parameters", "micro_batch_size", "remedy"),
+    [
+        (124_000_000, 32, "use device.micro_batch_size=16; data.batch_size stays as it is"),
+        (124_000_000, 1, "use model.block_size=4096 or a smaller model"),
+        (7_000_000_000, 4, "take a smaller model"),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(parameters: int, micro_batch_size: int, remedy: str) -> None:
+    needs = memory_estimate(
+        parameters=parameters,
+        trained=parameters,
+        tokens=micro_batch_size * 8192,
+        n_embd=768,
+        n_layer=12,
+        vocab_size=50257,
+        precision="bf16-mixed",
+    )
+    error = out_of_memory(needs, parameters=parameters, micro_batch_size=micro_batch_size, block_size=8192)
+    line = str(error)
+    assert remedy in line
+    assert f"micro-batches of {micro_batch_size} sequences of 8192 tokens" in line
+    assert re.search(r"\(estimate: \d+\.\d GiB, most of it (logits|activations|optimizer)\)", line)
+    assert "\n" not in line
+
+
+def test_estimate_in_the_message_is_that_of_plan(
+    call: Callable[..., Any],
+    tiny: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = [*tiny, "model.block_size=256", "data.batch_size=16", "model.n_layer=12", "model.n_embd=512"]
+    call("plan", *options, "device.micro_batch_size=16")
+    (planned,) = re.findall(r"memory estimate +(\S+) GiB", capsys.readouterr().out)
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to get 2.00 GiB.\nOf the allocated …")
+
+    monkeypatch.setattr(GPT, "forward", full)
+    with pytest.raises(SystemExit) as stop:
+        call("train", *options, "device.micro_batch_size=16", "logger=none")
+    assert stop.value.code == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert line.startswith("error: out of memory with micro-batches of 16 sequences of 256 tokens and ")
+    assert f"estimate: {float(planned):.1f} GiB" in line
+    assert "device.micro_batch_size=8; data.batch_size stays" in line
+
+
+def shared(devices: Any, accelerator: str, num_nodes: int) -> Any:
+    return OmegaConf.create(
+        {"device": {"devices": devices, "accelerator": accelerator}, "trainer": {"num_nodes": num_nodes}}
+    )
+
+
+@pytest.mark.parametrize(
+    ("devices", "accelerator", "num_nodes", "count"),
+    [
+        (2, "cpu", 1, 2),
+        (2, "cuda", 3, 6),
+        ([0, 3], "cuda", 1, 2),
+        ([0, 3], "cuda", 2, 4),
+        ("auto", "cuda", 2, 8),
+        ("auto", "auto", 1, 4),
+        ("auto", "cpu", 1, 1),
+        ("auto", "mps", 1, 1),
+    ],
+)
+def test_devices_are_counted_as_the_trainer_counts_them(
+    devices: Any, accelerator: str, num_nodes: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_count(shared(devices, accelerator, num_nodes)) == count
+
+
+def test_plan_shares_the_batch_among_listed_gpus(
+    call: Callable[..., Any], tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    call("plan", *tiny, "device.accelerator=cuda", "device.devices=[0,1]")
+    assert " = 4 sequences × 1 accumulated × 2 device(s) × 32 tokens" in capsys.readouterr().out
+
+
+def test_preview_draws_a_schedule_beyond_its_bounds() -> None:
+    line = preview([2e-3, 1e-3, 0.0, -1e-3], 2e-3)
+    assert line == "█▅▁▁  2.0e-03 → 2.0e-03 → -1.0e-03"
