@@ -39,12 +39,13 @@ from gpt_lightning.rundir.summary import read_summary
 if TYPE_CHECKING:
     from gpt_lightning.config.build import Prepared
     from gpt_lightning.inference.run import Run
+    from gpt_lightning.rundir.summary import RunSummary
 
 log = logging.getLogger(__name__)
 
 
-def provenance(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:
-    """What decides a run beside its configuration, for its summary."""
+def provenance(cfg: DictConfig, prepared: Prepared) -> RunSummary:
+    """What identifies the run, for its summary."""
     from gpt_lightning.training.slurm import slurm_job
 
     return {
