@@ -9,7 +9,7 @@ from gpt_lightning.data.files import atomic_write
 from gpt_lightning.rundir.metrics import Row
 
 
-def plot_curves(rows: Sequence[Row], path: Path, *, floor: float | None = None) -> None:
+def plot_curves(rows: Sequence[Row], path: str | Path, *, floor: float | None = None) -> None:
     """Plot the losses and the learning rate of a metrics.csv.
 
     Args:
@@ -44,5 +44,5 @@ def plot_curves(rows: Sequence[Row], path: Path, *, floor: float | None = None) 
     rate.set_ylabel("learning rate")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    with atomic_write(path) as file:
-        figure.savefig(file, format=path.suffix[1:], dpi=120)
+    with atomic_write(Path(path)) as file:
+        figure.savefig(file, format=Path(path).suffix[1:], dpi=120)
