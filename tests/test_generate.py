@@ -114,6 +114,7 @@ def test_file_of_prompts_is_answered_line_by_line(
         (["dtype=int4"], "dtype='int4' does not exist"),
         (["checkpoint=null"], "checkpoint= is missing"),
         (["checkpoint=no/where=1,2"], "no checkpoint at no/where=1,2"),
+        (["checkpoint=mine/latest", "paths.outputs=nowhere"], "there is no run with a checkpoint below"),
         (["prompt=a", "prompt_file=b"], "prompt= and prompt_file= exclude each other"),
         (["interactive=true", "prompt=a"], "interactive=true asks for prompts; leave prompt= out"),
         (["interactive=perhaps"], "interactive='perhaps' must be true or false"),

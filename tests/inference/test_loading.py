@@ -64,6 +64,7 @@ def test_load_from_the_package_generates(run: Path) -> None:
     plain = TextGenerator(random_net(seed=1), BYTES)
     options = {"max_new_tokens": 30, "temperature": 0.0}
     assert model.generate("abc", **options) == plain.generate("abc", **options)
+    assert not model.cuda_graph
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
