@@ -122,7 +122,7 @@ def training_file(file: Path, source: Path) -> Path | None:
         files: list[Path] = getattr(corpus, "files", lambda split: [])("train")
         files = [other for other in files if other.stat().st_size == file.stat().st_size]
         return next((other for other in files if file_sha256(other) == file_sha256(file)), None)
-    except (OSError, ValueError):
+    except (ImportError, OSError, ValueError):
         return None
 
 

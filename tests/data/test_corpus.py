@@ -412,6 +412,7 @@ def server() -> Iterator[tuple[str, list[str]]]:
 def test_shakespeare_is_downloaded_once_and_again_if_damaged(tmp_path, server, caplog):
     url, asked = server
     corpus = Shakespeare(folder=str(tmp_path / "new"), url=f"{url}/input.txt", sha256=SHA256)
+    assert corpus.files("train") == []  # asking for them downloads nothing
     train, val = read(corpus)
     assert ("".join(train + val)).encode() == CONTENT
     assert asked == ["/input.txt"]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from gpt_lightning.data.corpus.base import BLOCK, file_sha256, one_line
+from gpt_lightning.data.corpus.base import BLOCK, Split, file_sha256, one_line
 from gpt_lightning.data.corpus.files import TextFiles
 from gpt_lightning.data.files import atomic_write
 
@@ -36,10 +36,16 @@ class Shakespeare(TextFiles):
     url: str = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
     sha256: str = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
+    def files(self, split: Split) -> list[Path]:
+        """The files that a split is read from; none before the download."""
+        return super().files(split) if self.path is not None or self._local.is_file() else []
+
+    @property
+    def _local(self) -> Path:
+        return Path(self.folder).expanduser() / "tinyshakespeare.txt"
+
     def _find(self) -> list[Path]:
-        if self.path is not None:
-            return super()._find()
-        return [download(self.url, Path(self.folder).expanduser() / "tinyshakespeare.txt", self.sha256)]
+        return super()._find() if self.path is not None else [download(self.url, self._local, self.sha256)]
 
 
 def download(url: str, target: Path, sha256: str) -> Path:
