@@ -59,14 +59,13 @@ def apply_overrides(config: GPTConfig, asked: Mapping[str, Any], source: object)
         "n_inner": config.n_inner or 4 * config.n_embd,
         "qkv_bias": config.bias if config.qkv_bias is None else config.qkv_bias,
     }
-    new = replace(config, **asked)  # checks the values
     for key, value in asked.items():
-        smaller_block = key == "block_size" and new.block_size < config.block_size
+        smaller_block = key == "block_size" and type(value) is int and value < config.block_size
         if key not in ("dropout", "vocab_multiple") and value != known[key] and not smaller_block:
             raise ValueError(
                 f"model.{key}={value!r} but the weights in {source} have {known[key]!r}; leave the key out"
             )
-    return new
+    return replace(config, **asked)
 
 
 @torch.no_grad()

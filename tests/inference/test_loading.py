@@ -174,7 +174,7 @@ def test_start_from_applies_overrides_that_fit_the_weights(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("key", "asked", "found"),
-    [("n_layer", 3, 2), ("n_embd", 32, 16), ("block_size", 64, 32), ("bias", False, True)],
+    [("n_layer", 3, 2), ("n_head", 3, 2), ("n_embd", 32, 16), ("block_size", 64, 32), ("bias", False, True)],
 )
 def test_start_from_refuses_overrides_that_contradict_the_weights(
     tmp_path: Path, key: str, asked: int, found: int
