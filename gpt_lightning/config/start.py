@@ -249,6 +249,11 @@ def with_recorded_values(cfg: DictConfig) -> DictConfig:
     before, now = _flat(read_recorded(folder, "config.yaml")), _flat(cfg)
     if cfg.resume:
         _check_unchanged(cfg, keys, before, now)
+    for key, value in before.items():  # a class that is no longer chosen takes no argument of another one
+        group = key.removesuffix("._target_")
+        if group != key and now.get(key) != value and not str(value).startswith("gpt_lightning."):
+            if not _covered(key, keys):
+                OmegaConf.update(cfg, group, {}, merge=False)
     for key, value in before.items():
         value = OLDER_VALUES.get((key, value), value) if isinstance(value, str) else value
         own_class = key.endswith("_target_") and key in now and str(value).startswith("gpt_lightning.")

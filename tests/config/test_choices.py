@@ -1,0 +1,230 @@
+"""A choice of the user is kept: by other choices, by weights to begin from, and on every start."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from support.models import random_net, save_checkpoint
+from support.runs import BIGRAM, TINY
+
+import gpt_lightning
+from gpt_lightning.config.resolvers import CONF
+from gpt_lightning.rundir.checkpoint import read_checkpoint
+
+
+def composed(*overrides: str, config_dir: Path | None = None) -> DictConfig:
+    search = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", overrides=["paths.run=run", *search, *overrides])
+
+
+@pytest.fixture
+def sgd(tmp_path: Path) -> Path:
+    """A configuration folder with an optimizer of the user's own."""
+    (tmp_path / "mine" / "optimizer").mkdir(parents=True)
+    text = "_target_: torch.optim.SGD\n_partial_: true\nlr: 0.1\n"
+    (tmp_path / "mine" / "optimizer" / "sgd.yaml").write_text(text)
+    (tmp_path / "mine" / "optimizer" / "rateless.yaml").write_text(text.replace("lr: 0.1\n", ""))
+    return tmp_path / "mine"
+
+
+@pytest.mark.parametrize("model", ["tiny", "baby", "gpt2_small"])
+def test_model_does_not_change_a_users_optimizer(sgd: Path, model: str) -> None:
+    assert composed("optimizer=sgd", f"model={model}", config_dir=sgd).optimizer.lr == 0.1
+    assert "lr" not in composed("optimizer=rateless", f"model={model}", config_dir=sgd).optimizer
+
+
+def test_built_in_choices_take_what_the_model_recommends_unless_told_otherwise() -> None:
+    tiny, baby = composed(), composed("model=baby")
+    assert (tiny.optimizer.lr, tiny.data.batch_size, tiny.data.random_offset) == (6e-3, 4, True)
+    assert (baby.optimizer.lr, baby.data.batch_size, baby.data.random_offset) == (1e-3, 32, False)
+    told = composed("optimizer.lr=3e-4", "data.batch_size=7")
+    assert (told.optimizer.lr, told.data.batch_size) == (3e-4, 7)
+
+
+REFERRING = {  # keys that refer to model.recommended
+    "optimizer": ["lr"],
+    "data": ["batch_size", "random_offset"],
+    "device": ["micro_batch_size"],
+}
+
+
+def test_model_files_write_nothing_outside_the_model_but_the_tokenizer() -> None:
+    plain = composed("model=gpt", "tokenizer=byte")
+    for path in (CONF / "model").glob("*.yaml"):
+        cfg = composed(f"model={path.stem}", "tokenizer=byte")
+        for group in set(plain) - {"model"}:
+            unchanged = {
+                "optimizer": ["lr"],
+                "data": ["batch_size", "random_offset"],
+                "device": ["micro_batch_size"],
+            }
+            for key in unchanged.get(group, []):  # these refer to model.recommended
+                cfg[group][key] = plain[group][key] = None
+            assert cfg[group] == plain[group], (path.stem, group)
+
+
+def test_gpt2_small_on_a_mac_fits_into_sixteen_gigabytes(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "text.txt").write_text("the cat sees a dog.\n" * 4000)
+    options = ["model=small", "device=mps", "data=text", f"data.path={tmp_path}/text.txt", "tokenizer=byte"]
+    # the byte tokenizer stands for GPT-2's own, which may have to be downloaded; its 50,257 ids count here
+    plan = gpt_lightning.plan(*options, "model.vocab_size=50257")
+    assert plan.parameters == 124_475_904
+    assert plan.micro_batch_size * plan.accumulation == 32  # what is computed is the same
+    assert sum(plan.memory.values()) < 8 * 2**30  # a Mac leaves two thirds of 16 GB to its GPU
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A model with two layers of 16."""
+    return save_checkpoint(tmp_path / "begin.ckpt", random_net())
+
+
+FINETUNE = [option for option in TINY if not option.startswith("model.")]
+
+
+@pytest.fixture
+def finetuned(
+    call: Callable[..., Any], small_text: Path, tmp_path: Path, weights: Path
+) -> Callable[..., Any]:
+    def run(*overrides: str) -> dict[str, Any]:
+        options = [*FINETUNE, f"data.path={small_text}", "logger=none", "callbacks.samples=null"]
+        call("train", *options, f"init_from={weights}", "trainer.max_steps=1", "scheduler.warmup_steps=0",
+             f"hydra.run.dir={tmp_path / 'run'}", *overrides)  # fmt: skip
+        return dict(read_checkpoint(tmp_path / "run")["hyper_parameters"]["model"])
+
+    return run
+
+
+def test_dropout_of_an_experiment_reaches_the_model_that_begins_from_weights(
+    finetuned: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    text = "# @package _global_\nmodel:\n  dropout: 0.25\n"
+    (tmp_path / "mine" / "experiment" / "gentle.yaml").write_text(text)
+    model = finetuned("experiment=gentle", "--config-dir", str(tmp_path / "mine"))
+    assert (model["dropout"], model["n_layer"], model["n_embd"]) == (0.25, 2, 16)
+
+
+@pytest.mark.parametrize("asked", ["model=gpt2_medium", "model.n_layer=3", "model=tiny"])
+def test_shape_that_the_weights_do_not_have_is_refused_in_one_line(
+    finetuned: Callable[..., Any], asked: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit):
+        finetuned(asked, "tokenizer=byte")
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "but the weights in" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_default_model_is_not_asked_for(finetuned: Callable[..., Any]) -> None:
+    assert finetuned()["n_embd"] == 16  # and not the 128 of model=tiny
+
+
+@pytest.mark.parametrize("steps", [1, 5, 40, 1000])
+def test_number_of_steps_alone_is_enough(steps: int) -> None:
+    from gpt_lightning.config.build import build, with_length
+
+    cfg = composed(f"trainer.max_steps={steps}")
+    schedule = with_length(build(cfg, "scheduler"), steps)
+    assert max(map(schedule, range(steps))) == 1.0  # the peak is reached
+
+
+def test_asked_warmup_that_does_not_fit_is_refused() -> None:
+    from gpt_lightning.config.build import build, with_length
+
+    cfg = composed("scheduler.warmup_steps=100")
+    with pytest.raises(ValueError, match=r"scheduler\.warmup_steps=100 must be at least 0 and smaller than"):
+        with_length(build(cfg, "scheduler"), 40)
+
+
+@pytest.mark.slow
+def test_run_with_a_users_configuration_is_resumed_with_it_and_without_it(
+    command: Callable[..., Any], tiny: list[str], tmp_path: Path
+) -> None:
+    """From a console script, which finds the user's classes in the working directory as `python -m` does."""
+    (tmp_path / "plugin.py").write_text(BIGRAM)
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    text = "_target_: plugin.Bigram\nvocab_size: null\nblock_size: 32\n"
+    (tmp_path / "mine" / "model" / "bigram.yaml").write_text(text)
+    options = [option for option in tiny if not option.startswith("model.")]
+    script = [
+        str(Path(sys.executable).parent / "gpt-lightning-train"),
+        "model=bigram",
+        "--config-dir",
+        "mine",
+    ]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+
+    result = run(*script, *options, "logger=none")
+    assert result.returncode == 0, result.stderr
+    module = [sys.executable, "-m", "gpt_lightning.train"]
+    starts = [
+        [*module, "--config-dir", "mine", "resume=run"],
+        [*module, "resume=run", "--config-dir", "mine"],
+        [*module, "resume=run"],
+    ]
+    summary = tmp_path / "run" / "summary.json"
+    for start in starts:
+        summary.write_text(json.dumps(json.loads(summary.read_text()) | {"status": "interrupted"}))
+        result = run(*start)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(summary.read_text())["status"] == "finished"
+    shutil.rmtree(tmp_path / "mine")
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"status": "interrupted"}))
+    result = run(*starts[-1])
+    assert result.returncode == 0, result.stderr
+
+
+def test_help_ends_quietly_when_its_reader_does(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m gpt_lightning.train --help | head -1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
+    assert result.stdout == "python -m gpt_lightning.train key=value …\n"
+    assert result.stderr == ""
+
+
+def test_help_shows_every_key_with_its_comment_and_no_internal_choice(
+    call: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    call("train", "--help")
+    text = capsys.readouterr().out
+    assert "_windows" not in text
+    for key, comment in (("seed", "of the weights"), ("  n_inner", "width of the feed-forward layer")):
+        (line,) = (line for line in text.splitlines() if line.startswith(f"{key}:"))
+        assert comment in line
+    call("train", "--help", "model=gpt2_small", "optimizer=adamw")
+    assert "model: # model=gpt2_small" in capsys.readouterr().out
+
+
+def test_finished_run_is_extended_under_a_constant_rate(
+    call: Callable[..., Any], tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*tiny, "scheduler=constant", "logger=none", "callbacks.samples=null"]
+    call("train", *options)
+    call("train", f"resume={tmp_path / 'run'}", "trainer.max_steps=12")
+    call("train", *options[:-2], f"hydra.run.dir={tmp_path / 'whole'}", "trainer.max_steps=12", "logger=none")
+    extended, whole = (
+        read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("run", "whole")
+    )
+    for name, value in whole["state_dict"].items():
+        assert (value == extended["state_dict"][name]).all(), name
+    capsys.readouterr()
+    call("train", f"resume={tmp_path / 'run'}")  # later starts know the new length
+    assert "is finished; there is nothing to resume" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        call("train", f"resume={tmp_path / 'run'}", "trainer.max_steps=6")
+    assert "only raise it" in capsys.readouterr().err

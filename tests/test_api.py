@@ -1,0 +1,74 @@
+"""The commands as functions of Python."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gpt_lightning
+
+
+def test_names_that_are_public() -> None:
+    assert {"train", "plan", "evaluate", "generate", "load", "Run", "TextGenerator"} <= set(
+        dir(gpt_lightning)
+    )
+    assert all(not name.startswith("_") or name == "__version__" for name in dir(gpt_lightning))
+
+
+def test_run_is_trained_measured_and_used(tiny: list[str], small_text: Path, tmp_path: Path) -> None:
+    handlers, folder, argv = list(logging.getLogger().handlers), Path.cwd(), list(sys.argv)
+    run = gpt_lightning.train(*tiny)
+    assert run.folder == tmp_path / "run"
+    assert run.summary["status"] == "finished"
+    assert run.summary["overrides"] == tiny[:-1]  # hydra.run.dir= says where, not what
+    assert run.metrics["step"].tolist() == list(range(1, 9))
+    assert np.isfinite(run.metrics["train/loss"]).all()
+    assert np.flatnonzero(np.isfinite(run.metrics["val/loss"])).tolist() == [3, 7]  # steps 4 and 8
+    assert run.load().generate("the ", max_new_tokens=3, seed=1)
+    result = gpt_lightning.evaluate(f"checkpoint={run.folder}", f"text={small_text}")
+    assert result["loss"] == pytest.approx(run.summary["val_loss"], rel=0.05)
+    texts = gpt_lightning.generate(
+        f"checkpoint={run.folder}", "prompt=the ", "num_samples=2", "max_new_tokens=3"
+    )
+    assert len(texts) == 2
+    again = gpt_lightning.train(*tiny[:-1], "seed=2", f"hydra.run.dir={tmp_path / 'second'}")
+    assert again.summary["train_loss"] != run.summary["train_loss"]
+    assert (logging.getLogger().handlers, Path.cwd(), sys.argv) == (handlers, folder, argv)
+
+
+def test_plan_gives_numbers(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    plan = gpt_lightning.plan(*tiny)
+    assert (plan.max_steps, plan.tokens_per_step, plan.tokens) == (8, 8 * 32, 8 * 8 * 32)
+    assert capsys.readouterr().out == ""
+
+
+def test_mistake_is_an_exception_with_the_line_of_the_shell(tiny: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^there is no key lr; did you mean optimizer\.lr\?$"):
+        gpt_lightning.train("lr=3")
+    with pytest.raises(ValueError, match=r"^optimizer\.lr=-1 must be a finite number above 0"):
+        gpt_lightning.train(*tiny, "optimizer.lr=-1")
+    assert not (tmp_path / "run").exists()
+
+
+def test_library_works_inside_another_hydra_program(tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text(
+        "import hydra, gpt_lightning\n"
+        "from hydra.core.hydra_config import HydraConfig\n"
+        "@hydra.main(version_base='1.3', config_path=None)\n"
+        "def main(cfg):\n"
+        f"    run = gpt_lightning.train(*{tiny!r}, 'logger=none')\n"
+        "    print('trained', run.summary['steps'], HydraConfig.get().job.name)\n"
+        "main()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(
+        [sys.executable, "other.py"], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "trained 8 other"
