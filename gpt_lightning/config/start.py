@@ -250,10 +250,9 @@ def with_recorded_values(cfg: DictConfig) -> DictConfig:
     if cfg.resume:
         _check_unchanged(cfg, keys, before, now)
     for key, value in before.items():  # a class that is no longer chosen takes no argument of another one
-        group = key.removesuffix("._target_")
-        if group != key and now.get(key) != value and not str(value).startswith("gpt_lightning."):
-            if not _covered(key, keys):
-                OmegaConf.update(cfg, group, {}, merge=False)
+        other = key.endswith("._target_") and now.get(key) != value and not _covered(key, keys)
+        if other and not str(value).startswith("gpt_lightning."):
+            OmegaConf.update(cfg, key.removesuffix("._target_"), {}, merge=False)
     for key, value in before.items():
         value = OLDER_VALUES.get((key, value), value) if isinstance(value, str) else value
         own_class = key.endswith("_target_") and key in now and str(value).startswith("gpt_lightning.")
