@@ -25,7 +25,7 @@ import tiktoken
 from tqdm import tqdm
 
 from gpt_lightning.data import tokenizer as tokenizers
-from gpt_lightning.data.corpus.base import Corpus, Split, file_sha256
+from gpt_lightning.data.corpus.base import Corpus, Split, file_sha256, stable
 from gpt_lightning.data.corpus.token_bins import TokenBins
 from gpt_lightning.data.files import atomic_write, write_json
 from gpt_lightning.data.tokenizer import Tokenizer
@@ -191,7 +191,7 @@ class _Job:
             raise ValueError(f"paths.cache={cache!r} must be the name of a folder")
         cache = Path(cache).expanduser()
         self.corpus, self.threads, self.progress = corpus, threads, progress
-        self.corpus_digest = corpus.digest()
+        self.corpus_digest = stable(corpus.digest(), "the digest of data.corpus")
         self.encoding = _build_tokenizer(corpus, self.corpus_digest, tokenizer, cache)
         self.tokenizer_digest = tokenizers.digest(self.encoding)
         self.dtype = "<u2" if self.encoding.n_vocab <= 1 << 16 else "<u4"

@@ -21,6 +21,8 @@ from gpt_lightning.data.corpus.files import TextFiles
 from gpt_lightning.data.corpus.huggingface import HuggingFace
 from gpt_lightning.data.corpus.shakespeare import Shakespeare, download
 from gpt_lightning.data.corpus.token_bins import TokenBins
+from gpt_lightning.data.token_store import prepare
+from gpt_lightning.data.tokenizer import Byte
 
 ROOT = Path(__file__).parents[2]
 SHAKESPEARE = ROOT / "../shared/data/tinyshakespeare/input.txt"
@@ -505,3 +507,35 @@ def test_bad_folder_of_token_files_gives_one_clear_line(tmp_path, files, expecte
     for name, content in files.items():
         write(tmp_path / name, content)
     assert expected in error_of(lambda: TokenBins(str(tmp_path)))
+
+
+class Unnamed:
+    """A source of the user's own without a repr."""
+
+    def bits(self, document: str) -> float | None:
+        return None
+
+
+class Shifting:
+    """A corpus of the user's own whose digest has an address in memory."""
+
+    separated = True
+
+    def digest(self) -> str:
+        return f"digits of {self!r}"
+
+    def documents(self, split: str) -> Iterator[str]:
+        return iter(["one", "two"])
+
+    def floor_bits(self, document: str) -> float | None:
+        return None
+
+
+def test_digest_that_would_change_at_each_start_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("some text\n" * 20)
+    with pytest.raises(ValueError, match=r"the floor of data\.corpus is .* give the class a __repr__"):
+        TextFiles(str(path), floor=Unnamed()).digest()
+    with pytest.raises(ValueError, match=r"the digest of data\.corpus is .* tokenized again every time"):
+        prepare(Shifting(), Byte(), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()

@@ -63,6 +63,20 @@ def select(texts: Iterable[str], split: Split, fraction: float | None, source: s
         )
 
 
+def stable(text: str, what: str) -> str:
+    """A text that identifies something on disk, and must not change from one start to the next.
+
+    Raises:
+        ValueError: If it holds an address in memory, as the default repr of an object does.
+    """
+    if " object at 0x" in text:
+        raise ValueError(
+            f"{what} is {text}, which changes at each start, so that the text would be tokenized again every "
+            "time; give the class a __repr__ with its settings, as a dataclass has"
+        )
+    return text
+
+
 def files_below(folder: Path) -> list[Path]:
     """All files but hidden ones, sorted."""
     files = (file for file in folder.rglob("*") if file.is_file())

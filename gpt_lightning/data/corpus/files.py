@@ -19,6 +19,7 @@ from gpt_lightning.data.corpus.base import (
     files_below,
     kind_of,
     select,
+    stable,
 )
 from gpt_lightning.data.corpus.readers import count_characters, read_documents, text_blocks
 
@@ -94,7 +95,10 @@ class TextFiles:
 
     def digest(self) -> str:
         settings: list[object] = ["TextFiles", 1, self.field, self.separator]
-        settings += [None if self.val_path else self.val_fraction, repr(self.floor)]
+        settings += [
+            None if self.val_path else self.val_fraction,
+            stable(repr(self.floor), "the floor of data.corpus"),
+        ]
         return digest_files(settings, self._files["train"], self._files["val"] if self.val_path else [])
 
     def documents(self, split: Split) -> Iterator[str]:
