@@ -23,43 +23,25 @@ from gpt_lightning.training.memory import DEFAULT_MICRO_BATCH_SIZE, GIB
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The numbers of a run. Tokens, windows and steps are counts; memory is in bytes per device.
-
-    Args:
-        parameters: Numbers in the network, of which
-        trained_parameters: have gradients.
-        train_tokens, val_tokens: Of the corpus.
-        vocab_size: Ids of the tokenizer.
-        micro_batch_size: Sequences of a forward on a device,
-        accumulation: forwards of an optimizer step, on each of
-        devices: them, each sequence of
-        block_size: tokens.
-        windows_per_epoch, steps_per_epoch: Of the training split.
-        max_steps: Optimizer steps of the run.
-        flops_per_token: Forward and backward.
-        memory: By what needs it.
-        learning_rates: Of 48 steps, evenly spread over the run.
-        peak_learning_rate: The highest of all.
-        notes: What a careful colleague would ask about.
-    """
+    """The numbers of a run."""
 
     parameters: int
-    trained_parameters: int
+    trained_parameters: int  # those that have gradients
     train_tokens: int
     val_tokens: int
-    vocab_size: int
-    micro_batch_size: int
-    accumulation: int
+    vocab_size: int  # ids of the tokenizer
+    micro_batch_size: int  # sequences of a forward on one device
+    accumulation: int  # forwards of an optimizer step on one device
     devices: int
-    block_size: int
+    block_size: int  # tokens of a sequence
     windows_per_epoch: int
-    steps_per_epoch: int
-    max_steps: int
-    flops_per_token: float
-    memory: dict[str, float]
-    learning_rates: list[float]
-    peak_learning_rate: float
-    notes: list[str]
+    steps_per_epoch: int  # optimizer steps
+    max_steps: int  # optimizer steps of the run
+    flops_per_token: float  # forward and backward
+    memory: dict[str, float]  # bytes per device, by what needs them
+    learning_rates: list[float]  # of 48 steps, evenly spread over the run
+    peak_learning_rate: float  # the highest of all steps
+    notes: list[str]  # what a careful colleague would ask about
 
     @property
     def tokens_per_step(self) -> int:
