@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -77,7 +78,12 @@ def checkpoint_of(folder: Path) -> tuple[Path | None, int]:
 
 @command("train", arguments=start_arguments)
 def main(cfg: DictConfig) -> Run:
-    """Trains, or continues, the run that the configuration describes."""
+    """Trains, or continues, the run that the configuration describes.
+
+    Raises:
+        SystemExit: After a signal or at the time limit. In Python, only Ctrl-C is an exception
+            (KeyboardInterrupt); after the others, the run that is returned has the status interrupted.
+    """
     started = time.monotonic()
     cfg = with_recorded_values(cfg)
     validate(cfg)
@@ -136,6 +142,8 @@ def train(cfg: DictConfig, folder: Path, deadline: float | None) -> None:
         )
     except Interrupted as interrupted:
         log.info("%s; go on with resume=%s", interrupted, folder)
+        if main.in_python and interrupted.code != 128 + signal.SIGINT:
+            return  # whoever called reads the status
         raise SystemExit(interrupted.code) from None
     except RuntimeError as error:
         if not lacks_memory(error):

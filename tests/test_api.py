@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,10 @@ def test_names_that_are_public() -> None:
 
 
 def test_run_is_trained_measured_and_used(tiny: list[str], small_text: Path, tmp_path: Path) -> None:
-    handlers, folder, argv = list(logging.getLogger().handlers), Path.cwd(), list(sys.argv)
+    def state() -> object:
+        return logging.getLogger().handlers[:], Path.cwd(), sys.argv[:], signal.getsignal(signal.SIGINT)
+
+    before = state()
     run = gpt_lightning.train(*tiny)
     assert run.folder == tmp_path / "run"
     assert run.summary["status"] == "finished"
@@ -39,7 +43,13 @@ def test_run_is_trained_measured_and_used(tiny: list[str], small_text: Path, tmp
     assert len(texts) == 2
     again = gpt_lightning.train(*tiny[:-1], "seed=2", f"hydra.run.dir={tmp_path / 'second'}")
     assert again.summary["train_loss"] != run.summary["train_loss"]
-    assert (logging.getLogger().handlers, Path.cwd(), sys.argv) == (handlers, folder, argv)
+    assert state() == before
+
+
+def test_run_that_its_time_limit_ends_is_returned_as_interrupted(tiny: list[str]) -> None:
+    run = gpt_lightning.train(*tiny, "trainer.max_steps=100000", "time_limit=2")
+    assert run.summary["status"] == "interrupted"
+    assert 0 < run.summary["steps"] < 100000
 
 
 def test_plan_gives_numbers(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,9 @@ import functools
 import logging
 import os
 import shutil
+import signal
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -193,6 +195,7 @@ def isolated(program: str) -> Iterator[None]:
     """A Hydra program inside another program: what is global to a process comes back afterwards."""
     root, argv, folder = logging.getLogger(), sys.argv, Path.cwd()
     handlers, level = list(root.handlers), root.level
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     outer, config = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
     GlobalHydra.instance().clear()
     sys.argv = [program]
@@ -208,6 +211,9 @@ def isolated(program: str) -> Iterator[None]:
         for handler in handlers:
             root.addHandler(handler)
         root.setLevel(level)
+        if threading.current_thread() is threading.main_thread():  # others cannot handle signals
+            for number, action in signals.items():
+                signal.signal(number, action)
 
 
 def set_environment(name: str, value: str | None) -> None:

@@ -260,9 +260,9 @@ def with_recorded_values(cfg: DictConfig) -> DictConfig:
             OmegaConf.update(cfg, key, value, force_add=True)
     if cfg.repeat:
         OmegaConf.update(cfg, "paths.outputs", now["paths.outputs"])
-        left = Path(HydraConfig.get().runtime.output_dir) / HYDRA / "config.yaml"
-        if left.exists():  # what Hydra wrote lacks the recorded values
-            write_yaml(left, cfg)
+        job = HydraConfig.get()
+        if job.output_subdir is not None:  # what Hydra wrote lacks the recorded values
+            write_yaml(Path(job.runtime.output_dir) / HYDRA / "config.yaml", cfg)
     return cfg
 
 

@@ -2,8 +2,8 @@
 
 `python -m gpt_lightning.data.tales` writes the stories of `input.txt` and tells their floor in bits per byte.
 
-How to read the grammar, tales.txt. `rule = text | text` lists the texts of a rule from common to rare: the text of rank
-r = 0, 1, ... has a weight of 1 / (r + 4), a flat form of Zipf's law. In a text
+The grammar is in tales.txt. `rule = text | text` lists the texts of a rule from common to rare: the text of
+rank r = 0, 1, ... has a weight of 1 / (r + 4), a flat form of Zipf's law. In a text
   [rule]         draws one of the rule's texts; the rule's name may be told by the story: `[{kind}.home]`
   [rule>memory]  draws and remembers; what is remembered is not drawn again in the same story
   {memory}       says what is remembered; {memory.property} says the property of it (a rule of a single text)
