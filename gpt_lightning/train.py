@@ -108,18 +108,15 @@ def train(cfg: DictConfig, folder: Path, deadline: float | None) -> None:
 
     quiet_lightning()
     end_with_parent()
-    finished = cfg.resume is not None and read_summary(folder).get("status") == "finished"
-    parts = build_parts(cfg)
-    extended = finished and check_extension(cfg, int(read_summary(folder)["steps"]))
-    if finished and not extended:
+    parts, before = build_parts(cfg), read_summary(folder)
+    if cfg.resume and before.get("status") == "finished" and not check_extension(cfg, before["steps"]):
         log.info("the run in %s is finished; there is nothing to resume", folder)
         return
     trainer = build_trainer(cfg, parts.callbacks, loggers=[])
     overrides = [f"resume={folder}"] if cfg.resume else HydraConfig.get().overrides.task
     log.info("run: %s\ncommand: python -m gpt_lightning.train %s", folder, shlex.join(map(str, overrides)))
     checkpoint, step = checkpoint_of(folder) if cfg.resume is not None else (None, None)
-    if step is not None and not finished and check_extension(cfg, max(step, 0)):
-        extended = True
+    extended = step is not None and check_extension(cfg, max(step, 0))
     net, encoding = starting_point(cfg, checkpoint)
     prepared = prepare_data(cfg, parts, net, encoding)
     if extended:
