@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import re
 import shlex
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import BIGRAM, ROOT, TINY
+from support.runs import ROOT, TINY
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -25,8 +26,7 @@ COMMANDS = [
 ]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 SHRINK = [override for override in TINY if not override.startswith(("data=", "tokenizer=", "device="))]
-INLINE = "python -m gpt_lightning.train --config-dir mine model=bigram optimizer=sgd"
-YAML = re.findall(r"```yaml\n# (mine/\S+)\n(.*?)```", README, re.S)
+RUN = [*TINY, "scheduler=constant", "data.path=my.txt", "hydra.run.dir=outputs/gpt/first"]
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, small_text: Path) -> Path:
     """A folder with my.txt and a finished run, in which `python` is this one."""
     folder = tmp_path_factory.mktemp("user")
     shutil.copy(small_text, folder / "my.txt")
-    run(
-        folder,
-        f"python -m gpt_lightning.train {' '.join(TINY)} data.path=my.txt hydra.run.dir=outputs/gpt/first",
-    )
+    run(folder, f"python -m gpt_lightning.train {' '.join(RUN)}")
     return folder
 
 
@@ -60,6 +57,7 @@ def run(folder: Path, command: str, **options: object) -> subprocess.CompletedPr
 def prepared(command: str) -> str:
     """The command with the run that exists, on this device, in seconds."""
     command = command.replace("RUN", "outputs/gpt/first").replace("device=mps", "device=cpu")
+    command = command.replace("max_steps=6000", "max_steps=12")
     if re.search(r"(\.train|-train|\.plan) ", command) and "resume=" not in command and "--" not in command:
         shrink = [s for s in SHRINK if not ("init_from" in command and s.startswith("model."))]
         command += " " + " ".join(shrink)
@@ -69,7 +67,10 @@ def prepared(command: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("make") and ".demo" not in c])
+@pytest.mark.parametrize(
+    "command",
+    [c for c in COMMANDS if not c.startswith("make") and ".demo" not in c and "--config-dir" not in c],
+)
 def test_command_runs(command: str, place: Path) -> None:
     run(place, prepared(command))
 
@@ -100,7 +101,7 @@ def test_resume_goes_on_with_an_interrupted_run(
     with monkeypatch.context() as patch:
         patch.setattr(LanguageModel, "training_step", terminated)
         with pytest.raises(SystemExit) as stop:
-            call("train", *TINY, "data.path=my.txt", "hydra.run.dir=outputs/gpt/first")
+            call("train", *RUN)
     assert stop.value.code == 128 + signal.SIGTERM
     summary = tmp_path / "outputs" / "gpt" / "first" / "summary.json"
     left = json.loads(summary.read_text())
@@ -109,21 +110,25 @@ def test_resume_goes_on_with_an_interrupted_run(
     call(program, *arguments)  # in this process, which is quicker; test_command_runs starts one
     assert re.search(r"^resuming from .* at step 6$", capsys.readouterr().out, re.M)
     done = json.loads(summary.read_text())
-    assert (done["status"], done["steps"]) == ("finished", 8)
+    assert (done["status"], done["steps"]) == ("finished", 12 if "max_steps" in command else 8)
 
 
-@pytest.mark.slow
-def test_model_and_optimizer_of_ones_own_run(small_text: Path, tmp_path: Path) -> None:
-    assert [name for name, _ in YAML] == ["mine/model/bigram.yaml", "mine/optimizer/sgd.yaml"]
-    for name, text in [*YAML, ("plugin.py", BIGRAM)]:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    options = [option for option in TINY if not option.startswith("model.")]  # which are those of a GPT
-    run(tmp_path, " ".join([INLINE, *options, f"data.path={small_text}", "hydra.run.dir=run"]))
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["parameters"] == 257 * 257  # a table of bytes and <|endoftext|>
-    assert summary["tokens"] == 8 * 8 * 64  # steps, sequences, and the block_size of the README
-    assert "_target_: torch.optim.SGD" in (tmp_path / "run" / ".hydra" / "config.yaml").read_text()
+def test_plugin_shown_is_the_one_in_examples() -> None:
+    (path, text), *others = re.findall(r"```yaml\n# (examples/\S+)\n(.*?)```", README, re.S)
+    assert not others
+    assert (ROOT / path).read_text(encoding="utf-8") == text
+    (command,) = (c for c in COMMANDS if "--config-dir" in c)
+    assert command in (ROOT / "examples/plugin/README.md").read_text(
+        encoding="utf-8"
+    )  # test_examples.py runs it
+
+
+def test_figures_of_the_default_run_are_those_of_the_measurements() -> None:
+    measured = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^validation loss .*", README, re.M)
+    loss, perplexity, bits, above, floor = re.findall(r"[\d.]*\d", line)
+    assert all(number in measured for number in (loss, bits, above, floor))
+    assert math.exp(float(loss)) == pytest.approx(float(perplexity), abs=0.005)
 
 
 @pytest.mark.slow
@@ -183,14 +188,15 @@ def test_make_help_lists_the_targets() -> None:
 @pytest.mark.slow
 def test_python_example_runs(place: Path) -> None:
     (code,) = PYTHON
-    script = code.replace("RUN", "outputs/gpt/first")
-    (place / "example.py").write_text(script)
-    assert run(place, "python example.py").stdout.strip()
+    overrides = '"model=tiny", "trainer.max_steps=200"'
+    assert overrides in code
+    (place / "example.py").write_text(code.replace(overrides, f"*{[*TINY, 'data.path=my.txt']}"))
+    assert run(place, "python example.py").stdout.rstrip().endswith("626176 16384")
 
 
 def test_no_command_escapes_the_tests() -> None:
     shown = set(re.findall(r"(?:python -m gpt_lightning|make )[^`\n]*", README))
-    tested = {*COMMANDS, INLINE, "make help"}  # the last two in tests of their own
+    tested = {*COMMANDS, "make help"}  # which has a test of its own
     assert {command.strip() for command in shown} <= tested
 
 
