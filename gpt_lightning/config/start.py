@@ -93,6 +93,7 @@ def start_arguments(arguments: list[str]) -> list[str]:
         resume = directory or _begun_by_this_job(arguments)
         resume = resume if resume and (Path(resume) / HYDRA / "overrides.yaml").is_file() else None
     if repeat not in (None, "null", ""):
+        _refuse_to_overwrite(arguments, directory)
         return _repeat_arguments(flags, given, Path(str(repeat)).expanduser().resolve())
     if resume in (None, "null", ""):
         _refuse_to_overwrite(arguments, directory)
@@ -190,9 +191,9 @@ def read_recorded(folder: Path, name: str) -> Any:
     try:
         return OmegaConf.load(folder / HYDRA / name)
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"resume=: {folder} is not a run directory (it has no {HYDRA}/{name})") from None
+        raise ConfigError(f"{folder} is not a run directory (it has no {HYDRA}/{name})") from None
     except (OSError, ValueError, YAMLError) as error:
-        raise ConfigError(f"resume=: {folder / HYDRA / name} is damaged; begin a new run") from error
+        raise ConfigError(f"{folder / HYDRA / name} is damaged; begin a new run") from error
 
 
 def recorded_overrides(folder: Path) -> list[str]:

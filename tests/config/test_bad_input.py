@@ -106,6 +106,8 @@ TABLE: list[tuple[str, str, str]] = [
     ("train", "init_from=cut.ckpt", "cut.ckpt is damaged or not a checkpoint"),
     ("train", "init_from=run model.n_layer=3", "model.n_layer=3 but the weights in .*run have 2; leave the key out"),
     ("train", "resume=nowhere", "nowhere is not a run directory"),
+    ("train", "repeat=nowhere", "nowhere is not a run directory"),
+    ("train", "repeat=run hydra.run.dir=run", "run holds a run; go on with resume="),
     ("train", "resume=good.txt", "good.txt is not a run directory"),
     ("train", "resume=latest paths.outputs=folder", "resume=latest: there is no run below .*folder"),
     ("train", "resume=run seed=2", r"these would change it: seed \(was 1337, now 2\)"),
@@ -336,7 +338,7 @@ def placed(argument: str, files: Path, places: set[str]) -> str:
 
 
 KEYS_OF_FILES = {
-    "data.path", "data.val_path", "init_from", "resume", "checkpoint", "prompt_file", "text", "output", "paths.cache",
+    "data.path", "data.val_path", "init_from", "resume", "repeat", "checkpoint", "prompt_file", "text", "output", "paths.cache",
     "paths.outputs", "hydra.run.dir", "samples", "reference",
 }  # fmt: skip
 
@@ -361,7 +363,7 @@ def wrong_use(
     def use(name: str, arguments: str) -> str:
         monkeypatch.chdir(tmp_path)
         wrong = [placed(argument, files, places) for argument in arguments.split()]
-        if name in ("train", "plan") and not arguments.startswith("resume"):
+        if name in ("train", "plan") and not arguments.startswith(("resume", "repeat")):
             run = [] if "hydra.run.dir" in arguments else ["hydra.run.dir=run"]
             wrong = [*options, *run, *wrong]
         before = listing(files)
