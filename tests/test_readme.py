@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 from support.runs import ROOT, TINY
 
+import gpt_lightning
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
     line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.strip().splitlines()
@@ -121,6 +123,15 @@ def test_plugin_shown_is_the_one_in_examples() -> None:
     assert command in (ROOT / "examples/plugin/README.md").read_text(
         encoding="utf-8"
     )  # test_examples.py runs it
+
+
+def test_gpt2_on_a_mac_fits_into_16_gb_as_stated(small_text: Path) -> None:
+    text = ["data=text", f"data.path={small_text}", "data.batch_size=8"]
+    gpt2_vocabulary = ["tokenizer=byte", "model.vocab_size=50257"]  # without a download
+    plan = gpt_lightning.plan("model=small", "device=mps", *text, *gpt2_vocabulary)
+    needed = sum(plan.memory.values()) / 2**30
+    assert f"into 16 GB (`plan` estimates {needed:.1f} GiB)" in README
+    assert needed < 16 / 2
 
 
 def test_figures_of_the_default_run_are_those_of_the_measurements() -> None:
