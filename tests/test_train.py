@@ -22,7 +22,8 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from support.runs import ROOT, TINY
 
-from gpt_lightning.inference.loading import load_net, load_tokenizer
+from gpt_lightning.data.tokenizer import from_state
+from gpt_lightning.inference.loading import load_net
 from gpt_lightning.rundir.checkpoint import read_checkpoint
 
 SUMMARY_KEYS = {
@@ -120,7 +121,7 @@ def test_checkpoint_needs_nothing_beside_it(run: Path) -> None:
     assert raw["progress"]["step"] in (4, 8)
     assert {"train_loss", "best_val_loss", "lr", "metrics"} <= raw["progress"].keys()
     checkpoint = read_checkpoint(path)
-    net, tokenizer = load_net(checkpoint), load_tokenizer(checkpoint)
+    net, tokenizer = load_net(checkpoint), from_state(checkpoint["tokenizer"])
     assert tokenizer.decode(tokenizer.encode_ordinary("a ræd dog")) == "a ræd dog"
     idx = torch.tensor([tokenizer.encode_ordinary("the cat ")])
     assert net(idx).shape == (1, 8, 320)

@@ -76,7 +76,7 @@ def token_losses(
         ValueError: If the stride does not fit, or there are fewer than two tokens.
     """
     T = net.config.block_size
-    if not isinstance(stride, int) or isinstance(stride, bool) or not 1 <= stride <= T:
+    if type(stride) is not int or not 1 <= stride <= T:
         raise ValueError(f"stride={stride!r} must be a whole number from 1 to the model's block_size={T}")
     windows = _windows(segments or [(0, len(tokens))], T, stride, fill=segments is not None)
     if not len(windows):

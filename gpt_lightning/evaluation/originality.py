@@ -13,8 +13,6 @@ log = logging.getLogger(__name__)
 
 SEPARATOR = "\0"  # between documents, so that no match extends from one to the next
 SEARCHED = 1 << 24  # characters; one comparison with as many takes about five milliseconds
-
-
 Figures = dict[str, float | None]  # by name; None where there are no texts
 
 

@@ -63,7 +63,7 @@ def read_model(path: str | Path, *, merge: bool = True) -> TextGenerator:
     if not (folder / "config.json").is_file():
         checkpoint = read_checkpoint(path)
         net = load_net(checkpoint, merge=merge, dropout=0.0)
-        return TextGenerator(net, load_tokenizer(checkpoint), describe(net, checkpoint))
+        return TextGenerator(net, tokenizers.from_state(checkpoint["tokenizer"]), describe(net, checkpoint))
     net, tokenizer, card = read_folder(folder, dropout=0.0)
     if tokenizer is None:
         raise ValueError(f"{folder} has no tokenizer.json; give a folder that gpt_lightning.export wrote")
@@ -94,7 +94,8 @@ def start_from(source: str, **asked: Any) -> tuple[GPT, tiktoken.Encoding | None
         net, tokenizer, card = read_folder(folder, **asked)
     else:
         checkpoint = read_checkpoint(source)
-        net, tokenizer = load_net(checkpoint, source=source, **asked), load_tokenizer(checkpoint)
+        net = load_net(checkpoint, source=source, **asked)
+        tokenizer = tokenizers.from_state(checkpoint["tokenizer"])
         card, source = describe(net, checkpoint), str(find_checkpoint(source))
     step, loss = card.get("step"), card.get("val_loss")
     log.info(
@@ -176,8 +177,3 @@ def load_net(
     weights = {k.removeprefix("net."): v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}
     net = build_with_weights(read_config(options, source), weights, asked, source=source, lora=adapters)
     return (merge_adapters(net) if adapters and merge else net).eval()
-
-
-def load_tokenizer(checkpoint: Mapping[str, Any]) -> tiktoken.Encoding:
-    """The tokenizer of a checkpoint."""
-    return tokenizers.from_state(checkpoint["tokenizer"])

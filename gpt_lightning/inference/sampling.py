@@ -56,10 +56,8 @@ class SamplingSettings:
             ("seed", 0, MAX_SEED, ""),
         ):
             value = getattr(self, key)
-            if key == "top_k" and value is None:
-                continue
-            wrong = not isinstance(value, int) or isinstance(value, bool) or value < least
-            if wrong or (limit and value >= limit):
+            wrong = type(value) is not int or value < least or (limit and value >= limit)
+            if wrong and not (key == "top_k" and value is None):
                 span = f"from {least} to {limit - 1}" if limit else f"of at least {least}"
                 raise ValueError(f"{key}={value!r} must be a whole number {span}{also}")
         for key, inside, wanted in (

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gpt_lightning.inference.sampling import SamplingSettings
@@ -19,6 +20,7 @@ A line is a prompt, and the model continues it; an empty line begins a new docum
 Ctrl-C stops an answer, Ctrl-D quits. The seed grows with every answer, so that the next one differs."""
 
 
+@dataclass
 class Session:
     """A model with settings that change between prompts.
 
@@ -27,8 +29,8 @@ class Session:
         settings: The settings at the beginning; the seed grows with every sample.
     """
 
-    def __init__(self, model: TextGenerator, settings: SamplingSettings):
-        self.model, self.settings = model, settings
+    model: TextGenerator
+    settings: SamplingSettings
 
     def respond(self, line: str) -> Iterator[str]:
         """The answer to a line of input, in pieces as they are generated.
@@ -60,16 +62,10 @@ class Session:
         if name not in settings:
             raise ValueError(f"no setting /{name}; /help lists them")
         if value is not None:
-            parsed = _parse(value)
+            parsed: Any = value  # a text unless it is a number, null or quoted text in JSON
+            with contextlib.suppress(ValueError):
+                parsed = json.loads(value)
             if name == "stop":
                 parsed = None if value == "null" else str(parsed)
             self.settings = replace(self.settings, **{name: parsed})
         return f"{name} = {json.dumps(getattr(self.settings, name))}"
-
-
-def _parse(value: str) -> Any:
-    """A number, null or quoted text in JSON; any other value is a text as it is."""
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value

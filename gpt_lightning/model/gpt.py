@@ -54,9 +54,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for key in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_inner", "vocab_multiple"):
             value = getattr(self, key)
-            if key == "n_inner" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if (type(value) is not int or value < 1) and not (key == "n_inner" and value is None):
                 raise ValueError(f"model.{key}={value!r} must be a whole number of at least 1")
         for key in ("bias", "qkv_bias", "tie_weights"):
             value = getattr(self, key)
@@ -280,9 +278,8 @@ class GPT(nn.Module):
         `length`, in tokens; None takes block_size.
         """
         config = self.config
-        return 6 * self.num_parameters(embeddings=False) + 12 * config.n_layer * config.n_embd * (
-            length or config.block_size
-        )
+        attention = 12 * config.n_layer * config.n_embd * (length or config.block_size)
+        return 6 * self.num_parameters(embeddings=False) + attention
 
 
 def build_gpt(**options: Any) -> GPT:

@@ -34,15 +34,12 @@ class LoRAConfig:
     target_modules: Sequence[str] = ("c_attn",)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+        if type(self.r) is not int or self.r < 1:
             raise ValueError(f"lora.r={self.r!r} must be a whole number of at least 1, or 0 for no adapters")
-        for key, value, good in (
-            ("lora_alpha", self.lora_alpha, lambda x: x > 0),
-            ("lora_dropout", self.lora_dropout, lambda x: 0 <= x < 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not good(value):
-                wanted = "above 0" if key == "lora_alpha" else "in [0, 1)"
-                raise ValueError(f"lora.{key}={value!r} must be a number {wanted}")
+        if type(self.lora_alpha) not in (int, float) or not self.lora_alpha > 0:
+            raise ValueError(f"lora.lora_alpha={self.lora_alpha!r} must be a number above 0")
+        if type(self.lora_dropout) not in (int, float) or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora.lora_dropout={self.lora_dropout!r} must be a number in [0, 1)")
         known = {"c_attn", "c_proj", "c_fc"}
         names = self.target_modules
         if isinstance(names, str) or not names or not set(names) <= known:

@@ -31,7 +31,7 @@ class Engine:
         limits = {"max_prompt_chars": max_prompt_chars, "max_new_tokens": max_new_tokens, "queue": queue}
         for key, value in limits.items():
             least = int(key != "queue")
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if type(value) is not int or value < least:
                 raise ValueError(f"{key}={value!r} must be a whole number of at least {least}")
         self.model, self.queue = model, queue
         self.max_prompt_chars, self.max_new_tokens = max_prompt_chars, max_new_tokens

@@ -89,14 +89,10 @@ async def chunks(engine: Engine, body: Completion, model: str) -> AsyncGenerator
     async with contextlib.aclosing(engine.pieces(prompts, SamplingSettings(**settings))) as steps:
         async for made in steps:
             for index, piece in enumerate(made):
-                if piece.text or piece.finish:
-                    choice = {
-                        "text": piece.text,
-                        "index": index,
-                        "finish_reason": piece.finish,
-                        "logprobs": None,
-                    }
-                    yield {**head, "choices": [choice]}
+                if not piece.text and not piece.finish:
+                    continue
+                choice = {"text": piece.text, "index": index, "finish_reason": piece.finish, "logprobs": None}
+                yield {**head, "choices": [choice]}
     read, new = sum(len(engine.model.encode(text)) for text in prompts), sum(piece.tokens for piece in made)
     usage = {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
     yield {**head, "choices": [], "usage": usage}
