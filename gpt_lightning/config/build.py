@@ -60,7 +60,8 @@ def build(cfg: DictConfig, key: str, /, **kwargs: Any) -> Any:
     """
     inspect_node(cfg, key, without=kwargs)
     try:
-        return hydra.utils.instantiate(OmegaConf.select(cfg, key), **kwargs)
+        # plain containers: a class may keep its arguments, and what reaches a checkpoint must be plain
+        return hydra.utils.instantiate(OmegaConf.select(cfg, key), _convert_="all", **kwargs)
     except (InstantiationException, TypeError) as error:
         cause = error.__cause__
         if cause is None or isinstance(cause, TypeError):

@@ -190,6 +190,16 @@ def test_run_with_a_users_configuration_is_resumed_with_it_and_without_it(
     assert result.returncode == 0, result.stderr
 
 
+def test_run_with_lists_in_a_users_optimizer_has_checkpoints_that_load(
+    call: Callable[..., Any], tiny: list[str], sgd: Path, tmp_path: Path
+) -> None:
+    text = "_target_: torch.optim.Adam\n_partial_: true\nlr: 0.001\nbetas: [0.8, 0.9]\n"
+    (sgd / "optimizer" / "adam.yaml").write_text(text)
+    call("train", "--config-dir", str(sgd), "optimizer=adam", *tiny, "logger=none", "callbacks.samples=null")
+    (state,) = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["optimizer_states"]
+    assert list(state["param_groups"][0]["betas"]) == [0.8, 0.9]
+
+
 def test_help_ends_quietly_when_its_reader_does(tmp_path: Path) -> None:
     command = f"{sys.executable} -m gpt_lightning.train --help | head -1"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
