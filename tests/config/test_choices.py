@@ -191,13 +191,22 @@ def test_run_with_a_users_configuration_is_resumed_with_it_and_without_it(
 
 
 def test_run_with_lists_in_a_users_optimizer_has_checkpoints_that_load(
-    call: Callable[..., Any], tiny: list[str], sgd: Path, tmp_path: Path
+    call: Callable[..., Any], tiny: list[str], sgd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = "_target_: torch.optim.Adam\n_partial_: true\nlr: 0.001\nbetas: [0.8, 0.9]\n"
-    (sgd / "optimizer" / "adam.yaml").write_text(text)
-    call("train", "--config-dir", str(sgd), "optimizer=adam", *tiny, "logger=none", "callbacks.samples=null")
+    (tmp_path / "noted.py").write_text(
+        "import torch\n\n"
+        "class Noted(torch.optim.SGD):\n"
+        "    def __init__(self, params, lr, betas):\n"
+        "        super().__init__(params, lr=lr)\n"
+        "        for group in self.param_groups:\n"
+        "            group['betas'] = betas\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    text = "_target_: noted.Noted\n_partial_: true\nlr: 0.1\nbetas: [0.8, 0.9]\n"
+    (sgd / "optimizer" / "noted.yaml").write_text(text)
+    call("train", "--config-dir", str(sgd), "optimizer=noted", *tiny, "logger=none", "callbacks.samples=null")
     (state,) = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["optimizer_states"]
-    assert list(state["param_groups"][0]["betas"]) == [0.8, 0.9]
+    assert state["param_groups"][0]["betas"] == [0.8, 0.9]
 
 
 def test_help_ends_quietly_when_its_reader_does(tmp_path: Path) -> None:
