@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,16 @@ WORDS = [
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the user's cache out of the tests and the tests out of it."""
     os.environ["GPT_LIGHTNING_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _logs_are_closed() -> Iterator[None]:
+    """A command in this process leaves the log of its run open, as the end of a process would close it."""
+    yield
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if type(handler) is logging.FileHandler]:
+        root.removeHandler(handler)
+        handler.close()
 
 
 @pytest.fixture(scope="session")
