@@ -5,6 +5,7 @@ They are in data/, the lowest folder, because the token cache needs them as well
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -55,6 +56,26 @@ def write_json(path: Path, content: Mapping[Any, Any]) -> None:
 
     with atomic_write(path, text=True) as file:
         file.write(json.dumps(finite(content), indent=2) + "\n")
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with its own checksum, for `unsealed`."""
+    text = json.dumps(content, sort_keys=True)
+    return {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def unsealed(content: Any) -> dict[str, Any]:
+    """The content of a JSON object from `sealed`; files of older releases have no checksum.
+
+    Raises:
+        ValueError: If it is no object, or not what was sealed.
+    """
+    if not isinstance(content, dict):
+        raise ValueError("it is no JSON object")
+    bare = {key: value for key, value in content.items() if key != "sha256"}
+    if "sha256" in content and sealed(bare) != content:
+        raise ValueError("its checksum differs")
+    return bare
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ document begins after an E and its end is a target too. A text without documents
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import logging
@@ -25,14 +26,16 @@ import tiktoken
 from tqdm import tqdm
 
 from gpt_lightning.data import tokenizer as tokenizers
-from gpt_lightning.data.corpus.base import Corpus, Split, file_sha256, stable
+from gpt_lightning.data.corpus.base import Corpus, Split, file_sha256, one_line, stable
+from gpt_lightning.data.corpus.files import TextFiles
 from gpt_lightning.data.corpus.token_bins import TokenBins
-from gpt_lightning.data.files import atomic_write, write_json
+from gpt_lightning.data.files import atomic_write, sealed, unsealed, write_json
 from gpt_lightning.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 SPLITS: tuple[Split, Split] = ("train", "val")
+MAX_SHARDS = 512  # each is an open file when they are merged
 GROUP = 1 << 19  # characters per task of a thread
 VERIFY_BELOW = 64 << 20  # bytes; larger files are checked by their size alone when opened
 
@@ -114,15 +117,7 @@ def prepare(
     if isinstance(corpus, TokenBins):
         return _open_bins(corpus, tokenizer)
     job = _Job(corpus, tokenizer, cache, threads or os.cpu_count() or 1, progress)
-    if (store := job.reopen(warn=False)) is not None:
-        return store
-    with _locked(job.folder):
-        if (store := job.reopen(warn=True)) is None:  # else another process has built it meanwhile
-            with _replacing(job.folder) as partial:
-                groups = {split: job.tokenize(split, partial) for split in SPLITS}
-                job.finish(partial, groups)
-            store = job.open()
-    return store
+    return job.reopen(warn=False) or job.build(job.tokenize)
 
 
 def prepare_shard(
@@ -147,30 +142,29 @@ def prepare_shard(
         ValueError: If shard is out of range, or as `prepare`.
         OSError: As `prepare`.
     """
-    for key, value, least in (("shards", shards, 1), ("shard", shard, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{key}={value!r} must be a whole number of at least {least}")
-    if not shard < shards:
-        raise ValueError(f"shard={shard} must lie in 0 … {shards - 1}, since shards={shards}")
+    if type(shards) is not int or not 1 <= shards <= MAX_SHARDS:
+        raise ValueError(f"shards={shards!r} must be a whole number from 1 to {MAX_SHARDS}")
+    if type(shard) is not int or not 0 <= shard < shards:
+        raise ValueError(f"shard={shard!r} must be a whole number from 0 to {shards - 1}, since {shards=}")
     if isinstance(corpus, TokenBins):
         raise ValueError(f"data.path={corpus.path} is tokenized already; use it without shards")
     job = _Job(corpus, tokenizer, cache, threads or os.cpu_count() or 1, progress)
-    parts = [job.folder.with_name(f"{job.folder.name}.part-{i}-of-{shards}") for i in range(shards)]
     if (store := job.reopen(warn=False)) is not None:
         return store
-    with _locked(parts[shard]):
-        if not parts[shard].is_dir():
-            with _replacing(parts[shard]) as partial:
+    parts = [_Part(job.folder, i, shards, job.dtype) for i in range(shards)]
+    with _locked(parts[shard].folder):
+        if not parts[shard].is_whole():
+            with _replacing(parts[shard].folder) as partial:
                 groups = {split: job.tokenize(split, partial, shard, shards) for split in SPLITS}
+                sums = {split: file_sha256(partial / f"{split}.bin") for split in SPLITS}
+                job.check_unchanged()
                 with _writing(partial):
-                    write_json(partial / "groups.json", groups)
-    with _locked(job.folder):
-        if (store := job.reopen(warn=True)) is None and all(part.is_dir() for part in parts):
-            with _replacing(job.folder) as partial:
-                job.finish(partial, {split: _merge(parts, split, partial, job.dtype) for split in SPLITS})
-            store = job.open()
-            for part in parts:
-                shutil.rmtree(part)
+                    write_json(partial / "part.json", sealed({"groups": groups, "bins": sums}))
+    if not all(part.folder.is_dir() for part in parts):
+        return job.reopen(warn=False)  # another process may have merged them just now
+    store = job.build(lambda split, folder: _merge(parts, split, folder))
+    for part in parts:
+        shutil.rmtree(part.folder, ignore_errors=True)  # also by a process that merges at the same time
     return store
 
 
@@ -192,10 +186,56 @@ class _Job:
         cache = Path(cache).expanduser()
         self.corpus, self.threads, self.progress = corpus, threads, progress
         self.corpus_digest = stable(corpus.digest(), "the digest of data.corpus")
-        self.encoding = _build_tokenizer(corpus, self.corpus_digest, tokenizer, cache)
+        self.times = _times(corpus)
+        self.encoding = self._build_tokenizer(tokenizer, cache)
         self.tokenizer_digest = tokenizers.digest(self.encoding)
         self.dtype = "<u2" if self.encoding.n_vocab <= 1 << 16 else "<u4"
         self.folder = cache / f"{self.corpus_digest[:16]}-{self.tokenizer_digest[:16]}"
+
+    def check_unchanged(self) -> None:
+        """Compares the text that was read with the one whose digest names what is stored.
+
+        Raises:
+            ValueError: If it was written meanwhile, even if it has the same bytes again.
+        """
+        times = _times(self.corpus)
+        if self.corpus.digest() != self.corpus_digest or times != self.times:
+            files = [str(file) for file, time in times.items() if time != self.times.get(file)]
+            raise ValueError(
+                f"{', '.join(files[:3]) or 'the text of data.corpus'} changed while it was read, so nothing "
+                "of it is kept; start again when no other program writes to it"
+            )
+
+    def _build_tokenizer(self, tokenizer: Tokenizer, cache: Path) -> tiktoken.Encoding:
+        """Build the encoding, or load a trained one from the cache."""
+        if not tokenizer.trained:
+            return tokenizer.build(self.corpus.documents)
+        path = cache / "tokenizers" / f"{tokenizer.key()}-{self.corpus_digest[:16]}.json"
+        if path.is_file():
+            with contextlib.suppress(ValueError):
+                return tokenizers.load(path)
+        with _locked(path):
+            if path.is_file():  # another process may have saved it meanwhile
+                try:
+                    return tokenizers.load(path)
+                except ValueError as error:
+                    log.warning("%s; training it again", error)
+            encoding = tokenizer.build(self.corpus.documents)
+            self.check_unchanged()
+            with _writing(path.parent):
+                tokenizers.save(encoding, path)
+        return encoding
+
+    def build(self, write: Callable[[Split, Path], list[_Group]]) -> TokenStore:
+        """Make the store of token files that `write` writes; another process may have made it meanwhile."""
+        with _locked(self.folder):
+            if (store := self.reopen(warn=True)) is None:
+                with _replacing(self.folder) as partial:
+                    groups = {split: write(split, partial) for split in SPLITS}
+                    self.check_unchanged()
+                    self.finish(partial, groups)
+                store = self.open()
+        return store
 
     def reopen(self, warn: bool) -> TokenStore | None:
         """Open the store; None if it is missing or damaged."""
@@ -215,7 +255,7 @@ class _Job:
             ValueError: If it is damaged or belongs to another corpus or tokenizer.
         """
         try:
-            content = json.loads((self.folder / "meta.json").read_bytes())
+            content = unsealed(json.loads((self.folder / "meta.json").read_bytes()))
             found = content.pop("splits")
             splits = {split: SplitMeta(**found[split]) for split in SPLITS}
             meta = StoreMeta(**content, splits=splits)
@@ -243,7 +283,7 @@ class _Job:
             splits[split] = SplitMeta(sum(tokens), sum(size), count, floor, sha)
         with _writing(folder):
             tokenizers.save(self.encoding, folder / "tokenizer.json")
-            write_json(folder / "meta.json", asdict(self.meta(splits)))
+            write_json(folder / "meta.json", sealed(asdict(self.meta(splits))))
 
     def tokenize(self, split: Split, folder: Path, shard: int = 0, shards: int = 1) -> list[_Group]:
         """Write the token file of a split, or every `shards`-th group of it."""
@@ -283,24 +323,10 @@ class _Job:
         return ids, _Group(len(ids), sum(len(text.encode()) for text in texts), len(texts), floor)
 
 
-def _build_tokenizer(corpus: Corpus, digest: str, tokenizer: Tokenizer, cache: Path) -> tiktoken.Encoding:
-    """Build the encoding, or load a trained one from the cache."""
-    if not tokenizer.trained:
-        return tokenizer.build(corpus.documents)
-    path = cache / "tokenizers" / f"{tokenizer.key()}-{digest[:16]}.json"
-    if path.is_file():
-        with contextlib.suppress(ValueError):
-            return tokenizers.load(path)
-    with _locked(path):
-        if path.is_file():  # another process may have saved it meanwhile
-            try:
-                return tokenizers.load(path)
-            except ValueError as error:
-                log.warning("%s; training it again", error)
-        encoding = tokenizer.build(corpus.documents)
-        with _writing(path.parent):
-            tokenizers.save(encoding, path)
-    return encoding
+def _times(corpus: Corpus) -> dict[Path, int]:
+    """When each file of a text was written, in nanoseconds; empty for other kinds of corpora."""
+    files = [corpus.files(split) for split in SPLITS] if isinstance(corpus, TextFiles) else []
+    return {file: file.stat().st_mtime_ns for file in itertools.chain(*files)}
 
 
 def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -317,18 +343,50 @@ def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
         yield group
 
 
-def _merge(parts: list[Path], split: Split, folder: Path, dtype: str) -> list[_Group]:
+class _Part:
+    """The folder of a shard: the token files of its groups, and part.json with their checksums."""
+
+    def __init__(self, store: Path, shard: int, shards: int, dtype: str):
+        self.folder = store.with_name(f"{store.name}.part-{shard}-of-{shards}")
+        self.remedy = f"prepare it again with shard={shard} shards={shards}"
+        self.itemsize = np.dtype(dtype).itemsize
+
+    def groups(self, split: Split) -> Iterator[tuple[_Group, bytes]]:
+        """The groups of a split with their token ids, verified when the last one has been read.
+
+        Raises:
+            ValueError: If the part is damaged.
+        """
+        sha = hashlib.sha256()
+        try:
+            content = unsealed(json.loads((self.folder / "part.json").read_bytes()))
+            with (self.folder / f"{split}.bin").open("rb") as file:
+                for group in map(_Group._make, content["groups"][split]):
+                    data = file.read(group.tokens * self.itemsize)
+                    sha.update(data)
+                    yield group, data
+                if file.read(1) or sha.hexdigest() != content["bins"][split]:
+                    raise ValueError(f"the checksum of {split}.bin differs")
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.folder} is damaged ({one_line(error)}); {self.remedy}") from error
+
+    def is_whole(self) -> bool:
+        """Whether the part is there and undamaged; a damaged one is reported."""
+        try:
+            return self.folder.is_dir() and all(True for split in SPLITS for _ in self.groups(split))
+        except ValueError as error:
+            log.warning("%s", error)
+            return False
+
+
+def _merge(parts: list[_Part], split: Split, folder: Path) -> list[_Group]:
     """Join the token files of all shards in the order of the corpus."""
-    listed = [iter(json.loads((part / "groups.json").read_bytes())[split]) for part in parts]
     merged: list[_Group] = []
-    with contextlib.ExitStack() as stack, _output(folder / f"{split}.bin") as write:
-        sources = [stack.enter_context((part / f"{split}.bin").open("rb")) for part in parts]
-        for source, groups in itertools.cycle(zip(sources, listed, strict=True)):
-            if (found := next(groups, None)) is None:  # shards take turns, so this was the last group
-                break
-            group = _Group(*found)
-            write(source.read(group.tokens * np.dtype(dtype).itemsize))
-            merged.append(group)
+    with _output(folder / f"{split}.bin") as write:
+        for turn in itertools.zip_longest(*(part.groups(split) for part in parts)):  # shards take turns
+            for group, data in filter(None, turn):
+                write(data)
+                merged.append(group)
     return merged
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import functools
-import hashlib
 import json
 import logging
 import re
@@ -17,7 +16,7 @@ import tiktoken.registry
 from tiktoken_ext import openai_public
 
 from gpt_lightning.data.corpus.base import END_OF_TEXT, Split
-from gpt_lightning.data.files import atomic_write
+from gpt_lightning.data.files import sealed, unsealed, write_json
 
 log = logging.getLogger(__name__)
 
@@ -286,13 +285,12 @@ def from_state(state: Any) -> tiktoken.Encoding:
 
 def digest(encoding: tiktoken.Encoding) -> str:
     """SHA-256 of the state, hexadecimal."""
-    return hashlib.sha256(json.dumps(to_state(encoding), sort_keys=True).encode()).hexdigest()
+    return str(sealed(to_state(encoding))["sha256"])
 
 
 def save(encoding: tiktoken.Encoding, path: Path) -> None:
-    """Write the state as JSON."""
-    with atomic_write(path, text=True) as file:
-        json.dump(to_state(encoding), file)
+    """Write the state as JSON, with a checksum."""
+    write_json(path, sealed(to_state(encoding)))
 
 
 def load(path: Path) -> tiktoken.Encoding:
@@ -302,6 +300,6 @@ def load(path: Path) -> tiktoken.Encoding:
         ValueError: If the file is damaged.
     """
     try:
-        return from_state(json.loads(path.read_bytes()))
+        return from_state(unsealed(json.loads(path.read_bytes())))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a saved tokenizer: {error}") from error

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +213,9 @@ def _flip(path: Path) -> None:
         lambda folder: _edit_meta(folder, corpus_digest="0" * 64),
         lambda folder: _edit_meta(folder, tokenizer_digest="0" * 64),
         lambda folder: _edit_meta(folder, version=0),
+        lambda folder: (folder / "meta.json").write_bytes(
+            (folder / "meta.json").read_bytes().replace(b'"bytes": 12', b'"bytes": 13')
+        ),
     ],
 )
 def test_damaged_or_foreign_store_is_built_again_with_a_warning(stories, tmp_path, caplog, damage):
@@ -270,6 +275,61 @@ def test_error_of_the_corpus_leaves_nothing_behind(stories, tmp_path):
     with pytest.raises(OSError, match=r"^the text is gone$"):
         prepare(Broken(stories.path), Byte(), tmp_path / "cache")
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+@dataclass(frozen=True)
+class Changing(TextFiles):
+    """Writes its file while a certain call of `documents` is read."""
+
+    call: int = 1
+    writes: tuple[bytes, ...] = ()
+
+    def documents(self, split: str) -> Iterator[str]:
+        calls = self.__dict__["calls"] = self.__dict__.get("calls", 0) + 1
+        for document in super().documents(split):
+            yield document
+            if calls == self.call:
+                for content in self.writes:
+                    Path(str(self.path)).write_bytes(content)
+                    os.utime(str(self.path))
+
+
+class Own:
+    """A corpus of a user's, whose text changes when it is read."""
+
+    separated = True
+
+    def __init__(self) -> None:
+        self.text = "before"
+
+    def digest(self) -> str:
+        return self.text
+
+    def documents(self, split: str) -> Iterator[str]:
+        self.text = "after"
+        yield self.text
+
+    def floor_bits(self, document: str) -> None:
+        return None
+
+
+@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize("prepares", [prepare, partial(prepare_shard, shard=0, shards=2)])
+@pytest.mark.parametrize("call", [1, 2, 3], ids=["vocabulary", "train", "val"])
+def test_text_that_changes_while_it_is_read_leaves_nothing(stories, tmp_path, call, prepares, restored):
+    before = Path(stories.path).read_bytes()
+    writes = (before.replace(b"one", b"two"), *([before] if restored else []))
+    corpus = Changing(stories.path, val_fraction=0.25, call=call, writes=writes)
+    with pytest.raises(ValueError, match=r"a\.txt changed while it was read, so nothing .* start again"):
+        prepares(corpus, BPE(258), tmp_path / "cache")
+    kept = [file for file in (tmp_path / "cache").rglob("*") if file.suffix not in (".lock", "")]
+    assert [file.parent.name for file in kept] == ["tokenizers"] * (call > 1)  # learned before the change
+    assert not list((tmp_path / "cache").glob("*.part-*-of-2"))
+
+
+def test_own_corpus_that_changes_while_it_is_read_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"the text of data\.corpus changed while it was read"):
+        prepare(Own(), Byte(), tmp_path / "cache")
 
 
 # -- real processes ----------------------------------------------------------------------------------
@@ -419,11 +479,40 @@ def test_shards_in_processes_of_their_own_make_one_store(larger, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("train.bin", lambda path: _flip(path)),
+        ("val.bin", lambda path: os.truncate(path, path.stat().st_size // 2)),
+        ("val.bin", lambda path: path.write_bytes(path.read_bytes() + b"\0\0")),
+        ("train.bin", lambda path: path.unlink()),
+        ("part.json", lambda path: _flip(path)),
+        ("part.json", lambda path: path.write_bytes(path.read_bytes()[:50])),
+    ],
+)
+def test_damaged_part_is_named_and_can_be_prepared_again(larger, tmp_path, caplog, name, damage):
+    def shard(number: int) -> TokenStore | None:
+        return prepare_shard(larger, Byte(), tmp_path / "many", shard=number, shards=2)
+
+    assert shard(0) is None
+    (part,) = (tmp_path / "many").glob("*.part-0-of-2")
+    damage(part / name)
+    line = rf"{part} is damaged \(.*\); prepare it again with shard=0 shards=2$"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=line):
+            shard(1)
+    store = shard(0)
+    assert re.search(line, caplog.text, re.MULTILINE)
+    assert store is not None
+    assert files_of(store.folder) == files_of(prepare(larger, Byte(), tmp_path / "one").folder)
+
+
+@pytest.mark.parametrize(
     ("shard", "shards", "line"),
     [
-        (-1, 4, "shard=-1 must be a whole number of at least 0"),
-        (4, 4, "shard=4 must lie in 0 … 3, since shards=4"),
-        (0, 0, "shards=0 must be a whole number of at least 1"),
+        (-1, 4, "shard=-1 must be a whole number from 0 to 3, since shards=4"),
+        (4, 4, "shard=4 must be a whole number from 0 to 3, since shards=4"),
+        (0, 0, "shards=0 must be a whole number from 1 to 512"),
+        (0, 1_000_000_000, "shards=1000000000 must be a whole number from 1 to 512"),
     ],
 )
 def test_shard_out_of_range_is_refused(stories, tmp_path, shard, shards, line):

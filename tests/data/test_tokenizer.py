@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -300,3 +301,19 @@ def test_damaged_file_is_refused(tmp_path, content):
     with pytest.raises(ValueError, match=r"a.json is not a saved tokenizer: ") as caught:
         tokenizers.load(tmp_path / "a.json")
     assert "\n" not in str(caught.value)
+
+
+def test_flipped_bit_in_a_saved_tokenizer_is_refused_or_changes_nothing(learned, tmp_path):
+    path, draw, refused = tmp_path / "a.json", random.Random(0), 0
+    tokenizers.save(learned, path)
+    whole = path.read_bytes()
+    for position in draw.sample(range(len(whole)), 400):
+        flipped = bytes([whole[position] ^ (1 << draw.randrange(8))])
+        path.write_bytes(whole[:position] + flipped + whole[position + 1 :])
+        try:
+            assert tokenizers.digest(tokenizers.load(path)) == tokenizers.digest(learned), position
+        except ValueError:
+            refused += 1
+    assert refused > 380
+    path.write_text(json.dumps(tokenizers.to_state(learned)))  # as an earlier release wrote it
+    assert tokenizers.digest(tokenizers.load(path)) == tokenizers.digest(learned)
