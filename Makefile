@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+MINUTES ?= 60
 # a module is compiled when it is first imported, not twenty thousand of them now; that has to be kept
 unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint check tensorboard clean
+.PHONY: help install train test lint check stress tensorboard clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -36,6 +37,9 @@ lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/mypy
 
 check: lint test ## lint and test
+
+stress: $(VENV)/.dev ## interrupt random runs for MINUTES=60; ARGS="--seed 7 --lanes 2" are its options
+	$(BIN)/python -W ignore -m tests.stress --minutes $(MINUTES) $(ARGS)
 
 tensorboard: $(VENV)/.core ## curves of all runs under outputs/
 	$(BIN)/tensorboard --logdir outputs $(ARGS)

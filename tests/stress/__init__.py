@@ -1,0 +1,1 @@
+"""Kills random runs at random moments, resumes them, and compares them with runs that nothing happened to."""
