@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -17,7 +18,7 @@ from gpt_lightning.config.build import (
 )
 from gpt_lightning.config.command import command
 from gpt_lightning.config.rules import validate
-from gpt_lightning.config.start import with_recorded_values
+from gpt_lightning.config.start import plan_arguments, with_recorded_values
 from gpt_lightning.training.memory import DEFAULT_MICRO_BATCH_SIZE, GIB
 
 
@@ -120,7 +121,7 @@ def show(plan: Plan) -> None:
         print(f"{'note':>17}  {note}")
 
 
-@command("plan", show=show)
+@command("plan", arguments=plan_arguments, show=show)
 def main(cfg: DictConfig) -> Plan:
     """Plans the run; nothing is allocated but the tokens."""
     cfg = with_recorded_values(cfg)
@@ -128,13 +129,15 @@ def main(cfg: DictConfig) -> Plan:
     import torch
 
     from gpt_lightning.data.windows import split_batch
+    from gpt_lightning.rundir.checkpoint import newest_valid_checkpoint
 
     parts = build_parts(cfg)
     devices = device_count(cfg)
     micro, accumulation = split_batch(
         cfg.data.batch_size, cfg.device.micro_batch_size or DEFAULT_MICRO_BATCH_SIZE, devices
     )
-    net, encoding = starting_point(cfg)
+    begun = newest_valid_checkpoint(Path(cfg.resume) / "checkpoints") if cfg.resume else None
+    net, encoding = starting_point(cfg, begun)
     prepared = prepare_data(cfg, parts, net, encoding)
     if net is None:
         with torch.device("meta"):  # shapes without memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shlex
 import signal
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from gpt_lightning.config.build import (
@@ -26,7 +28,9 @@ from gpt_lightning.config.command import command
 from gpt_lightning.config.command_line import key_of
 from gpt_lightning.config.errors import lacks_memory
 from gpt_lightning.config.rules import parse_duration, validate
+from gpt_lightning.config.run_directory import is_first_rank, refuse_to_overwrite
 from gpt_lightning.config.start import (
+    check_corpus,
     check_extension,
     record_extension,
     start_arguments,
@@ -38,7 +42,7 @@ from gpt_lightning.rundir.provenance import git_revision, versions
 from gpt_lightning.rundir.summary import read_summary
 
 if TYPE_CHECKING:
-    from gpt_lightning.config.build import Prepared
+    from gpt_lightning.config.build import Parts, Prepared
     from gpt_lightning.inference.run import Run
     from gpt_lightning.rundir.summary import RunSummary
 
@@ -62,18 +66,34 @@ def provenance(cfg: DictConfig, prepared: Prepared) -> RunSummary:
     }
 
 
-def checkpoint_of(folder: Path) -> tuple[Path | None, int]:
-    """The checkpoint to resume from and its step; None and -1 for a run that was killed before its first."""
+def starting_state(cfg: DictConfig, parts: Parts, folder: Path) -> tuple[Path | None, int, Any, Prepared]:
+    """The checkpoint that a resumed run goes on from, its step, the network that is there, and the tokens.
+
+    The step is -1 without a checkpoint. A resumed run keeps its own tokenizer.
+    """
+    from gpt_lightning.data.tokenizer import from_state
     from gpt_lightning.rundir.checkpoint import newest_valid_checkpoint, read_checkpoint
 
+    if cfg.resume is None:
+        net, encoding = starting_point(cfg)
+        return None, -1, net, prepare_data(cfg, parts, net, encoding)
     warn_of_versions(folder)
-    path = newest_valid_checkpoint(folder / "checkpoints")
+    path, step, recorded = newest_valid_checkpoint(folder / "checkpoints"), -1, read_summary(folder)
+    net, encoding = starting_point(cfg, path)
+    digest = recorded.get("corpus_digest")
     if path is None:
         log.info("the run has no checkpoint yet: it begins again")
-        return None, -1
-    step = int(read_checkpoint(path, verify=False)["progress"]["step"])  # it was just verified
-    log.info("resuming from %s at step %d", path, step)
-    return path, step
+    else:
+        checkpoint = read_checkpoint(path, verify=False)  # it was just verified
+        step, encoding = checkpoint["progress"]["step"], from_state(checkpoint["tokenizer"])
+        digest = checkpoint.get("corpus_digest") or digest
+        log.info("resuming from %s at step %d", path, step)
+    extended = check_extension(cfg, max(step, 0))
+    check_corpus(parts.corpus, folder, digest)
+    prepared = prepare_data(cfg, parts, net, encoding)
+    if extended:
+        record_extension(cfg)
+    return path, step, net, prepared
 
 
 @command("train", arguments=start_arguments)
@@ -84,21 +104,20 @@ def main(cfg: DictConfig) -> Run:
         SystemExit: After a signal or at the time limit. In Python, only Ctrl-C is an exception
             (KeyboardInterrupt); after the others, the run that is returned has the status interrupted.
     """
-    started = time.monotonic()
-    cfg = with_recorded_values(cfg)
-    validate(cfg)
-    deadline = started + parse_duration(cfg.time_limit) if cfg.time_limit is not None else None
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
+    started, folder = time.monotonic(), Path(cfg.paths.run).resolve()
+    with locked(folder) if is_first_rank() else nullcontext():
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # for single runs, before Hydra wrote anything
+            refuse_to_overwrite(folder)
+        cfg = with_recorded_values(cfg)
+        validate(cfg)
+        limit = parse_duration(cfg.time_limit) if cfg.time_limit is not None else math.inf
+        train(cfg, folder, started + limit)
     from gpt_lightning.inference.run import Run
 
-    folder = Path(cfg.paths.run).resolve()
-    with locked(folder) if getattr(rank_zero_only, "rank", 0) == 0 else nullcontext():
-        train(cfg, folder, deadline)
     return Run(folder)
 
 
-def train(cfg: DictConfig, folder: Path, deadline: float | None) -> None:
+def train(cfg: DictConfig, folder: Path, deadline: float) -> None:
     """One run in its directory: everything that needs no data is built before the data is looked at."""
     import lightning.pytorch as pl
     import torch
@@ -115,17 +134,12 @@ def train(cfg: DictConfig, folder: Path, deadline: float | None) -> None:
     trainer = build_trainer(cfg, parts.callbacks, loggers=[])
     overrides = [f"resume={folder}"] if cfg.resume else HydraConfig.get().overrides.task
     log.info("run: %s\ncommand: python -m gpt_lightning.train %s", folder, shlex.join(map(str, overrides)))
-    checkpoint, step = checkpoint_of(folder) if cfg.resume is not None else (None, None)
-    extended = step is not None and check_extension(cfg, max(step, 0))
-    net, encoding = starting_point(cfg, checkpoint)
-    prepared = prepare_data(cfg, parts, net, encoding)
-    if extended:
-        record_extension(cfg)
+    checkpoint, step, net, prepared = starting_state(cfg, parts, folder)
     pl.seed_everything(cfg.seed, verbose=False)
     torch.set_float32_matmul_precision(cfg.device.matmul_precision)
     data, module = build_data(cfg, prepared), build_module(cfg, parts, prepared, net)
     trainer.fit_loop.epoch_loop.max_steps = prepared.max_steps
-    trainer.loggers = build_loggers(cfg, step)
+    trainer.loggers = build_loggers(cfg, step if cfg.resume else None)
     try:
         summary = fit(
             module,

@@ -13,7 +13,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from support.models import random_net, save_checkpoint
 
+import gpt_lightning
 from gpt_lightning.config.resolvers import CONF
+from gpt_lightning.data.files import read_json
 from gpt_lightning.plan import notes_on, preview, sampled
 
 Plan = Callable[..., dict[str, list[str]]]
@@ -139,6 +141,24 @@ def test_plan_leaves_nothing_behind(plan: Plan, tmp_path: Path) -> None:
     plan(f"hydra.run.dir={tmp_path / 'run'}")  # as it is given to train
     assert not list(tmp_path.glob("run/*"))
     assert not list((tmp_path / "here").iterdir())
+
+
+def test_plan_of_a_run_has_the_choices_and_values_of_the_run(
+    call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lines.txt").write_text("abcdefg\n" * 200)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    options = [*SMALL, "data=lines", "data.path=lines.txt", "scheduler=constant", "paths.outputs=out"]
+    call("train", *options, "logger=none", "callbacks.samples=null")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = gpt_lightning.plan("resume=latest", f"paths.outputs={tmp_path / 'out'}")
+    summary = read_json(next(tmp_path.glob("out/**/summary.json")))
+    assert (found.parameters, found.max_steps) == (summary["parameters"], summary["steps"])
+    assert found.train_tokens == 180 * 8 + 1  # a line and the end of text after it, and one at the beginning
+    assert found.learning_rates[-1] == found.peak_learning_rate == 1e-2
+    changed = gpt_lightning.plan(f"repeat={next(tmp_path.glob('out/gpt/*'))}", "trainer.max_steps=20")
+    assert (changed.max_steps, changed.train_tokens) == (20, found.train_tokens)
 
 
 def test_preview_names_a_peak_between_its_bars() -> None:

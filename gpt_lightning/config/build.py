@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import re
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -86,6 +88,26 @@ def inspect_node(cfg: DictConfig, key: str, *, without: Any = ()) -> None:
     for name, child in node.items():
         if OmegaConf.is_dict(child) and "_target_" in child:
             inspect_node(cfg, f"{key}.{name}")
+
+
+def targets(node: Any) -> set[str]:
+    """Every class and function that a node names, at any depth."""
+    if OmegaConf.is_config(node):
+        node = OmegaConf.to_container(node, resolve=True)
+    if isinstance(node, dict):
+        found = set().union(*map(targets, node.values()))
+        return found | ({str(node["_target_"])} if "_target_" in node else set())
+    return set().union(*map(targets, node)) if isinstance(node, list) else set()
+
+
+def is_defined_in(target: str, packages: str) -> bool:
+    """Whether a _target_ is a class or a function that packages (a pattern) define, rather than import."""
+    inside = re.compile(rf"({packages})\.")
+    try:
+        found = hydra.utils.get_object(target) if inside.match(target) else None
+    except Exception:  # hydra raises errors of several types
+        return False
+    return isinstance(found, (type, types.FunctionType)) and bool(inside.match(f"{found.__module__}."))
 
 
 @contextmanager
@@ -412,6 +434,7 @@ def build_module(cfg: DictConfig, parts: Parts, prepared: Prepared, net: Any = N
         schedule=with_length(parts.schedule, prepared.max_steps),
         tokenizer=prepared.store.tokenizer,
         config=final_config(cfg, prepared, net),
+        corpus_digest=prepared.store.corpus_digest,
         clip_norm=cfg.trainer.clip_norm,
     )
 

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from gpt_lightning.config.command_line import readable, split_arguments
-from gpt_lightning.config.errors import ConfigError, is_user_error, one_line
+from gpt_lightning.config.errors import ConfigError, Refusal, is_user_error, one_line
 from gpt_lightning.config.help import choices_of, help_text
 from gpt_lightning.config.resolvers import CONF
 
@@ -62,6 +62,7 @@ class Command:
         self.arguments = arguments or (lambda given: given)
         self.failed: list[str] = []  # jobs of a sweep whose errors were told
         self.result: Any = None
+        self.here = Path()  # where the command was started
         self.full_error: str | None = None  # what the user asked for
         self.in_python = False
         functools.update_wrapper(self, task)
@@ -87,8 +88,8 @@ class Command:
                     print(f"error: {one_line(error)}; job {job.job.num} of the sweep fails", file=sys.stderr)
                     self.failed.append(str(job.job.num))
             else:
-                if is_user_error(error):
-                    remove_traces(Path(job.runtime.output_dir), job.job.name)
+                if is_user_error(error) and job.output_subdir is not None:  # a resumed run stays
+                    remove_traces(Path(job.runtime.output_dir), job.job.name, self.here)
                 if not self.in_python:
                     self.fail(error)  # here, because outside, Hydra adds a line of its own
             raise  # the launcher goes on with the other jobs
@@ -122,11 +123,14 @@ class Command:
         if found.help:
             print(help_text(self.config_name, overrides))
             return
+        self.here = Path.cwd()
         sys.argv[1:] = readable(self.arguments([*flags, *overrides]))
         self.full_error = os.environ.get(FULL_ERROR)
         try:
             os.environ[FULL_ERROR] = "1"  # otherwise Hydra prints errors by itself, in several lines
             self.command()
+        except Refusal as refusal:
+            raise refusal.error from None
         finally:
             set_environment(FULL_ERROR, self.full_error)
 
@@ -196,6 +200,7 @@ def isolated(program: str) -> Iterator[None]:
     root, argv, folder = logging.getLogger(), sys.argv, Path.cwd()
     handlers, level = list(root.handlers), root.level
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    variables = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
     outer, config = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
     GlobalHydra.instance().clear()
     sys.argv = [program]
@@ -204,6 +209,8 @@ def isolated(program: str) -> Iterator[None]:
     finally:
         sys.argv = argv
         os.chdir(folder)
+        for name, value in variables.items():
+            set_environment(name, value)
         GlobalHydra.instance().hydra, HydraConfig.instance().cfg = outer, config
         for handler in [handler for handler in root.handlers if handler not in handlers]:
             root.removeHandler(handler)
@@ -235,9 +242,8 @@ def wrong_choice(error: Exception) -> ConfigError | None:
     return None
 
 
-def remove_traces(folder: Path, name: str) -> None:
-    """Remove what Hydra wrote for a run that was refused before it began to train."""
-    here = Path.cwd()
+def remove_traces(folder: Path, name: str, here: Path) -> None:
+    """Remove what Hydra wrote, below `here`, for a run that was refused before it began to train."""
     if folder == here or (folder / "summary.json").exists() or (folder / "checkpoints").exists():
         return
     root = logging.getLogger()

@@ -18,6 +18,17 @@ class ConfigError(ValueError):
     """A wrong value in the configuration; the text is the one line that the user reads."""
 
 
+class Refusal(BaseException):
+    """Carries an error through code that would swallow it.
+
+    Args:
+        error: The error.
+    """
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+
 # what helps where the operating system refuses
 REMEDIES = {
     errno.ENOSPC: "make room on the disk, then go on with resume=",

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from gpt_lightning.config.build import build
+from gpt_lightning.config.build import build, is_defined_in, targets
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.rundir.directory import newest_run
 
@@ -55,17 +52,9 @@ def corpus_of_run(source: Path) -> Corpus | None:
 
     data = read_checkpoint(source, verify=False)["hyper_parameters"].get("data")
     node = data.get("corpus") if isinstance(data, dict) else None
-    targets = re.findall(r'"_target_": "([^"]*)"', json.dumps(node))  # at any depth
-    if not isinstance(node, dict) or not all(map(_is_class_of_data, targets)):
+    if not isinstance(node, dict) or not all(
+        is_defined_in(name, r"gpt_lightning\.data") for name in targets(node)
+    ):
         return None
     corpus: Corpus = build(OmegaConf.create({"data": {"corpus": node}}), "data.corpus")
     return corpus
-
-
-def _is_class_of_data(target: str) -> bool:
-    """Whether a _target_ is a class that is defined in gpt_lightning.data, rather than imported there."""
-    try:
-        found = hydra.utils.get_object(target) if target.startswith("gpt_lightning.data.") else None
-    except Exception:  # hydra raises errors of several types
-        return False
-    return isinstance(found, type) and f"{found.__module__}.{found.__qualname__}" == target

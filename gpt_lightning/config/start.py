@@ -9,16 +9,17 @@ from __future__ import annotations
 import fnmatch
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from gpt_lightning.config.build import build, with_length
+from gpt_lightning.config.build import build, is_defined_in, targets, with_length
 from gpt_lightning.config.command_line import (
     begins_a_run,
     key_of,
@@ -35,11 +36,15 @@ from gpt_lightning.rundir.provenance import versions
 from gpt_lightning.rundir.summary import read_summary
 from gpt_lightning.training.slurm import slurm_job
 
+if TYPE_CHECKING:
+    from gpt_lightning.data.corpus.base import Corpus
+
 log = logging.getLogger(__name__)
 
 # What may differ when a run is resumed: it changes what is written or shown, never the weights.
 HARMLESS = (
     "resume",
+    "trust",
     "name",
     "paths.*",
     "logger*",
@@ -62,10 +67,15 @@ HARMLESS = (
 )
 VALIDATION = ("trainer.val_every_steps", "trainer.val_batches")  # determine when early stopping ends a run
 RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")  # of SLURM's jobs, and of torchrun's
-RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # not 0 in all processes of a run but one
 OLDER_VALUES: dict[tuple[str, Any], Any] = {  # of earlier releases, with what they stood for
     ("device.micro_batch_size", "auto"): 32,
 }
+OWN_KEYS = ("resume", "repeat", "trust")  # of a start, not of the run
+# Packages whose classes a run directory of somebody else may name: they run no code that comes with it.
+SAFE = (
+    r"gpt_lightning\.(model|training|data\.(corpus|tales|tokenizer))|torch\.optim|"
+    r"lightning\.pytorch\.(callbacks|loggers|strategies|plugins|profilers)"
+)
 OTHER_RANK = "hydra.output_subdir=null"  # in the command line of a process that the first rank started
 
 
@@ -79,76 +89,112 @@ def start_arguments(arguments: list[str]) -> list[str]:
         arguments: As in sys.argv[1:].
 
     Raises:
-        ConfigError: If there is no such run, or if a new one would overwrite what is there.
+        ConfigError: If there is no such run.
     """
     found, flags, given = split_arguments(arguments)
     given = readable(given) if not found.multirun else readable([*flags, *given])[len(flags) :]
     arguments = [*flags, *given]
-    resume, repeat = value_of(given, "resume"), value_of(given, "repeat")
-    directory = value_of(given, "hydra.run.dir")
     if OTHER_RANK in given:
         return arguments
+    directory = value_of(given, "hydra.run.dir")
     restarted = any(os.environ.get(count, "0") != "0" for count in RESTARTS)
-    if resume is None and restarted and begins_a_run(arguments):
-        resume = directory or _begun_by_this_job(arguments)
-        resume = resume if resume and (Path(resume) / HYDRA / "overrides.yaml").is_file() else None
-    if repeat not in (None, "null", ""):
-        _refuse_to_overwrite(arguments, directory)
-        return _repeat_arguments(flags, given, Path(str(repeat)).expanduser().resolve())
-    if resume in (None, "null", ""):
-        _refuse_to_overwrite(arguments, directory)
+    if value_of(given, "resume") is None and restarted and begins_a_run(arguments):
+        begun = directory is not None and (Path(directory) / HYDRA / "overrides.yaml").is_file()
+        if own := directory if begun else _begun_by_this_job(arguments):
+            given = [*given, *verbatim("resume")([f"resume={own}"]), "trust=true"]  # it is this command's run
+    resume, repeat = run_of(given, "resume"), run_of(given, "repeat")
+    if repeat is not None:
+        return _repeat_arguments(flags, given, repeat)
+    if resume is None:
         return arguments
     if found.multirun:
         raise ConfigError("resume= continues one run; it cannot be combined with -m")
-    folder = _latest(given) if resume == "latest" else Path(str(resume)).expanduser().resolve()
-    if directory and Path(directory).resolve() != folder:
-        raise ConfigError(f"resume={resume} goes on in {folder}; leave out hydra.run.dir={directory}")
-    recorded = recorded_overrides(folder)
-    given = [
-        text for text in given if key_of(text) not in ("resume", "hydra.run.dir") and text not in recorded
-    ]
+    if directory and Path(directory).resolve() != resume:
+        raise ConfigError(f"resume= goes on in {resume}; leave out hydra.run.dir={directory}")
+    given = [t for t in given if key_of(t) != "hydra.run.dir" and t not in recorded_overrides(resume)]
     if (other := value_of(given, "init_from")) is not None:
         raise ConfigError(
             f"resume={resume} and init_from={other} exclude each other; resume continues a run exactly, "
             "init_from begins a new one from weights"
         )
-    quoted = verbatim("resume", "hydra.run.dir")([f"resume={folder}", f"hydra.run.dir={folder}"])
-    return [*_with_recorded(flags, given, folder), *quoted, OTHER_RANK]
+    place = verbatim("hydra.run.dir")([f"hydra.run.dir={resume}"])
+    return [*_with_recorded(flags, given, "resume", resume), *place, OTHER_RANK]
+
+
+def plan_arguments(arguments: list[str]) -> list[str]:
+    """The command line for Hydra of a plan: with the overrides of the run to resume or to repeat.
+
+    Raises:
+        ConfigError: If there is no such run.
+    """
+    _, flags, given = split_arguments(arguments)
+    given = readable(given)
+    for key in ("resume", "repeat"):
+        if (folder := run_of(given, key)) is not None:
+            given = [text for text in given if text not in recorded_overrides(folder)]
+            return _with_recorded(["--config-name=plan", *flags], given, key, folder)
+    return [*flags, *given]
+
+
+def run_of(given: list[str], key: str) -> Path | None:
+    """The run that resume= or repeat= names; None if there is none.
+
+    Raises:
+        ConfigError: If it is empty, or there is no latest run.
+    """
+    value = value_of(given, key)
+    if value is None or value == "null":
+        return None
+    if not value.strip():
+        raise ConfigError(f"{key}= is empty, as an unset variable is; give a run directory, or {key}=null")
+    if value == "latest":
+        try:
+            return newest_run(
+                value_of(given, "paths.outputs") or "outputs", prefer_unfinished=key == "resume"
+            )
+        except FileNotFoundError as error:
+            raise ConfigError(f"{key}=latest: {error}; give {key}=RUN_DIR") from None
+    return Path(value).expanduser().resolve()
 
 
 def _repeat_arguments(flags: list[str], given: list[str], folder: Path) -> list[str]:
     """A new run below the current directory; relative paths mean what they meant to the first one."""
     here = Path.cwd()
-    outputs = read_recorded(folder, "config.yaml").paths.outputs
-    given = [text for text in given if key_of(text) != "repeat"]
-    places = {"paths.outputs": value_of(given, "paths.outputs") or outputs}
+    places = {
+        "paths.outputs": value_of(given, "paths.outputs")
+        or read_recorded(folder, "config.yaml").paths.outputs
+    }
     if directory := value_of(given, "hydra.run.dir"):
         places["hydra.run.dir"] = directory
     given = [text for text in given if key_of(text) not in places]
     values = [f"{key}={value if '${' in value else here / value}" for key, value in places.items()]
     quoted = [text if "${" in text else verbatim(key_of(text))([text])[0] for text in values]
-    arguments = _with_recorded(flags, given, folder)
-    return [*arguments, *quoted, *verbatim("repeat")([f"repeat={folder}"])]
+    return [*_with_recorded(flags, given, "repeat", folder), *quoted]
 
 
-def _with_recorded(flags: list[str], given: list[str], folder: Path) -> list[str]:
-    """The command line of a run that is there, with what is given now; works where that run was started."""
-    hydra, recorded = read_recorded(folder, "hydra.yaml").hydra, recorded_overrides(folder)
-    dirs = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+def _with_recorded(flags: list[str], given: list[str], key: str, folder: Path) -> list[str]:
+    """The command line of a run that is there, with what is given now; works where that run was started.
+
+    Files that the run directory names, and not the user, are read if the user trusts it: they can run code.
+    """
+    hydra, trust = read_recorded(folder, "hydra.yaml").hydra, str(value_of(given, "trust")).lower() == "true"
     now = {key_of(text) for text in given}
-    recorded = [text for text in recorded if key_of(text) not in now and key_of(text) != "repeat"]
+    recorded = [text for text in recorded_overrides(folder) if key_of(text) not in now]
     found, _, _ = split_arguments(flags)
-    if found.config_dir is None:
+    dirs = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    if trust and found.config_dir is None:
         flags = [*flags, *(f"--config-dir={path}" for path in dirs if Path(path).is_dir())]
-    if found.config_name is None:
+    if found.config_name is None and (trust or (CONF / f"{hydra.job.config_name}.yaml").is_file()):
         flags = [*flags, f"--config-name={hydra.job.config_name}"]
     settings: Any = OmegaConf.to_container(hydra.overrides.hydra, resolve=False)
     search = [text for text in settings if key_of(text) == "hydra.searchpath" and key_of(text) not in now]
+    search = search if trust else []
     if not search:  # otherwise a choice may be anywhere
-        places = [CONF, *map(Path, dirs)]
+        places = [CONF, *map(Path, dirs if trust else [found.config_dir] if found.config_dir else [])]
         recorded = [text for text in recorded if _choice_exists(text, places)]
     go_to(hydra.runtime.cwd)
-    return [*flags, *search, *recorded, *given]
+    given = [text for text in given if key_of(text) != key]
+    return [*flags, *search, *recorded, *given, *verbatim(key)([f"{key}={folder}"])]
 
 
 def _choice_exists(override: str, places: list[Path]) -> bool:
@@ -158,28 +204,19 @@ def _choice_exists(override: str, places: list[Path]) -> bool:
     return not is_group or choice == "null" or any((p / group / f"{choice}.yaml").is_file() for p in places)
 
 
-def _refuse_to_overwrite(arguments: list[str], directory: str | None) -> None:
-    """Refuse a run directory that holds a run, here, because Hydra writes into it before our code runs.
-
-    A directory whose run ended before it trained has nothing to lose. Of many ranks only the first one
-    judges: for the others, it may have begun already.
-    """
-    first = all(os.environ.get(rank, "0") == "0" for rank in RANKS)
-    if directory is None or not begins_a_run(arguments) or not first:
-        return
-    folder = Path(directory)
-    trained = (folder / "summary.json").exists() or (folder / "checkpoints").exists()
-    if trained and (folder / HYDRA / "overrides.yaml").is_file():
-        raise ConfigError(
-            f"hydra.run.dir={directory} holds a run; go on with resume={directory} or name another directory"
-        )
-
-
 def go_to(folder: str) -> None:
-    """Work where the run was started, if that is still there, so that relative paths mean the same."""
-    if Path(folder).is_dir():
-        os.chdir(folder)
-        sys.path.insert(0, folder)  # as `python -m` does there, for the user's own classes
+    """Work where the run was started, if that is still there, so that relative paths mean the same.
+
+    Modules are imported from where this command was started, also by further ranks: those in a run directory
+    of somebody else are not the user's.
+    """
+    here = str(Path.cwd())
+    if not Path(folder).is_dir() or Path(folder).samefile(here):
+        return
+    sys.path[:] = [entry or here for entry in sys.path]
+    os.environ["PYTHONSAFEPATH"] = "1"  # else `python -m` would look in the new directory
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), here]))
+    os.chdir(folder)
 
 
 def read_recorded(folder: Path, name: str) -> Any:
@@ -197,16 +234,10 @@ def read_recorded(folder: Path, name: str) -> Any:
 
 
 def recorded_overrides(folder: Path) -> list[str]:
-    """The overrides of a run as they were given, with their interpolations."""
+    """The overrides of a run as they were given, with their interpolations; none of them is Hydra's own."""
     texts: Any = OmegaConf.to_container(read_recorded(folder, "overrides.yaml"), resolve=False)
-    return [str(text) for text in texts]
-
-
-def _latest(given: list[str]) -> Path:
-    try:
-        return newest_run(value_of(given, "paths.outputs") or "outputs", prefer_unfinished=True)
-    except FileNotFoundError as error:
-        raise ConfigError(f"resume=latest: {error}; give resume=RUN_DIR") from None
+    texts = [str(text) for text in texts]
+    return [t for t in texts if key_of(t) not in OWN_KEYS and not re.match(r"hydra\b", key_of(t))]
 
 
 def _begun_by_this_job(arguments: list[str]) -> str | None:
@@ -238,7 +269,8 @@ def with_recorded_values(cfg: DictConfig) -> DictConfig:
     """The configuration of the run to resume or repeat, with what is given now on top.
 
     Raises:
-        ConfigError: If a resumed run would not be the same run; lists the keys with both values.
+        ConfigError: If a resumed run would not be the same run; lists the keys with both values. If the run
+            names classes that may run code of its author, unless trust=true was given.
     """
     source = cfg.resume or cfg.repeat
     if source is None:
@@ -246,7 +278,7 @@ def with_recorded_values(cfg: DictConfig) -> DictConfig:
     folder = Path(source)
     recorded = set(recorded_overrides(folder))
     given = [text for text in HydraConfig.get().overrides.task if text not in recorded]
-    keys = [key_of(text) for text in given if key_of(text) not in ("resume", "repeat")]
+    keys = [key_of(text) for text in given if key_of(text) not in OWN_KEYS]
     before, now = _flat(read_recorded(folder, "config.yaml")), _flat(cfg)
     if cfg.resume:
         _check_unchanged(cfg, keys, before, now)
@@ -257,14 +289,27 @@ def with_recorded_values(cfg: DictConfig) -> DictConfig:
     for key, value in before.items():
         value = OLDER_VALUES.get((key, value), value) if isinstance(value, str) else value
         own_class = key.endswith("_target_") and key in now and str(value).startswith("gpt_lightning.")
-        if not own_class and key not in ("resume", "repeat") and not _covered(key, [*keys, "paths.run"]):
+        if not own_class and key not in OWN_KEYS and not _covered(key, [*keys, "paths.run"]):
             OmegaConf.update(cfg, key, value, force_add=True)
     if cfg.repeat:
         OmegaConf.update(cfg, "paths.outputs", now["paths.outputs"])
         job = HydraConfig.get()
         if job.output_subdir is not None:  # what Hydra wrote lacks the recorded values
             write_yaml(Path(job.runtime.output_dir) / HYDRA / "config.yaml", cfg)
+    if (foreign := foreign_classes(cfg)) and cfg.trust is not True:
+        raise ConfigError(
+            f"the run names classes that are not of gpt_lightning, and building them runs their code: "
+            f"{', '.join(foreign)}; name their --config-dir, or add trust=true if you trust the run"
+        )
     return cfg
+
+
+def foreign_classes(cfg: DictConfig) -> list[str]:
+    """Classes that may run code of a run's author; those that the user's --config-dir names are left out."""
+    sources = HydraConfig.get().runtime.config_sources
+    given = [Path(source.path) for source in sources if source.provider == "command-line"]
+    known = "".join(file.read_text("utf-8", "ignore") for folder in given for file in folder.rglob("*.yaml"))
+    return sorted(t for t in targets(cfg) if not is_defined_in(t, SAFE) and t not in known)
 
 
 def write_yaml(path: Path, content: Any) -> None:
@@ -343,6 +388,20 @@ def record_extension(cfg: DictConfig) -> None:
     texts.append(f"trainer.max_steps={cfg.trainer.max_steps}")
     write_yaml(folder / HYDRA / "config.yaml", config)
     write_yaml(folder / HYDRA / "overrides.yaml", OmegaConf.create(texts))
+
+
+def check_corpus(corpus: Corpus, folder: Path, recorded: str | None) -> None:
+    """Refuse to go on with another text than the run began with.
+
+    Raises:
+        ConfigError: If the digest of the corpus is not the recorded one; None if nothing was recorded.
+    """
+    if recorded is not None and (now := corpus.digest()) != recorded:
+        raise ConfigError(
+            f"the corpus is not the one that the run in {folder} is trained on (its digest was "
+            f"{recorded[:16]} and is {now[:16]}); bring that text back, or train on this one in a new run "
+            f"with init_from={folder}"
+        )
 
 
 def _flat(cfg: Any) -> dict[str, Any]:

@@ -38,6 +38,8 @@ class Checkpoint(TypedDict, total=False):
     state_dict: dict[str, Tensor]  # the network's names after "net."
     hyper_parameters: dict[str, Any]  # the run's resolved configuration in plain containers
     tokenizer: dict[str, Any]  # as `data.tokenizer.to_state` returns it
+    corpus_digest: str  # of the text that it was trained on
+    tokenizer_digest: str
     progress: Progress
     random_states: list[dict[str, Any]]  # of each rank
     pending: dict[str, bool]  # "stop": the run ended early; "validation": one was interrupted
@@ -137,13 +139,15 @@ def read_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
 
 
 def newest_valid_checkpoint(folder: Path) -> Path | None:
-    """The newest undamaged checkpoint among last.ckpt, last-1.ckpt, …; None if no file is there.
+    """The newest undamaged checkpoint that a run can go on from; None if no checkpoint was written yet.
+
+    These are last.ckpt, last-1.ckpt, … and the snapshots, step-<n>.ckpt.
 
     Raises:
-        ValueError: If all are damaged, or one is of a newer format.
+        ValueError: If there are checkpoints and none of them will do, or one is of a newer format.
     """
-    older = (path for path in folder.glob("last-*.ckpt") if path.stem[5:].isdecimal())
-    names = [folder / "last.ckpt", *sorted(older, key=lambda path: int(path.stem[5:]))]
+    numbered = {kind: _by_number(folder, kind) for kind in ("last", "step")}
+    names = [folder / "last.ckpt", *numbered["last"], *reversed(numbered["step"])]
     damaged: list[str] = []
     for path in filter(Path.exists, names):
         problem = _damage(path)
@@ -152,12 +156,22 @@ def newest_valid_checkpoint(folder: Path) -> Path | None:
                 log.warning("damaged: %s; going on from %s", "; ".join(damaged), path)
             return path
         damaged.append(f"{path} ({problem})")
-    if damaged:
-        raise ValueError(
-            f"every checkpoint of the run is damaged: {'; '.join(damaged)}; begin a new run, or one from "
-            "the weights of another checkpoint with init_from="
+    others = sorted(str(path) for path in folder.glob("*.ckpt") if path not in names)
+    if damaged or others:
+        reason = (
+            f"every checkpoint to go on from is damaged: {'; '.join(damaged)}"
+            if damaged
+            else ("the run has no last.ckpt to go on from, and it does not begin again over what it has")
         )
+        source = others[0] if others else "the weights of another checkpoint"
+        raise ValueError(f"{reason}; begin a new run, with init_from={source}, in another directory")
     return None
+
+
+def _by_number(folder: Path, kind: str) -> list[Path]:
+    """Checkpoints such as last-2.ckpt, ordered by their number."""
+    found = (path for path in folder.glob(f"{kind}-*.ckpt") if path.stem[5:].isdecimal())
+    return sorted(found, key=lambda path: int(path.stem[5:]))
 
 
 def _damage(path: Path) -> str | None:

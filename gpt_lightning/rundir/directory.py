@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 from gpt_lightning.data.files import read_json
 
@@ -14,6 +16,12 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 HYDRA = ".hydra"  # subfolder with the configuration of a run
+_locks: dict[Path, IO[Any]] = {}  # held by this process, by run directory
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has trained in a directory; one that ended before has nothing to lose."""
+    return (folder / "summary.json").exists() or any(folder.glob("checkpoints/*.ckpt"))
 
 
 def runs_below(root: str | Path) -> list[Path]:
@@ -27,7 +35,8 @@ def newest_run(root: str | Path, *, prefer_unfinished: bool = False, with_checkp
 
     Args:
         root: The folder.
-        prefer_unfinished: Whether any unfinished run comes before all finished ones.
+        prefer_unfinished: Whether any run that can go on comes before those that finished, and those that
+            failed before their first checkpoint.
         with_checkpoint: Whether to skip runs that have no checkpoint.
 
     Raises:
@@ -35,8 +44,9 @@ def newest_run(root: str | Path, *, prefer_unfinished: bool = False, with_checkp
     """
 
     def rank(run: Path) -> tuple[bool, float]:
-        finished = read_json(run / "summary.json").get("status") == "finished"
-        return prefer_unfinished and not finished, (run / "summary.json").stat().st_mtime
+        status = read_json(run / "summary.json").get("status")
+        unfinished = status != "finished" and (status != "failed" or any(run.glob("checkpoints/*.ckpt")))
+        return prefer_unfinished and unfinished, (run / "summary.json").stat().st_mtime
 
     runs = [run for run in runs_below(root) if not with_checkpoint or any(run.glob("checkpoints/*.ckpt"))]
     if not runs:
@@ -45,22 +55,45 @@ def newest_run(root: str | Path, *, prefer_unfinished: bool = False, with_checkp
     return max(runs, key=rank)
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run directory.
+def take_lock(folder: Path) -> None:
+    """Take the lock of a run directory for this process, unless it has it already.
 
     Raises:
         ValueError: If another process holds it.
     """
-    path = folder / HYDRA / "hydra.yaml"
-    if fcntl is None or not path.is_file():
-        yield
+    if fcntl is None or folder in _locks:
         return
-    with path.open("r+") as file:  # a record lock: workers do not inherit it, and it ends with the process
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process trains the run in {folder}; wait for it or end it") from None
-        except OSError:
-            pass  # a file system without locks
+    path = folder / HYDRA / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a")  # a record lock: workers do not inherit it, and it ends with the process
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"another process trains the run in {folder}; wait for it or end it") from None
+    except OSError:
+        pass  # a file system without locks
+    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        file.close()  # its last holder has removed the file meanwhile
+        return take_lock(folder)
+    _locks[folder] = file
+
+
+def release_lock(folder: Path) -> None:
+    """Release the lock if this process holds it."""
+    if (file := _locks.pop(folder, None)) is not None:
+        file.close()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run directory, and release it also if it was taken before.
+
+    Raises:
+        ValueError: If another process holds it.
+    """
+    take_lock(folder)
+    try:
         yield
+    finally:
+        release_lock(folder)

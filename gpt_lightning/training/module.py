@@ -34,6 +34,7 @@ class LanguageModel(pl.LightningModule):
         schedule: Factor of the learning rate for each optimizer step.
         tokenizer: Saved in every checkpoint, measures bits per byte.
         config: The run's resolved configuration in plain containers, saved in every checkpoint.
+        corpus_digest: Of the text, saved in every checkpoint.
         clip_norm: Largest gradient norm of a step; None does not clip.
 
     Attributes:
@@ -55,13 +56,14 @@ class LanguageModel(pl.LightningModule):
         schedule: Schedule,
         tokenizer: tiktoken.Encoding,
         config: Mapping[str, Any],
+        corpus_digest: str | None = None,
         clip_norm: float | None = 1.0,
     ):
         super().__init__()
         if clip_norm is not None and clip_norm <= 0:
             raise ValueError(f"trainer.clip_norm={clip_norm} must be positive, or null for no clipping")
         self.net, self.optimizer, self.schedule, self.clip_norm = net, optimizer, schedule, clip_norm
-        self.tokenizer = tokenizer
+        self.tokenizer, self.corpus_digest = tokenizer, corpus_digest
         self.save_hyperparameters(dict(config))
         self.register_buffer(
             "token_bytes", torch.from_numpy(np.asarray(tokenizers.token_bytes(tokenizer))), persistent=False
@@ -150,6 +152,8 @@ class LanguageModel(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokenizer"] = tokenizers.to_state(self.tokenizer)
+        checkpoint["tokenizer_digest"] = tokenizers.digest(self.tokenizer)
+        checkpoint["corpus_digest"] = self.corpus_digest
         checkpoint["progress"] = Progress(
             step=self.global_step,
             train_loss=self.mean_train_loss(),

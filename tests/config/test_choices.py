@@ -176,7 +176,7 @@ def test_run_with_a_users_configuration_is_resumed_with_it_and_without_it(
     starts = [
         [*module, "--config-dir", "mine", "resume=run"],
         [*module, "resume=run", "--config-dir", "mine"],
-        [*module, "resume=run"],
+        [*module, "resume=run", "trust=true"],
     ]
     summary = tmp_path / "run" / "summary.json"
     for start in starts:
@@ -186,6 +186,9 @@ def test_run_with_a_users_configuration_is_resumed_with_it_and_without_it(
         assert json.loads(summary.read_text())["status"] == "finished"
     shutil.rmtree(tmp_path / "mine")
     summary.write_text(json.dumps(json.loads(summary.read_text()) | {"status": "interrupted"}))
+    result = run(*starts[-1][:-1])
+    assert result.stderr.count("\n") == 1
+    assert "runs their code: plugin.Bigram" in result.stderr
     result = run(*starts[-1])
     assert result.returncode == 0, result.stderr
 

@@ -21,7 +21,9 @@ from support.zygote import Process, Zygote
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt_lightning.config.start import start_arguments
+from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.data.files import write_json
+from gpt_lightning.data.tokenizer import BPE
 from gpt_lightning.rundir.checkpoint import read_checkpoint
 from gpt_lightning.rundir.metrics import Row, read_metrics
 
@@ -328,12 +330,67 @@ def test_run_killed_before_its_first_checkpoint_begins_again(
     start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    process = start(slow={TRAINING_STEP: 0.02})
-    process.end_when(reached(run, 3))
+    process = start(slow={TRAINING_STEP: 60})
+    process.end_when((run / "summary.json").exists)
     assert not (run / "checkpoints" / "last.ckpt").exists()
     assert status(run) == "interrupted"
     assert "it begins again" in resume(zygote, run)
     assert_same(run, uninterrupted)
+
+
+def test_run_goes_on_with_its_own_text_and_tokenizer_only(
+    zygote: Zygote, small_text: Path, tmp_path: Path
+) -> None:
+    text, run, cache = tmp_path / "my.txt", tmp_path / "run", tmp_path / "cache"
+    whole = small_text.read_text()
+    text.write_text(whole)
+    options = [*RUN, f"data.path={text}", f"hydra.run.dir={run}", f"paths.cache={cache}"]
+    options += ["tokenizer=bpe", "tokenizer.vocab_size=300"]
+    process = zygote.start("train", *options, slow={TRAINING_STEP: 0.02})
+    process.end_when(reached(run, 9), signal.SIGTERM)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.suffix in (".json", ".csv", ".ckpt")}
+    text.write_text(whole.replace("cat", "cow"))
+    code, out = zygote.run("train", f"resume={run}")
+    assert code == 1
+    assert "error: the corpus is not the one that the run in" in out.splitlines()[-1]
+    assert f"init_from={run}" in out
+    assert {path: path.read_bytes() for path in before} == before
+    text.write_text(whole)
+    own = read_checkpoint(run / "checkpoints" / "last.ckpt")
+    (learned,) = (cache / "tokenizers").glob("*.json")
+    other = tokenizers.to_state(BPE(280).build(lambda split: iter([whole[:5000]])))
+    learned.write_text(json.dumps(other))  # as damage, or another release, may leave it
+    resume(zygote, run)
+    new = read_checkpoint(run / "checkpoints" / "last.ckpt")
+    assert new["progress"]["step"] == STEPS
+    assert equal(new["tokenizer"], own["tokenizer"])
+    summary = json.loads((run / "summary.json").read_text())
+    for key in ("corpus_digest", "tokenizer_digest"):
+        assert own[key] == new[key] == summary[key]
+
+
+def test_run_without_its_last_checkpoint_goes_on_from_a_snapshot_or_is_refused(
+    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start("trainer.snapshot_every_steps=30")
+    process.end_when(reached(run, 46))
+    for path in run.glob("checkpoints/last*.ckpt"):
+        path.unlink()
+    shutil.copytree(run, tmp_path / "without")
+    assert "resuming from" in (out := resume(zygote, run))
+    assert "step-30.ckpt at step 30" in out
+    assert_same(run, uninterrupted)
+    (tmp_path / "without" / "checkpoints" / "step-30.ckpt").unlink()
+    before = {path: path.read_bytes() for path in (tmp_path / "without").rglob("*") if path.is_file()}
+    code, out = zygote.run("train", f"resume={tmp_path / 'without'}")
+    assert code == 1
+    assert "has no last.ckpt to go on from" in out
+    assert f"init_from={tmp_path / 'without' / 'checkpoints' / 'best.ckpt'}" in out
+    log_file = tmp_path / "without" / "train.log"
+    assert {path: path.read_bytes() for path in before if path != log_file} == {
+        path: content for path, content in before.items() if path != log_file
+    }
 
 
 def test_time_limit_ends_a_run_that_goes_on(
@@ -456,6 +513,9 @@ def test_latest_prefers_a_run_that_is_not_finished(tmp_path: Path) -> None:
         arguments = start_arguments(["resume=latest", f"paths.outputs={tmp_path}"])
         return next(argument for argument in arguments if argument.startswith("resume="))
 
+    assert latest() == f"resume='{tmp_path}/a'"  # b failed at its start: it has no checkpoint
+    (tmp_path / "b" / "checkpoints").mkdir()
+    (tmp_path / "b" / "checkpoints" / "last.ckpt").touch()
     assert latest() == f"resume='{tmp_path}/b'"
     write_json(tmp_path / "b" / "summary.json", {"status": "finished"})
     assert latest() == f"resume='{tmp_path}/a'"
@@ -510,41 +570,6 @@ def test_what_would_change_a_run_is_refused_and_the_rest_allowed(
     assert equal(a["state_dict"], b["state_dict"])
     out = resume(zygote, run)
     assert out == f"the run in {run} is finished; there is nothing to resume\n"
-
-
-def test_second_run_in_a_directory_is_refused_and_touches_nothing(
-    call: Callable[..., Any],
-    tiny: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    run = tmp_path / "run"
-
-    def refused(*arguments: str) -> str:
-        with pytest.raises(SystemExit) as stop:
-            call("train", *arguments)
-        assert stop.value.code == 1
-        return capsys.readouterr().err
-
-    assert "optimizer.lr=-1" in refused(*tiny, "optimizer.lr=-1")  # which trains nothing, so the next may
-    call("train", *tiny, "logger=none", "callbacks.samples=null")
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    monkeypatch.chdir(tmp_path)
-    for arguments in ([*tiny, "seed=2"], [*tiny, "hydra.run.dir=run"]):
-        named = arguments[-1] if arguments[-1] == "hydra.run.dir=run" else f"hydra.run.dir={run}"
-        assert refused(*arguments) == (
-            f"error: {named} holds a run; go on with resume={named.partition('=')[2]} "
-            "or name another directory\n"
-        )
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    for flags in (["--cfg", "job"], ["-c=job"], ["--help"], ["--info", "config"], ["-m"]):
-        assert start_arguments([*tiny, *flags]) == [*flags, *tiny]
-    for rank in ("LOCAL_RANK", "SLURM_PROCID"):  # the first rank may have made it
-        monkeypatch.setenv(rank, "1")
-        assert start_arguments(tiny) == tiny
-        monkeypatch.setenv(rank, "0")
-        assert "holds a run" in refused(*tiny)
 
 
 def test_validations_at_other_steps_do_not_change_the_weights(

@@ -67,9 +67,10 @@ def validation_is_due(trainer: pl.Trainer) -> bool:
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves last.ckpt at regular steps, at the end and on an interruption, and keeps earlier ones.
+    """Saves last.ckpt after the first step, at regular steps, at the end and on an interruption.
 
-    A checkpoint is written between two optimizer steps. Where a validation is due, it is written after the
+    The first one shows early that there is room, and makes that best.ckpt never is the only one. A checkpoint
+    is written between two optimizer steps. Where a validation is due, it is written after the
     validation, so that it has the results and a resumed run does not repeat it.
 
     Args:
@@ -147,7 +148,7 @@ class LastCheckpoint(Checkpoint):
     def _after_step(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step
         ends = trainer.should_stop or step >= trainer.max_steps
-        if ends or step % self.interval == 0:
+        if ends or step == 1 or step % self.interval == 0:
             self.save_last(trainer)
         if self.snapshot_every_steps and step % self.snapshot_every_steps == 0:
             trainer.save_checkpoint(self.folder / f"step-{step}.ckpt")

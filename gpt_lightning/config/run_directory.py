@@ -1,0 +1,74 @@
+"""Takes a run directory before Hydra writes into it, as one of Hydra's callbacks (conf/train.yaml)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from gpt_lightning.config.errors import ConfigError, Refusal
+from gpt_lightning.rundir.directory import holds_run, release_lock, take_lock
+
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # not 0 in all processes of a run but one
+
+
+class RunDirectory(Callback):
+    """Locks the run directory, and refuses one that is in use or holds a run.
+
+    Judged here are the directories that the whole configuration results in, not the command line alone.
+    """
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        if not is_first_rank():
+            return  # the first rank judges; it may have begun already
+        with refusing():
+            paths: Any = OmegaConf.to_container(config.paths, resolve=False)
+            if paths["run"] != "${hydra:runtime.output_dir}":
+                raise ConfigError(f"paths.run={paths['run']} would separate a run; set hydra.run.dir instead")
+            folder = Path(str(config.hydra.run.dir)).resolve()
+            if config.resume is None:
+                refuse_to_overwrite(folder)
+            take_lock(folder)
+
+    def on_run_end(self, config: DictConfig, **_: Any) -> None:
+        release_lock(Path(str(config.hydra.run.dir)).resolve())
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        with refusing():
+            sweep: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+            folder, subdir = Path(str(config.hydra.sweep.dir)), str(sweep["subdir"])
+            if (folder / "multirun.yaml").exists():
+                raise ConfigError(f"hydra.sweep.dir={folder} holds a sweep; name another directory")
+            if "${" not in subdir:
+                raise ConfigError(
+                    f"hydra.sweep.subdir={subdir} would be the directory of all jobs; use ${{hydra.job.num}}"
+                )
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the first of those that train a run, as the environment has it."""
+    return all(os.environ.get(rank, "0") == "0" for rank in RANKS)
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Errors in the block end the command, though Hydra turns those of callbacks into warnings."""
+    try:
+        yield
+    except Exception as error:
+        raise Refusal(error) from error
+
+
+def refuse_to_overwrite(folder: Path) -> None:
+    """Refuse a directory for a new run if it holds one.
+
+    Raises:
+        ConfigError: With what can be done instead.
+    """
+    if holds_run(folder):
+        raise ConfigError(f"{folder} holds a run; go on with resume={folder} or name another directory")
