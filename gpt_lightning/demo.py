@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import socket
 
 from omegaconf import DictConfig
@@ -11,36 +12,56 @@ import gpt_lightning
 from gpt_lightning.config.command import command
 from gpt_lightning.config.command_line import verbatim
 from gpt_lightning.config.errors import ConfigError
+from gpt_lightning.config.rules import Rule, check, number, optional_text, text, texts
 from gpt_lightning.config.source import checkpoint_source
 
+RULES: dict[str, Rule] = {
+    "host": text,
+    "port": number(int, least=0, most=65535),
+    "allowed_hosts": texts,
+    "api_key": optional_text,
+    "max_prompt_chars": number(int, least=1),
+    "max_new_tokens": number(int, least=1),
+    "queue": number(int, least=0),
+}
 
-def listen(host: str, port: int) -> socket.socket:
+
+def listen(cfg: DictConfig) -> socket.socket:
     """A listening socket.
 
     Raises:
-        ConfigError: If the address is not this machine's, or is in use.
+        ConfigError: If the address is not this machine's or in use, or open to other machines without a key.
     """
-    if not isinstance(port, int) or not 0 <= port < 2**16:
-        raise ConfigError(f"port={port!r} must be a whole number from 0 to 65535, where 0 is any free one")
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
+        family = socket.getaddrinfo(cfg.host, cfg.port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((cfg.host, cfg.port), family=family)
     except OSError as error:
         reason = str(error.strerror).split(" (")[0]  # Python adds the address in brackets
-        raise ConfigError(f"host={host} port={port}: {reason}; choose another port or host") from error
+        where = f"host={cfg.host} port={cfg.port}"
+        raise ConfigError(f"{where}: {reason}; choose another port or host") from error
+    address = listener.getsockname()[0].partition("%")[0]  # of IPv6, without the interface
+    if cfg.api_key is None and not ipaddress.ip_address(address).is_loopback:
+        listener.close()
+        raise ConfigError(
+            f"host={cfg.host} lets other machines in; set a key that they must give: the environment "
+            "variable GPT_LIGHTNING_API_KEY, or api_key="
+        )
+    return listener
 
 
-@command("demo", arguments=verbatim("checkpoint"))
+@command("demo", arguments=verbatim("checkpoint", "api_key"))
 def main(cfg: DictConfig) -> None:
     source = checkpoint_source(cfg)
-    with contextlib.suppress(KeyboardInterrupt), listen(str(cfg.host), cfg.port) as listener:
+    check(cfg, RULES)
+    with contextlib.suppress(KeyboardInterrupt), listen(cfg) as listener:
         from gpt_lightning.rundir.checkpoint import find_curves
         from gpt_lightning.serving.server import Site, run
 
         model = gpt_lightning.load(source, cfg.device.accelerator, cfg.dtype)
         limits = {key: cfg[key] for key in ("max_prompt_chars", "max_new_tokens", "queue")}
-        site = Site(model, curves=find_curves(source), **limits)
-        host = f"[{cfg.host}]" if ":" in str(cfg.host) else cfg.host
+        hosts = [cfg.host, *cfg.allowed_hosts]
+        site = Site(model, curves=find_curves(source), hosts=hosts, api_key=cfg.api_key, **limits)
+        host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
         address = f"http://{host}:{listener.getsockname()[1]}"
         print(f"page: {address}\ncompletions: {address}/v1\nCtrl-C stops the server", flush=True)
         run(site, listener)

@@ -26,10 +26,17 @@ Rule = Callable[[str, Any], str | None]  # a key and its value -> what is wrong,
 # -- keys ---------------------------------------------------------------------------------------------
 
 
-def _number(
-    kind: type, *, least: float | None = None, above: float | None = None, optional: bool = False
+def number(
+    kind: type,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    optional: bool = False,
 ) -> Rule:
+    """A whole number (int) or any (float) within bounds."""
     bound = f" of at least {least}" if least is not None else f" above {above}" if above is not None else ""
+    bound = f" from {least} to {most}" if most is not None else bound
     expected = ("a whole number" if kind is int else "a number") + bound + " or null" * optional
 
     def rule(key: str, value: Any) -> str | None:
@@ -39,12 +46,13 @@ def _number(
         if good and not math.isfinite(value):
             return f"{key}={value!r} must be finite: {expected}"
         good = good and (least is None or value >= least) and (above is None or value > above)
-        return None if good else f"{key}={value!r} must be {expected}"
+        return None if good and (most is None or value <= most) else f"{key}={value!r} must be {expected}"
 
     return rule
 
 
-def _one_of(*choices: Any) -> Rule:
+def one_of(*choices: Any) -> Rule:
+    """One of some values."""
     words = [str(choice).lower() if isinstance(choice, bool) else choice for choice in choices]
 
     def rule(key: str, value: Any) -> str | None:
@@ -54,9 +62,29 @@ def _one_of(*choices: Any) -> Rule:
     return rule
 
 
-def _text(key: str, value: Any) -> str | None:
+def text(key: str, value: Any) -> str | None:
+    """Text of at least one character."""
     good = isinstance(value, str) and value
     return None if good else f"{key}={value!r} must be text; quote a number, as in {key}=\"'3'\""
+
+
+def optional_text(key: str, value: Any) -> str | None:
+    """Text, or null."""
+    return None if value is None else text(key, value)
+
+
+def texts(key: str, value: Any) -> str | None:
+    """A list of texts."""
+    good = OmegaConf.is_list(value) and all(isinstance(one, str) for one in value)
+    return None if good else f"{key}={value!r} must be a list of texts, such as ['Once','a b']"
+
+
+def readable_file(key: str, value: Any) -> str | None:
+    """The path of a file that can be read, or null."""
+    path = Path(str(value)).expanduser()
+    if value is None or path.is_file():
+        return None
+    return f"{key}={value} is no regular file" if path.exists() else f"{key}={value} does not exist"
 
 
 def _devices(key: str, value: Any) -> str | None:
@@ -90,36 +118,36 @@ def parse_duration(limit: str | int) -> float:
 # What no class of ours checks, and what would cost much before one does.
 RULES: dict[str, Rule] = {
     "name": _name,
-    "seed": _number(int, least=0),
-    "target_loss": _number(float, above=0, optional=True),
-    "paths.outputs": _text,
-    "paths.run": _text,
-    "lora.r": _number(int, least=0),
-    "data.batch_size": _number(int, least=1),
-    "data.stride": _number(int, least=1, optional=True),
-    "data.sequence_length": _number(int, least=1, optional=True),
-    "data.random_offset": _one_of(True, False),
-    "data.num_workers": _number(int, least=0),
-    "data.shuffle": _one_of(True, False),
-    "data.drop_last": _one_of(True, False),
-    "device.accelerator": _one_of("auto", "cpu", "cuda", "mps"),
+    "seed": number(int, least=0),
+    "target_loss": number(float, above=0, optional=True),
+    "paths.outputs": text,
+    "paths.run": text,
+    "lora.r": number(int, least=0),
+    "data.batch_size": number(int, least=1),
+    "data.stride": number(int, least=1, optional=True),
+    "data.sequence_length": number(int, least=1, optional=True),
+    "data.random_offset": one_of(True, False),
+    "data.num_workers": number(int, least=0),
+    "data.shuffle": one_of(True, False),
+    "data.drop_last": one_of(True, False),
+    "device.accelerator": one_of("auto", "cpu", "cuda", "mps"),
     "device.devices": _devices,
-    "device.precision": _one_of("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
-    "device.micro_batch_size": _number(int, least=1, optional=True),
-    "device.compile": _one_of(True, False),
-    "device.pin_memory": _one_of(True, False),
-    "device.matmul_precision": _one_of("highest", "high", "medium"),
-    "trainer.max_steps": _number(int, least=1, optional=True),
-    "trainer.max_epochs": _number(int, least=1, optional=True),
-    "trainer.val_every_steps": _number(int, least=1, optional=True),
-    "trainer.val_batches": _number(int, least=1, optional=True),
-    "trainer.log_every_steps": _number(int, least=1, optional=True),
-    "trainer.save_every_steps": _number(int, least=1, optional=True),
-    "trainer.keep_last": _number(int, least=1),
-    "trainer.snapshot_every_steps": _number(int, least=1, optional=True),
-    "trainer.clip_norm": _number(float, above=0, optional=True),
-    "trainer.num_nodes": _number(int, least=1),
-    "trainer.deterministic": _one_of(True, False, "warn"),
+    "device.precision": one_of("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
+    "device.micro_batch_size": number(int, least=1, optional=True),
+    "device.compile": one_of(True, False),
+    "device.pin_memory": one_of(True, False),
+    "device.matmul_precision": one_of("highest", "high", "medium"),
+    "trainer.max_steps": number(int, least=1, optional=True),
+    "trainer.max_epochs": number(int, least=1, optional=True),
+    "trainer.val_every_steps": number(int, least=1, optional=True),
+    "trainer.val_batches": number(int, least=1, optional=True),
+    "trainer.log_every_steps": number(int, least=1, optional=True),
+    "trainer.save_every_steps": number(int, least=1, optional=True),
+    "trainer.keep_last": number(int, least=1),
+    "trainer.snapshot_every_steps": number(int, least=1, optional=True),
+    "trainer.clip_norm": number(float, above=0, optional=True),
+    "trainer.num_nodes": number(int, least=1),
+    "trainer.deterministic": one_of(True, False, "warn"),
 }
 # arguments of Lightning's Trainer that have a key of their own here
 TRAINER_KEYS = {
@@ -151,16 +179,24 @@ TRAINER_KEYS = {
 METRICS = ("val/loss", "val/perplexity", "val/bits_per_byte", "train/loss")  # what a callback can monitor
 
 
+def check(cfg: DictConfig, rules: Mapping[str, Rule]) -> None:
+    """Refuse the first value that breaks its rule.
+
+    Raises:
+        ConfigError: Names the key, the value and the remedy.
+    """
+    for key, rule in rules.items():
+        if problem := rule(key, OmegaConf.select(cfg, key)):
+            raise ConfigError(problem)
+
+
 def validate(cfg: DictConfig) -> None:
     """Refuse what cannot work before anything expensive begins.
 
     Raises:
         ConfigError: The first thing that is wrong, with the remedy.
     """
-    for key, rule in RULES.items():
-        problem = rule(key, OmegaConf.select(cfg, key))
-        if problem:
-            raise ConfigError(problem)
+    check(cfg, RULES)
     if cfg.trainer.max_steps is None and cfg.trainer.max_epochs is None:
         raise ConfigError("trainer.max_steps and trainer.max_epochs are both null; set one of them")
     lightning = cfg.trainer.lightning

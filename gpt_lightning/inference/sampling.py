@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 NUCLEUS_GUESS = 1024  # ids among which the nucleus is searched before all are sorted
-MAX_SEED = 1 << 62  # torch takes 64 bits, and every text adds one
+# Type, bounds and remedy of each setting. Within these bounds, float32 neither overflows nor becomes 0.
+RANGES: dict[str, tuple[type, float, float, str]] = {
+    "max_new_tokens": (int, 1, math.inf, ""),
+    "temperature": (float, 1e-20, 1e20, ", or 0 to take the most likely token"),
+    "top_k": (int, 1, math.inf, ", or null to keep all tokens"),
+    "top_p": (float, 1e-20, 1, ", where 1 keeps all tokens"),
+    "min_p": (float, 0, 1, ", where 0 keeps all tokens"),
+    "repetition_penalty": (float, 0.01, 100, ", where 1 is no penalty"),
+    "num_samples": (int, 1, 1 << 20, ""),
+    "seed": (int, 0, (1 << 62) - 1, ""),  # torch takes 64 bits, and every text adds one
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,26 +59,14 @@ class SamplingSettings:
     stop: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        for key, least, limit, also in (
-            ("max_new_tokens", 1, None, ""),
-            ("top_k", 1, None, ", or null to keep all tokens"),
-            ("num_samples", 1, None, ""),
-            ("seed", 0, MAX_SEED, ""),
-        ):
+        for key, (kind, least, most, also) in RANGES.items():
             value = getattr(self, key)
-            wrong = type(value) is not int or value < least or (limit and value >= limit)
-            if wrong and not (key == "top_k" and value is None):
-                span = f"from {least} to {limit - 1}" if limit else f"of at least {least}"
-                raise ValueError(f"{key}={value!r} must be a whole number {span}{also}")
-        for key, inside, wanted in (
-            ("temperature", lambda x: 0 <= x < math.inf, "at least 0, where 0 takes the most likely token"),
-            ("top_p", lambda x: 0 < x <= 1, "in (0, 1], where 1 keeps all tokens"),
-            ("min_p", lambda x: 0 <= x <= 1, "in [0, 1], where 0 keeps all tokens"),
-            ("repetition_penalty", lambda x: 0 < x < math.inf, "above 0, where 1 is no penalty"),
-        ):
-            number = getattr(self, key)
-            if isinstance(number, bool) or not isinstance(number, (int, float)) or not inside(number):
-                raise ValueError(f"{key}={number!r} must be a number {wanted}")
+            number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+            special = value is None if key == "top_k" else key == "temperature" and number and value == 0
+            if not special and not (number and least <= value <= most):
+                span = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+                name = "a whole number" if kind is int else "a number"
+                raise ValueError(f"{key}={value!r} must be {name} {span}{also}")
         listed = isinstance(self.stop, Sequence)
         if self.stop is not None and not (listed and all(isinstance(t, str) and t for t in self.stops)):
             raise ValueError(f"stop={self.stop!r} must be a text of at least one character, a list, or null")

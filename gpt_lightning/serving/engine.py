@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.inference.text import BATCH, Piece, TextGenerator
 
+STOPS, STOP_LENGTH = 4, 100  # texts that may end an answer, and characters of each: all are sought per token
+
 
 class Busy(Exception):
     """The queue is full, or the server is stopping."""
@@ -22,17 +24,9 @@ class Engine:
         max_prompt_chars: Longest prompt of a request in characters, all its texts together.
         max_new_tokens: Most tokens after a prompt.
         queue: Requests that may wait while one is computed.
-
-    Raises:
-        ValueError: If a limit is out of range.
     """
 
     def __init__(self, model: TextGenerator, *, max_prompt_chars: int, max_new_tokens: int, queue: int):
-        limits = {"max_prompt_chars": max_prompt_chars, "max_new_tokens": max_new_tokens, "queue": queue}
-        for key, value in limits.items():
-            least = int(key != "queue")
-            if type(value) is not int or value < least:
-                raise ValueError(f"{key}={value!r} must be a whole number of at least {least}")
         self.model, self.queue = model, queue
         self.max_prompt_chars, self.max_new_tokens = max_prompt_chars, max_new_tokens
         self.inside = 0  # requests that are waiting or being computed
@@ -58,6 +52,8 @@ class Engine:
             raise ValueError(
                 f"max_new_tokens={settings.max_new_tokens} is too many; use at most {self.max_new_tokens}"
             )
+        if len(settings.stops) > STOPS or max(map(len, settings.stops), default=0) > STOP_LENGTH:
+            raise ValueError(f"stop has too many or too long texts; use {STOPS} of {STOP_LENGTH} characters")
         steps = self.model.pieces(prompts, settings)
         if self.inside > self.queue:
             raise Busy(f"{self.inside} requests are being answered or waiting; try again in a moment")

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.interop.folder import ModelCard
-from gpt_lightning.serving.engine import Busy, Engine
+from gpt_lightning.serving.engine import STOP_LENGTH, STOPS, Busy, Engine
 
 SAMPLES = 4  # side by side, at most
 REFRESH = 0.05  # seconds between updates of the page; browsers cannot take more
@@ -57,7 +57,7 @@ def settings_of(engine: Engine) -> dict[str, gr.components.Component]:
             0.5, 2, default.repetition_penalty, step=0.05, label="Repetition penalty"
         ),
         "seed": gr.Number(-1, precision=0, label="Seed (-1: another one each time)"),
-        "stop": gr.Textbox("", label="Stop before (one text per line)", max_length=1000),
+        "stop": gr.Textbox("", label="Stop before (one text per line)", max_length=STOPS * (STOP_LENGTH + 1)),
     }
 
 

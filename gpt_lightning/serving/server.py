@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import re
 import secrets
 import socket
 import time
@@ -24,20 +23,17 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from starlette.types import Receive, Scope, Send
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.inference.text import BATCH, Piece, TextGenerator
 from gpt_lightning.serving.engine import Busy, Engine
+from gpt_lightning.serving.gate import Gate, PatientProtocol, problem, refusal
 from gpt_lightning.serving.page import build_page, mount
 
 log = logging.getLogger(__name__)
 
-# All other paths are refused, including Gradio's routes to files, uploads and other servers.
-PATHS = re.compile(
-    r"/(|health|v1/models|v1/completions|config|theme\.css|favicon\.ico|manifest\.json|robots\.txt"
-    r"|(assets|static)/((?!\.\.)[\w./-])+|gradio_api/(startup-events|cancel|heartbeat/\w+|queue/(join|data)))"
-)
 # OpenAI's defaults: sampling from all tokens
 DEFAULTS: dict[str, Any] = {"max_new_tokens": 16, "temperature": 1.0, "top_k": None}
 SETTINGS = {field.name for field in fields(SamplingSettings)}
@@ -152,16 +148,6 @@ async def while_connected(request: Request) -> AsyncIterator[None]:
         watcher.cancel()
 
 
-def problem(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An error in OpenAI's format."""
-    kind = {429: "rate_limit_error", 500: "server_error"}.get(status, "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def refusal(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
-    return JSONResponse(problem(status, message, param, code), status)
-
-
 def api(engine: Engine, model: str) -> FastAPI:
     """`POST /v1/completions`, `GET /v1/models` and `GET /health` for one model."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -200,6 +186,10 @@ def api(engine: Engine, model: str) -> FastAPI:
         param = str(first["loc"][1]) if len(first["loc"]) > 1 else "body"
         return refusal(400, f"{param}: {first['msg']}", param)
 
+    @app.exception_handler(HTTPException)  # JSON that is too deep, or has too long a number
+    async def unreadable(request: Request, error: HTTPException) -> Response:
+        return refusal(error.status_code, error.detail)
+
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
         return refusal(500, "the server failed; its log says why")
@@ -207,37 +197,30 @@ def api(engine: Engine, model: str) -> FastAPI:
     return app
 
 
-class Site:
-    """Page, completions and health; refuses other paths, and bodies longer than the longest prompt needs.
+class Site(Gate):
+    """Page, completions and health behind a gate.
 
     Args:
         model: The model.
         curves: A picture of its run, for the page.
+        hosts, api_key: As for `Gate`.
         limits: As for `Engine`.
-
-    Raises:
-        ValueError: If a limit is out of range.
     """
 
-    def __init__(self, model: TextGenerator, *, curves: Path | None = None, **limits: Any):
+    def __init__(
+        self,
+        model: TextGenerator,
+        *,
+        curves: Path | None = None,
+        hosts: list[str],
+        api_key: str | None = None,
+        **limits: Any,
+    ):
         self.engine = Engine(model, **limits)
-        self.max_bytes = 2**16 + 12 * self.engine.max_prompt_chars  # JSON takes up to 12 bytes per character
-        self.app = api(self.engine, str(model.info.get("name") or "gpt_lightning"))
-        mount(self.app, build_page(self.engine, curves))
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refused = None if scope["type"] == "lifespan" else self.refuse(scope)
-        await (refused or self.app)(scope, receive, send)
-
-    def refuse(self, scope: Scope) -> Response | None:
-        if scope["type"] != "http" or not PATHS.fullmatch(scope["path"]):
-            return refusal(404, "there is nothing here")
-        length = dict(scope["headers"]).get(b"content-length")
-        if length is None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-            return refusal(411, "the request must say its Content-Length")
-        if length is not None and int(length) > self.max_bytes:
-            return refusal(413, f"the request has {int(length)} bytes; at most {self.max_bytes} are accepted")
-        return None
+        app = api(self.engine, str(model.info.get("name") or "gpt_lightning"))
+        mount(app, build_page(self.engine, curves))
+        max_bytes = 2**16 + 12 * self.engine.max_prompt_chars  # JSON takes up to 12 bytes per character
+        super().__init__(app, max_bytes=max_bytes, hosts=hosts, api_key=api_key)
 
 
 class Server(uvicorn.Server):
@@ -248,8 +231,13 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+def configuration(app: ASGIApp) -> uvicorn.Config:
+    """How uvicorn serves an application."""
+    options: dict[str, Any] = {"http": PatientProtocol, "ws": "none", "server_header": False}
+    return uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, **options)
+
+
 def run(site: Site, listener: socket.socket) -> None:
     """Answer requests until Ctrl-C."""
-    config = uvicorn.Config(site, log_level="warning", timeout_graceful_shutdown=5, server_header=False)
     with contextlib.suppress(KeyboardInterrupt):
-        Server(config).run(sockets=[listener])
+        Server(configuration(site)).run(sockets=[listener])

@@ -1,5 +1,6 @@
 """Each filter compared with values computed by hand; probabilities are powers of two, exact in binary."""
 
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_lightning.inference import sampling
-from gpt_lightning.inference.sampling import SamplingSettings, choose
+from gpt_lightning.inference.sampling import RANGES, SamplingSettings, choose
 
 KEEP_ALL = SamplingSettings(temperature=1.0, top_k=None)
 
@@ -154,6 +155,20 @@ def test_batched_rows_equal_single_rows():
     assert together.tolist() == torch.cat(alone).tolist()
 
 
+TEMPERATURE = "from 1e-20 to 1e+20, or 0 to take the most likely token"
+
+
+def test_every_setting_within_its_bounds_draws_an_id_that_is_possible():
+    logits = torch.tensor([[5000.0, -5000.0, 1e-30, 0.0, -math.inf], [0.0, 0.0, -1e-30, 3.0, -math.inf]])
+    seen = torch.tensor([[True, True, False, True, False]]).expand(2, 5)
+    keys = ("temperature", "top_p", "min_p", "repetition_penalty")
+    bounds = [[*RANGES[key][1:3], getattr(SamplingSettings(), key)] for key in keys]
+    for values in itertools.product(*bounds, [1, 3, None]):
+        settings = SamplingSettings(**dict(zip([*keys, "top_k"], values, strict=True)))
+        for uniform in (0.0, 0.5, 1 - 2**-24):
+            assert choose(logits, torch.full((2,), uniform), settings, seen=seen).max() < 4
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -161,18 +176,18 @@ def test_batched_rows_equal_single_rows():
         ({"max_new_tokens": 1.5}, "max_new_tokens=1.5 must be a whole number of at least 1"),
         ({"top_k": 0}, "top_k=0 must be a whole number of at least 1, or null to keep all tokens"),
         ({"top_k": True}, "top_k=True must be a whole number of at least 1, or null to keep all tokens"),
+        ({"temperature": -1}, f"temperature=-1 must be a number {TEMPERATURE}"),
+        ({"temperature": math.nan}, f"temperature=nan must be a number {TEMPERATURE}"),
+        ({"temperature": 1e-45}, f"temperature=1e-45 must be a number {TEMPERATURE}"),
+        ({"temperature": False}, f"temperature=False must be a number {TEMPERATURE}"),
+        ({"top_p": 0}, "top_p=0 must be a number from 1e-20 to 1, where 1 keeps all tokens"),
+        ({"top_p": 1e-300}, "top_p=1e-300 must be a number from 1e-20 to 1, where 1 keeps all tokens"),
+        ({"top_p": "0.9"}, "top_p='0.9' must be a number from 1e-20 to 1, where 1 keeps all tokens"),
+        ({"min_p": 1.1}, "min_p=1.1 must be a number from 0 to 1, where 0 keeps all tokens"),
         (
-            {"temperature": -1},
-            "temperature=-1 must be a number at least 0, where 0 takes the most likely token",
+            {"repetition_penalty": 1e-308},
+            "repetition_penalty=1e-308 must be a number from 0.01 to 100, where 1 is no penalty",
         ),
-        (
-            {"temperature": math.nan},
-            "temperature=nan must be a number at least 0, where 0 takes the most likely token",
-        ),
-        ({"top_p": 0}, "top_p=0 must be a number in (0, 1], where 1 keeps all tokens"),
-        ({"top_p": "0.9"}, "top_p='0.9' must be a number in (0, 1], where 1 keeps all tokens"),
-        ({"min_p": 1.1}, "min_p=1.1 must be a number in [0, 1], where 0 keeps all tokens"),
-        ({"repetition_penalty": 0}, "repetition_penalty=0 must be a number above 0, where 1 is no penalty"),
     ],
     ids=str,
 )

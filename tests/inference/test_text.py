@@ -126,7 +126,7 @@ def test_ids_that_the_tokenizer_lacks_give_no_text() -> None:
     ("options", "message"),
     [
         ({"temprature": 1.0}, "unknown setting 'temprature'"),
-        ({"top_p": 0.0}, "top_p=0.0 must be a number in"),
+        ({"top_p": 0.0}, "top_p=0.0 must be a number from"),
         ({"stop": ""}, "stop=''"),
         ({"stop": ["a", ""]}, "at least one character"),
         ({"seed": -1}, "seed=-1"),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 LETTERS = b"abcdefgh"
+KEY = "the key of this server"
 
 # Runs in the server before anything else, and writes down what it asks of other machines.
 WATCH = """
@@ -112,4 +113,5 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
 @pytest.fixture(scope="session")
 def server(serve: Callable[..., Server], checkpoint: Path) -> Server:
     limits = ("max_new_tokens=100000", "max_prompt_chars=2000", "queue=2")
-    return serve("-m", "gpt_lightning.demo", f"checkpoint={checkpoint}", "port=0", "device=cpu", *limits)
+    key = f"api_key={KEY}"
+    return serve("-m", "gpt_lightning.demo", f"checkpoint={checkpoint}", "port=0", "device=cpu", key, *limits)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from serving.conftest import KEY
 
 from gpt_lightning import load
 
@@ -21,6 +22,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium (apt-get install chromium)"),
 ]
+HEADERS = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
 QUIET = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
 
 
@@ -73,13 +75,14 @@ class Page:
 
 @pytest.fixture
 def page(browser: Any, server: Any) -> Iterator[Page]:
-    context = browser.new_context()
+    context = browser.new_context(http_credentials={"username": "anyone", "password": KEY})
     yield Page(context.new_page(), server.url)
     context.close()
 
 
 def requests(server: Any) -> int:
-    with urllib.request.urlopen(f"{server.url}/health") as answer:
+    request = urllib.request.Request(f"{server.url}/health", headers=HEADERS)
+    with urllib.request.urlopen(request) as answer:
         return int(json.load(answer)["requests"])
 
 
@@ -159,8 +162,7 @@ def test_bad_input_shows_a_message(page: Page, server: Any, settings: dict[str, 
 
 def test_full_server_shows_a_message(page: Page, server: Any) -> None:
     body = json.dumps({"prompt": "a", "max_tokens": 100_000, "stream": True}).encode()
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{server.url}/v1/completions", body, headers)
+    request = urllib.request.Request(f"{server.url}/v1/completions", body, HEADERS)
     streams: list[Any] = []
     try:
         for n in range(3):

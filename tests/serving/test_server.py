@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from serving.conftest import KEY
 
 from gpt_lightning import load
 
@@ -24,15 +25,16 @@ openai = pytest.importorskip("openai", reason="the package openai is not install
 
 @pytest.fixture
 def client(server: Any) -> Any:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
         yield client
 
 
 def ask(server: Any, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, bytes]:
     """A request as it stands: no library tidies the path."""
     with closing(http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)) as connection:
-        data = body if body is None or isinstance(body, (str, bytes)) else json.dumps(body)
-        connection.request(method, path, data, {"Content-Type": "application/json", **headers})
+        data = json.dumps(body) if isinstance(body, (dict, list)) else body
+        common = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+        connection.request(method, path, data, {**common, **headers})
         response = connection.getresponse()
         return response.status, response.read()
 
@@ -144,12 +146,20 @@ def test_models_are_listed_and_others_are_unknown(client: Any) -> None:
         ({"max_tokens": 100001}, "use at most 100000"),
         ({"temperature": -1}, "temperature=-1"),
         ('{"temperature": NaN}', "temperature=nan"),
+        ({"temperature": 1e-45}, "temperature=1e-45 must be a number from 1e-20"),
+        ({"top_p": 1e-300}, "top_p=1e-300 must be a number from 1e-20"),
+        ({"repetition_penalty": 1e-308}, "repetition_penalty=1e-308 must be a number from 0.01"),
         ({"top_p": 0}, "top_p=0"),
         ({"n": 17}, "n: "),
         ({"n": 10**30}, "n: "),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**64}, "seed="),
         ({"stop": [""]}, "at least one character"),
+        ({"stop": list("vwxyz")}, "use 4 of 100 characters"),
+        ({"stop": "z" * 101}, "use 4 of 100 characters"),
+        ({"prompt": "\ud800"}, "surrogate"),
+        ("[" * 60_000, "parsing the body"),
+        ('{"seed": 1' + "0" * 5000 + "}", "parsing the body"),
         ({"logprobs": 5}, "logprobs: "),
         ({"echo": True}, "echo: "),
         ({"presence_penalty": 0.5}, "presence_penalty: "),
@@ -168,6 +178,9 @@ def test_wrong_request_is_answered_in_openai_format(server: Any, body: Any, mess
 
 def test_request_larger_than_any_prompt_is_not_read(server: Any) -> None:
     assert ask(server, "POST", "/v1/completions", "x" * 200_000)[0] == 413
+    chunked = {"Transfer-Encoding": "chunked", "Content-Length": "2"}
+    body = (b"3e8\r\n" + b"x" * 1000 + b"\r\n") * 200 + b"0\r\n\r\n"
+    assert ask(server, "POST", "/v1/completions", body, **chunked)[0] == 413
     assert ask(server, "POST", "/gradio_api/queue/join", "x" * 200_000)[0] == 413
 
 
@@ -268,7 +281,8 @@ def test_page_requests_are_subject_to_the_limits(server: Any, change: dict[int, 
     body = {"data": values, "fn_index": 0, "session_hash": "test"}
     assert ask(server, "POST", "/gradio_api/queue/join", body)[0] == 200
     with closing(http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)) as connection:
-        connection.request("GET", "/gradio_api/queue/data?session_hash=test")
+        key = {"Authorization": f"Bearer {KEY}"}
+        connection.request("GET", "/gradio_api/queue/data?session_hash=test", headers=key)
         response, seen = connection.getresponse(), ""
         while "process_completed" not in seen:
             line = response.readline().decode()
@@ -291,6 +305,18 @@ def test_ctrl_c_ends_running_completions(serve: Callable[..., Any], checkpoint: 
     assert server.process.returncode == 0
     assert output.splitlines()[-1] == "stopped"
     assert server.log.read_text() == ""
+
+
+@pytest.mark.parametrize("header", [{"Origin": "http://evil.example"}, {"Host": "evil.example"}])
+def test_page_of_another_site_is_refused(server: Any, header: dict[str, str]) -> None:
+    for path in ("/config", "/v1/models"):
+        assert ask(server, "GET", path, **header)[0] == 403
+    assert ask(server, "OPTIONS", "/config", **header, **{"Access-Control-Request-Method": "GET"})[0] == 403
+
+
+def test_nothing_is_answered_without_the_key(server: Any) -> None:
+    for path in ("/", "/health", "/config", "/v1/models"):
+        assert ask(server, "GET", path, Authorization="Bearer other")[0] == 401
 
 
 def test_server_makes_no_outgoing_connections(server: Any, client: Any) -> None:
