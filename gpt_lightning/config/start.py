@@ -31,7 +31,7 @@ from gpt_lightning.config.command_line import (
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.resolvers import CONF
 from gpt_lightning.data.files import atomic_write
-from gpt_lightning.rundir.directory import HYDRA, newest_run, runs_below
+from gpt_lightning.rundir.directory import HYDRA, newest_run, refuse_links, runs_below
 from gpt_lightning.rundir.provenance import versions
 from gpt_lightning.rundir.summary import read_summary
 from gpt_lightning.training.slurm import slurm_job
@@ -140,7 +140,7 @@ def run_of(given: list[str], key: str) -> Path | None:
     """The run that resume= or repeat= names; None if there is none.
 
     Raises:
-        ConfigError: If it is empty, or there is no latest run.
+        ValueError: If it is empty, there is no latest run, or it has links to other places.
     """
     value = value_of(given, key)
     if value is None or value == "null":
@@ -149,12 +149,13 @@ def run_of(given: list[str], key: str) -> Path | None:
         raise ConfigError(f"{key}= is empty, as an unset variable is; give a run directory, or {key}=null")
     if value == "latest":
         try:
-            return newest_run(
-                value_of(given, "paths.outputs") or "outputs", prefer_unfinished=key == "resume"
-            )
+            outputs = value_of(given, "paths.outputs") or "outputs"
+            value = str(newest_run(outputs, prefer_unfinished=key == "resume"))
         except FileNotFoundError as error:
             raise ConfigError(f"{key}=latest: {error}; give {key}=RUN_DIR") from None
-    return Path(value).expanduser().resolve()
+    folder = Path(value).expanduser().resolve()
+    refuse_links(folder)
+    return folder
 
 
 def _repeat_arguments(flags: list[str], given: list[str], folder: Path) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gpt_lightning.data.files import atomic_write
+from gpt_lightning.rundir.directory import leads_out
 
 log = logging.getLogger(__name__)
 
@@ -60,23 +61,27 @@ def find_checkpoint(path: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: If there is none.
+        ValueError: If a run directory has a link to it.
     """
     path = Path(path).expanduser()
     if path.is_file():
         return path
     for candidate in ("best.ckpt", "last.ckpt", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
         if (path / candidate).is_file():
+            if leads_out(path / candidate, path):
+                raise ValueError(f"{path / candidate} leads out of the run directory; name what it leads to")
             return path / candidate
     found = "it has no checkpoints/best.ckpt or last.ckpt" if path.is_dir() else "it does not exist"
     raise FileNotFoundError(f"no checkpoint at {path}: {found}")
 
 
 def find_curves(checkpoint: str | Path) -> Path | None:
-    """curves.png of the run that a checkpoint belongs to, None if there is none."""
+    """curves.png of the run that a checkpoint belongs to, None if there is none, or a link to one."""
     path = Path(checkpoint).expanduser().absolute()
     folder = path.parent if path.is_file() else path
-    curves = (folder.parent if folder.name == "checkpoints" else folder) / "curves.png"
-    return curves if curves.is_file() else None
+    folder = folder.parent if folder.name == "checkpoints" else folder
+    curves = folder / "curves.png"
+    return curves if curves.is_file() and not leads_out(curves, folder) else None
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:

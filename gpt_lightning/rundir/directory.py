@@ -24,6 +24,25 @@ def holds_run(folder: Path) -> bool:
     return (folder / "summary.json").exists() or any(folder.glob("checkpoints/*.ckpt"))
 
 
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether a path below a folder leads out of it by a symbolic link.
+
+    A run directory may be somebody else's, who would have the user's own files read or overwritten.
+    """
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a run directory that has symbolic links out of it.
+
+    Raises:
+        ValueError: Names the first one.
+    """
+    for path in folder.rglob("*") if (folder / HYDRA).exists() else ():
+        if path.is_symlink() and leads_out(path, folder):
+            raise ValueError(f"{path} is a link out of the run directory; put what it leads to in its place")
+
+
 def runs_below(root: str | Path) -> list[Path]:
     """The run directories below a folder whose training has begun."""
     runs = (path.parent.parent for path in Path(root).expanduser().glob(f"**/{HYDRA}/overrides.yaml"))

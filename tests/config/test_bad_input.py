@@ -7,6 +7,7 @@ import copy
 import os
 import random
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -113,7 +114,8 @@ TABLE: list[tuple[str, str, str]] = [
     ("train", "resume=run seed=2", r"these would change it: seed \(was 1337, now 2\)"),
     ("train", "resume=run -m", "resume= continues one run"),
     ("train", "resume=run hydra.run.dir=folder", "resume=.* goes on in .*run; leave out hydra.run.dir="),
-    ("train", "resume=unfinished", "every checkpoint of the run is damaged: .*last.ckpt"),
+    ("train", "resume=linked", r"linked/samples.md is a link out of the run directory; put"),
+    ("train", "resume=unfinished", "every checkpoint to go on from is damaged: .*last.ckpt"),
     ("generate", "", "checkpoint= is missing"),
     ("generate", "checkpoint=cut.ckpt", "cut.ckpt is damaged"),
     ("generate", "checkpoint=run temperature=-1", "temperature=-1 must be a number from 1e-20"),
@@ -329,6 +331,8 @@ def places(files: Path, options: list[str]) -> set[str]:
         (unfinished / ".hydra").mkdir(exist_ok=True)
         (unfinished / ".hydra" / path.name).write_bytes(path.read_bytes())
     (unfinished / "checkpoints" / "last.ckpt").write_bytes(b"nothing")
+    shutil.copytree(unfinished, files / "linked")
+    (files / "linked" / "samples.md").symlink_to(files / "good.txt")
     return {path.name for path in files.iterdir()} | {"nowhere", "nowhere.txt", "new"}
 
 

@@ -18,6 +18,8 @@ from hypothesis.extra import numpy as hnp
 
 from gpt_lightning.rundir.checkpoint import (
     FORMAT_VERSION,
+    find_checkpoint,
+    find_curves,
     newest_valid_checkpoint,
     read_checkpoint,
     write_checkpoint,
@@ -191,3 +193,25 @@ def test_checkpoint_of_a_newer_format_is_refused(two: Path) -> None:
         with pytest.raises(ValueError, match=line) as caught:
             read(two)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["{run}", "{run}/checkpoints", "{run}/checkpoints/last.ckpt"])
+def test_links_out_of_a_run_directory_are_not_followed(place: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_checkpoint(content(), run / "checkpoints" / "last.ckpt")
+    for name in ("secret.png", "secret.ckpt"):
+        (tmp_path / name).write_text("secret")
+    (run / "inner.png").write_text("inner")
+    given = place.format(run=run)
+
+    (run / "curves.png").symlink_to("inner.png")
+    assert find_curves(given) == run / "curves.png"
+    (run / "curves.png").unlink()
+    (run / "curves.png").symlink_to("../secret.png")
+    assert find_curves(given) is None
+
+    assert find_checkpoint(given) == run / "checkpoints" / "last.ckpt"
+    (run / "checkpoints" / "best.ckpt").symlink_to(tmp_path / "secret.ckpt")
+    if not given.endswith(".ckpt"):
+        with pytest.raises(ValueError, match=r"best.ckpt leads out of the run directory"):
+            find_checkpoint(given)
