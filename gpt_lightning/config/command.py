@@ -88,8 +88,8 @@ class Command:
                     print(f"error: {one_line(error)}; job {job.job.num} of the sweep fails", file=sys.stderr)
                     self.failed.append(str(job.job.num))
             else:
-                if is_user_error(error) and job.output_subdir is not None:  # a resumed run stays
-                    remove_traces(Path(job.runtime.output_dir), job.job.name, self.here)
+                if is_user_error(error):
+                    remove_traces(Path(job.runtime.output_dir), job.output_subdir, job.job.name, self.here)
                 if not self.in_python:
                     self.fail(error)  # here, because outside, Hydra adds a line of its own
             raise  # the launcher goes on with the other jobs
@@ -242,8 +242,11 @@ def wrong_choice(error: Exception) -> ConfigError | None:
     return None
 
 
-def remove_traces(folder: Path, name: str, here: Path) -> None:
-    """Remove what Hydra wrote, below `here`, for a run that was refused before it began to train."""
+def remove_traces(folder: Path, subfolder: str | None, name: str, here: Path) -> None:
+    """Remove what Hydra wrote, below `here`, for a run that was refused before it began to train.
+
+    A resumed run has no subfolder for Hydra: its files stay.
+    """
     if folder == here or (folder / "summary.json").exists() or (folder / "checkpoints").exists():
         return
     root = logging.getLogger()
@@ -251,8 +254,9 @@ def remove_traces(folder: Path, name: str, here: Path) -> None:
         if isinstance(handler, logging.FileHandler):
             root.removeHandler(handler)
             handler.close()
-    shutil.rmtree(folder / ".hydra", ignore_errors=True)
-    (folder / f"{name}.log").unlink(missing_ok=True)
+    if subfolder is not None:
+        shutil.rmtree(folder / subfolder, ignore_errors=True)
+        (folder / f"{name}.log").unlink(missing_ok=True)
     for place in [folder, *(parent for parent in folder.parents if here in parent.parents)]:
         try:
             place.rmdir()

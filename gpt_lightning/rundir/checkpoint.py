@@ -164,12 +164,12 @@ def newest_valid_checkpoint(folder: Path) -> Path | None:
     others = sorted(str(path) for path in folder.glob("*.ckpt") if path not in names)
     if damaged or others:
         reason = (
-            f"every checkpoint to go on from is damaged: {'; '.join(damaged)}"
+            f"every checkpoint of the run is damaged: {'; '.join(damaged)}"
             if damaged
-            else ("the run has no last.ckpt to go on from, and it does not begin again over what it has")
+            else "the run has no last.ckpt to go on from, and does not begin again over what it has"
         )
-        source = others[0] if others else "the weights of another checkpoint"
-        raise ValueError(f"{reason}; begin a new run, with init_from={source}, in another directory")
+        source = f" with init_from={others[0]}" if others else ""
+        raise ValueError(f"{reason}; begin a new run in another directory{source}")
     return None
 
 

@@ -83,7 +83,8 @@ def take_lock(folder: Path) -> None:
     if fcntl is None or folder in _locks:
         return
     path = folder / HYDRA / "lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     file = path.open("a")  # a record lock: workers do not inherit it, and it ends with the process
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
