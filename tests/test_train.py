@@ -22,8 +22,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from support.runs import ROOT, TINY
 
-from gpt_lightning.data.tokenizer import from_state
-from gpt_lightning.inference.loading import load_net
+from gpt_lightning.inference.loading import read_model
 from gpt_lightning.rundir.checkpoint import read_checkpoint
 
 SUMMARY_KEYS = {
@@ -120,11 +119,11 @@ def test_checkpoint_needs_nothing_beside_it(run: Path) -> None:
     assert raw["hyper_parameters"]["model"]["vocab_size"] == 257
     assert raw["progress"]["step"] in (4, 8)
     assert {"train_loss", "best_val_loss", "lr", "metrics"} <= raw["progress"].keys()
-    checkpoint = read_checkpoint(path)
-    net, tokenizer = load_net(checkpoint), from_state(checkpoint["tokenizer"])
+    model = read_model(path)
+    tokenizer = model.tokenizer
     assert tokenizer.decode(tokenizer.encode_ordinary("a ræd dog")) == "a ræd dog"
     idx = torch.tensor([tokenizer.encode_ordinary("the cat ")])
-    assert net(idx).shape == (1, 8, 320)
+    assert model.net(idx).shape == (1, 8, 320)
 
 
 def test_best_checkpoint_holds_the_loss_that_was_measured_with_it(run: Path) -> None:
@@ -164,7 +163,7 @@ def test_compiled_run_has_the_same_losses_and_the_same_names(
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert torch.load(path, weights_only=True)["state_dict"].keys() == {
-        f"net.{name}" for name in load_net(read_checkpoint(path)).state_dict()
+        f"net.{name}" for name in read_model(path).net.state_dict()
     }
 
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gpt_lightning.config.build import build, is_defined_in, targets
 from gpt_lightning.config.errors import ConfigError
+from gpt_lightning.data.files import reading
 from gpt_lightning.rundir.directory import newest_run
 
 if TYPE_CHECKING:
@@ -52,9 +53,12 @@ def corpus_of_run(source: Path) -> Corpus | None:
 
     data = read_checkpoint(source, verify=False)["hyper_parameters"].get("data")
     node = data.get("corpus") if isinstance(data, dict) else None
-    if not isinstance(node, dict) or not all(
-        is_defined_in(name, r"gpt_lightning\.data") for name in targets(node)
-    ):
+    if not isinstance(node, dict):
+        return None
+    with reading(source, "has a configuration that no run has written"):
+        names = targets(node)
+    # no function: one such as write_json would do what the checkpoint says
+    if not all(is_defined_in(n, r"gpt_lightning\.data") and n.rpartition(".")[2][0].isupper() for n in names):
         return None
     corpus: Corpus = build(OmegaConf.create({"data": {"corpus": node}}), "data.corpus")
     return corpus

@@ -64,23 +64,48 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def unsealed(content: Any) -> dict[str, Any]:
+def unsealed(content: dict[str, Any]) -> dict[str, Any]:
     """The content of a JSON object from `sealed`; files of older releases have no checksum.
 
     Raises:
-        ValueError: If it is no object, or not what was sealed.
+        ValueError: If it is not what was sealed.
     """
-    if not isinstance(content, dict):
-        raise ValueError("it is no JSON object")
     bare = {key: value for key, value in content.items() if key != "sha256"}
     if "sha256" in content and sealed(bare) != content:
         raise ValueError("its checksum differs")
     return bare
 
 
+@contextmanager
+def reading(source: object, problem: str, remedy: str = "use another one") -> Iterator[None]:
+    """Turns every error that the content of a file can cause into one line that names the file.
+
+    Raises:
+        ValueError: `source` `problem` (the reason); `remedy`.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        text = " ".join(str(error).split())[:500]
+        reason = text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+        raise ValueError(f"{source} {problem} ({reason}); {remedy}") from error
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        OSError, RecursionError, ValueError: If there is none.
+    """
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError("it is no JSON object")
+    return content
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; empty if the file is missing or damaged."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError):
+        return json_object(path)
+    except (OSError, RecursionError, ValueError):
         return {}

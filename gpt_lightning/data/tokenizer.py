@@ -1,9 +1,10 @@
 """Tokenizers: every one is a `tiktoken.Encoding`; the dataclasses here are its configuration and build it."""
 
 import base64
+import contextlib
 import functools
-import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import tiktoken.registry
 from tiktoken_ext import openai_public
 
 from gpt_lightning.data.corpus.base import END_OF_TEXT, Split
-from gpt_lightning.data.files import sealed, unsealed, write_json
+from gpt_lightning.data.files import json_object, reading, sealed, unsealed, write_json
 
 log = logging.getLogger(__name__)
 
@@ -210,6 +211,10 @@ def encode_array(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
         raise ValueError(
             f"character {error.start} of the text is half a surrogate pair; remove it"
         ) from error
+    except BaseException as error:
+        if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":  # Rust's
+            raise
+        raise ValueError(f"tokenizer={encoding.name} cannot encode the text: {error}") from error
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
@@ -267,20 +272,50 @@ def from_state(state: Any) -> tiktoken.Encoding:
     Raises:
         ValueError: If the state is not from `to_state`.
     """
-    try:
-        name, pattern, special = state["name"], state["pattern"], dict(state["special_tokens"])
+    with reading("the tokenizer", "is no tokenizer state of version 1"):
+        if state["version"] != 1:
+            raise ValueError(f"it has version {state['version']!r}")
         lines = [line.split(" ") for line in state["tokens"].split("\n")]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-        ids = [*ranks.values(), *special.values()]
-        if state["version"] != 1 or not isinstance(name, str) or END_OF_TEXT not in special:
-            raise ValueError("wrong version, name or special tokens")
-        if b"" in ranks or len(lines) != len(ranks) or len(set(ids)) != len(ids):
-            raise ValueError("a token is empty, or a token or an id is repeated")
-        if not all(type(i) is int and 0 <= i < MAX_VOCAB for i in ids):
-            raise ValueError("an id is out of range")
-        return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"no tokenizer state of version 1 ({type(error).__name__}: {error})") from error
+        if len(lines) != len(ranks):
+            raise ValueError("a token is repeated")
+        return verified(state["name"], state["pattern"], ranks, dict(state["special_tokens"]))
+
+
+def verified(name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int]) -> tiktoken.Encoding:
+    """An encoding of parts that come from a file, and that encodes the text of its own tokens.
+
+    Raises:
+        TypeError, ValueError: If a part is wrong.
+    """
+    ids = [*ranks.values(), *special.values()]
+    if END_OF_TEXT not in special:
+        raise ValueError(f"it has no {END_OF_TEXT}")
+    if not isinstance(name, str) or not name.isprintable():
+        raise ValueError("its name is no printable text")
+    if b"" in ranks or "" in special or len(set(ids)) != len(ids):
+        raise ValueError("a token is empty, or an id is repeated")
+    if not all(type(i) is int and 0 <= i < MAX_VOCAB for i in ids):
+        raise ValueError("an id is out of range")
+    encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    text = b"".join(ranks)[:4000].decode(errors="ignore")
+    with _quiet():
+        if encoding.decode(encode_array(encoding, text).tolist()) != text:
+            raise ValueError("its pattern leaves text out")
+    return encoding
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences file descriptor 2, where Rust reports an error before Python can handle it."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # it may be closed
+            shown = os.dup(2)
+            stack.callback(os.close, shown)
+            stack.callback(os.dup2, shown, 2)
+            with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 (a name, not a path)
+                os.dup2(nowhere.fileno(), 2)
+        yield
 
 
 def digest(encoding: tiktoken.Encoding) -> str:
@@ -299,7 +334,5 @@ def load(path: Path) -> tiktoken.Encoding:
     Raises:
         ValueError: If the file is damaged.
     """
-    try:
-        return from_state(unsealed(json.loads(path.read_bytes())))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a saved tokenizer: {error}") from error
+    with reading(path, "is not a saved tokenizer"):
+        return from_state(unsealed(json_object(path)))

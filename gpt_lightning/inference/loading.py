@@ -12,9 +12,10 @@ import tiktoken
 import torch
 
 from gpt_lightning.data import tokenizer as tokenizers
+from gpt_lightning.data.files import reading
 from gpt_lightning.inference.cpu_kernels import DTYPES, pack
 from gpt_lightning.inference.text import TextGenerator
-from gpt_lightning.interop.folder import ModelCard, read_folder
+from gpt_lightning.interop.folder import ModelCard, known_values, read_folder
 from gpt_lightning.interop.gpt2 import download
 from gpt_lightning.model.gpt import GPT
 from gpt_lightning.model.lora import LoRAConfig, merge_adapters
@@ -58,16 +59,17 @@ def load(
 
 
 def read_model(path: str | Path, *, merge: bool = True) -> TextGenerator:
-    """A model as it was trained, in float32 on the CPU; arguments and errors as `load` and `load_net`."""
+    """A model as it was trained, in float32 on the CPU; arguments and errors as `load`."""
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file():
-        checkpoint = read_checkpoint(path)
-        net = load_net(checkpoint, merge=merge, dropout=0.0)
-        return TextGenerator(net, tokenizers.from_state(checkpoint["tokenizer"]), describe(net, checkpoint))
-    net, tokenizer, card = read_folder(folder, dropout=0.0)
-    if tokenizer is None:
-        raise ValueError(f"{folder} has no tokenizer.json; give a folder that gpt_lightning.export wrote")
-    return TextGenerator(net.eval(), tokenizer, {"tokenizer": tokenizer.name, **_shape(net), **card})
+        net, tokenizer, card = _read_checkpoint(path, merge=merge, dropout=0.0)
+    else:
+        net, found, card = read_folder(folder, dropout=0.0)
+        if found is None:
+            raise ValueError(f"{folder} has no tokenizer.json; give a folder that gpt_lightning.export wrote")
+        tokenizer = found
+        _check_ids(net, tokenizer, folder)
+    return TextGenerator(net.eval(), tokenizer, {"tokenizer": tokenizer.name, **card, **_shape(net)})
 
 
 def start_from(source: str, **asked: Any) -> tuple[GPT, tiktoken.Encoding | None]:
@@ -88,15 +90,11 @@ def start_from(source: str, **asked: Any) -> tuple[GPT, tiktoken.Encoding | None
     if source.startswith("hf:"):
         name = source.removeprefix("hf:")
         folder = Path(name) if Path(name).is_dir() else download(name)
-    card: ModelCard
-    tokenizer: tiktoken.Encoding | None
     if source.startswith("hf:") or (folder / "config.json").is_file():
         net, tokenizer, card = read_folder(folder, **asked)
     else:
-        checkpoint = read_checkpoint(source)
-        net = load_net(checkpoint, source=source, **asked)
-        tokenizer = tokenizers.from_state(checkpoint["tokenizer"])
-        card, source = describe(net, checkpoint), str(find_checkpoint(source))
+        source = str(find_checkpoint(source))
+        net, tokenizer, card = _read_checkpoint(source, **asked)
     step, loss = card.get("step"), card.get("val_loss")
     log.info(
         "init_from=%s: weights of %s parameters%s%s, tokenizer %s",
@@ -129,19 +127,22 @@ def describe(net: GPT, checkpoint: Mapping[str, Any]) -> ModelCard:
     config, progress = checkpoint["hyper_parameters"], _mapping(checkpoint.get("progress"))
     metrics, data = _mapping(progress.get("metrics")), _mapping(config.get("data"))
     source = data.get("name") or data.get("path") or _mapping(data.get("corpus")).get("_target_")
-    return {
-        "name": config.get("name"),
-        "data": Path(str(source)).name if source else None,  # without the folder, which is another machine's
-        "tokenizer": checkpoint["tokenizer"]["name"],
-        "init_from": config.get("init_from"),
-        **_shape(net),
-        "step": progress.get("step"),
-        "train_loss": progress.get("train_loss"),
-        "val_loss": metrics.get("val/loss"),
-        "best_val_loss": progress.get("best_val_loss"),
-        "perplexity": metrics.get("val/perplexity"),
-        "bits_per_byte": metrics.get("val/bits_per_byte"),
-    }
+    return known_values(
+        {
+            "name": config.get("name"),
+            # without the folder, which is another machine's
+            "data": Path(source).name if isinstance(source, str) else None,
+            "tokenizer": checkpoint["tokenizer"]["name"],
+            "init_from": config.get("init_from"),
+            **_shape(net),
+            "step": progress.get("step"),
+            "train_loss": progress.get("train_loss"),
+            "val_loss": metrics.get("val/loss"),
+            "best_val_loss": progress.get("best_val_loss"),
+            "perplexity": metrics.get("val/perplexity"),
+            "bits_per_byte": metrics.get("val/bits_per_byte"),
+        }
+    )
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -152,28 +153,37 @@ def _shape(net: GPT) -> ModelCard:
     return cast(ModelCard, {"parameters": net.num_parameters(), **asdict(net.config)})
 
 
-def load_net(
-    checkpoint: Mapping[str, Any], *, merge: bool = True, source: str = "the checkpoint", **asked: Any
-) -> GPT:
-    """The network of a checkpoint with its weights, in evaluation mode.
+def _check_ids(net: GPT, tokenizer: tiktoken.Encoding, source: object) -> None:
+    if tokenizer.n_vocab > (size := net.config.vocab_size):
+        raise ValueError(f"{source}: the tokenizer has {tokenizer.n_vocab} ids and the model only {size}")
+
+
+def _read_checkpoint(
+    path: str | Path, *, merge: bool = True, **asked: Any
+) -> tuple[GPT, tiktoken.Encoding, ModelCard]:
+    """The network of a checkpoint with its weights, in evaluation mode, its tokenizer and card.
 
     Args:
-        checkpoint: As from `read_checkpoint`.
+        path: As in `find_checkpoint`.
         merge: Whether adapters are merged into the weights, which gives a plain GPT.
-        source: Where the checkpoint is from, for messages.
         asked: Fields of GPTConfig, as in `apply_overrides`.
 
     Raises:
         ValueError: If the weights do not fit, disagree with a field, or are of a class other than GPT,
             which would run code that the checkpoint names.
     """
+    checkpoint = read_checkpoint(path)
     config = checkpoint["hyper_parameters"]
-    options = dict(config["model"])
-    target = options.pop("_target_", GPT_TARGET)
-    if target != GPT_TARGET:
-        raise ValueError(f"the checkpoint's model is a {target}; build it yourself and load its state_dict")
-    lora = _mapping(config.get("lora"))
-    adapters = LoRAConfig(**lora) if lora.get("r") else None
-    weights = {k.removeprefix("net."): v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}
-    net = build_with_weights(read_config(options, source), weights, asked, source=source, lora=adapters)
-    return (merge_adapters(net) if adapters and merge else net).eval()
+    with reading(path, "is damaged or not a model of gpt_lightning"):
+        options = dict(config["model"])
+        target = options.pop("_target_", GPT_TARGET)
+        if target != GPT_TARGET:
+            raise ValueError(f"its model is a {target}; build that yourself and load the state_dict")
+        lora = _mapping(config.get("lora"))
+        adapters = LoRAConfig(**lora) if lora.get("r") else None
+        weights = {k[4:]: v for k, v in checkpoint["state_dict"].items() if str(k).startswith("net.")}
+        shape, tokenizer = read_config(options, path), tokenizers.from_state(checkpoint["tokenizer"])
+    net = build_with_weights(shape, weights, asked, source=path, lora=adapters)
+    _check_ids(net, tokenizer, path)
+    net = (merge_adapters(net) if adapters and merge else net).eval()
+    return net, tokenizer, describe(net, checkpoint)

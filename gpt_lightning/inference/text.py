@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -181,8 +182,10 @@ class _Text:
             self._tokens += 1
             if self._tokens == self.max_tokens:
                 self.finish = "length"
-        known = token is not None and token < self.tokenizer.n_vocab  # the model may have more ids
-        data = self.tokenizer.decode_single_token_bytes(token) if known else b""  # type: ignore[arg-type]
+        data = b""
+        if token is not None:
+            with contextlib.suppress(KeyError):  # the model may have ids that no token has
+                data = self.tokenizer.decode_single_token_bytes(token)
         text = self._held + self._decoder.decode(data, final=self.finish is not None)
         cut = min((found for stop in self.stops if (found := text.find(stop)) >= 0), default=None)
         if cut is not None:

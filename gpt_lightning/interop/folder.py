@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict, cast, get_type_hints
 
 import tiktoken
 
 from gpt_lightning.data import tokenizer as tokenizers
+from gpt_lightning.data.files import json_object, reading
 from gpt_lightning.interop.gpt2 import load_gpt2, read_safetensors
 from gpt_lightning.interop.tokenizer import load_tokenizer
 from gpt_lightning.model.gpt import GPT
@@ -61,26 +61,24 @@ def read_folder(folder: Path, **asked: Any) -> tuple[GPT, tiktoken.Encoding | No
         OSError: If a file is missing.
         ValueError: If a file is damaged or not for this package, or disagrees with a field.
     """
-    config = _read_json(folder / "config.json")
-    card = cast(ModelCard, _read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {})
-    if config.items() >= WEIGHTS_FORMAT.items():
-        if not isinstance(config.get("model"), dict):
-            raise ValueError(f"{folder / 'config.json'} is not of this version; export the model again")
+    path, card = folder / "config.json", folder / CARD_FILE
+    with reading(card, "is damaged", "export the model again"):
+        known = known_values(json_object(card) if card.is_file() else {})
+    with reading(path, "is damaged", "export the model again"):
+        config = json_object(path)
+        ours = read_config(config["model"], path) if config.items() >= WEIGHTS_FORMAT.items() else None
+    if ours:
         weights = read_safetensors(folder / "model.safetensors")
-        net = build_with_weights(read_config(config["model"], folder), weights, asked, source=folder)
-        return net, tokenizers.load(folder / "tokenizer.json"), card
+        net = build_with_weights(ours, weights, asked, source=folder)
+        return net, tokenizers.load(folder / "tokenizer.json"), known
     net = load_gpt2(folder, **asked)
     tokenizer = load_tokenizer(folder)
     if tokenizer is None and net.config.vocab_size == GPT2_VOCABULARY:
         tokenizer = tokenizers.GPT2().build(lambda split: iter(()))
-    return net, tokenizer, card
+    return net, tokenizer, known
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}); export the model again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged; export the model again")
-    return content
+def known_values(card: dict[str, Any]) -> ModelCard:
+    """What is known of a card that comes from others: its keys that have a value of their type."""
+    types = get_type_hints(ModelCard)
+    return cast(ModelCard, {k: v for k, v in card.items() if k in types and isinstance(v, types[k])})

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gpt_lightning.data.files import json_object, reading
 from gpt_lightning.model.gpt import GPT, GPTConfig
 from gpt_lightning.model.weights import build_with_weights
 
@@ -152,32 +153,23 @@ def download(name: str) -> Path:
 
 def _read_config(folder: Path) -> GPTConfig:
     path = folder / "config.json"
-    try:
-        source = json.loads(path.read_text(encoding="utf-8"))
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a folder with config.json and weights")
+    with reading(path, "is not the configuration of a GPT-2 that is supported", "load another model"):
+        source = json_object(path)
         if source.get("model_type") != "gpt2":
-            raise ValueError(f"{path}: model_type={source.get('model_type')!r} is not 'gpt2'; load a GPT-2")
-        shape = {key: source[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{path} does not exist; give a folder with config.json and weights"
-        ) from error
-    except (json.JSONDecodeError, AttributeError, KeyError) as error:
-        raise ValueError(
-            f"{path} is not the configuration of a GPT-2 ({error!r}); download it again"
-        ) from error
-    for key, values in COMPUTATION.items():
-        if source.get(key, values[0]) not in values:
-            raise ValueError(
-                f"{path}: {key}={source[key]!r} is not supported, only {values[0]!r}; load another model"
-            )
-    return GPTConfig(
-        **shape,
-        block_size=source.get("n_positions", 1024),
-        n_inner=source.get("n_inner") or 4 * shape["n_embd"],
-        tie_weights=source.get("tie_word_embeddings", True),
-        dropout=source.get("resid_pdrop", 0.1),
-        vocab_multiple=1,
-    )
+            raise ValueError(f"model_type={source.get('model_type')!r} is not 'gpt2'")
+        for key, values in COMPUTATION.items():
+            if source.get(key, values[0]) not in values:
+                raise ValueError(f"{key}={source[key]!r} is not supported, only {values[0]!r}")
+        return GPTConfig(
+            **{key: source[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")},
+            block_size=source.get("n_positions", 1024),
+            n_inner=source.get("n_inner") or 4 * source["n_embd"],
+            tie_weights=source.get("tie_word_embeddings", True),
+            dropout=source.get("resid_pdrop", 0.1),
+            vocab_multiple=1,
+        )
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -185,14 +177,15 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     files = {"model.safetensors"}
     if index.is_file():
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        with reading(index, "is not an index of weights"):  # never of files outside the folder
+            files = {Path(file).name for file in json_object(index)["weight_map"].values()}
     weights: dict[str, Tensor] = {}
     for file in sorted(files):
-        weights |= read_safetensors(folder / Path(file).name)  # never a file outside the folder
+        weights |= read_safetensors(folder / file)
     weights = {
         # old files have no prefix
         name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": weight
         for name, weight in weights.items()
         if not name.endswith((".attn.bias", ".attn.masked_bias"))  # causal masks in old files
     }
-    return {name: weight.t() if name.endswith(CONV1D) else weight for name, weight in weights.items()}
+    return {n: w.t() if n.endswith(CONV1D) and w.dim() == 2 else w for n, w in weights.items()}

@@ -10,7 +10,10 @@ from typing import Any
 import tiktoken
 
 from gpt_lightning.data.corpus.base import END_OF_TEXT
-from gpt_lightning.data.tokenizer import GPT2_PATTERN, definition
+from gpt_lightning.data.files import json_object, reading
+from gpt_lightning.data.tokenizer import GPT2_PATTERN, definition, verified
+
+MAX_WORK = 1 << 27  # sum of the squared lengths of all tokens, the steps of `recover_merges`
 
 
 def save_tokenizer(encoding: tiktoken.Encoding, folder: str | Path, *, block_size: int) -> None:
@@ -88,11 +91,8 @@ def load_tokenizer(folder: str | Path) -> tiktoken.Encoding | None:
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         return None
-    try:
-        return from_tokenizer_json(json.loads(path.read_bytes()))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        reason = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} is not a byte-level BPE that tiktoken can do ({reason})") from error
+    with reading(path, "is not a byte-level BPE that tiktoken can do"):
+        return from_tokenizer_json(json_object(path))
 
 
 def from_tokenizer_json(content: dict[str, Any]) -> tiktoken.Encoding:
@@ -114,22 +114,22 @@ def from_tokenizer_json(content: dict[str, Any]) -> tiktoken.Encoding:
     if model["type"] != "BPE" or steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"] or unknown:
         raise ValueError(f"it has {unknown[0]}" if unknown else "it is of another kind")
     special = {token["content"]: int(token["id"]) for token in content["added_tokens"]}
-    if END_OF_TEXT not in special:
-        raise ValueError(f"it has no {END_OF_TEXT}")
     letters = {letter: byte for byte, letter in _byte_letters().items()}
     ranks = {
         bytes(letters[letter] for letter in token): int(rank)
         for token, rank in model["vocab"].items()
         if token not in special
     }
+    encoding = verified(f"bpe-{len(ranks) + len(special)}", pattern, ranks, special)
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     merges = [(bytes(letters[c] for c in a), bytes(letters[c] for c in b)) for a, b in pairs]
+    if sum(len(token) ** 2 for token in ranks) > MAX_WORK:
+        raise ValueError("its tokens are too long")
     singles = sum(len(token) == 1 for token in ranks)
     whole = model.get("ignore_merges") or len(merges) + singles == len(ranks)
     if merges != recover_merges(ranks) or not whole:
         raise ValueError("its merges are not in the order of their ids")
-    name = f"bpe-{len(ranks) + len(special)}"
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return encoding
 
 
 def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:

@@ -5,6 +5,7 @@ Names and scaling are those of `peft`, which loads the files of `gpt_lightning.e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if type(self.r) is not int or self.r < 1:
             raise ValueError(f"lora.r={self.r!r} must be a whole number of at least 1, or 0 for no adapters")
-        if type(self.lora_alpha) not in (int, float) or not self.lora_alpha > 0:
+        if type(self.lora_alpha) not in (int, float) or not 0 < self.lora_alpha < math.inf:
             raise ValueError(f"lora.lora_alpha={self.lora_alpha!r} must be a number above 0")
         if type(self.lora_dropout) not in (int, float) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora.lora_dropout={self.lora_dropout!r} must be a number in [0, 1)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -12,8 +12,6 @@ from torch.overrides import TorchFunctionMode
 
 from gpt_lightning.model.gpt import GPT, GPTConfig
 from gpt_lightning.model.lora import LoRAConfig, add_adapters
-
-TOKEN_TABLES = ("wte.weight", "lm_head.weight")
 
 
 class EmptyInit(TorchFunctionMode):
@@ -38,7 +36,9 @@ def read_config(options: Mapping[str, Any], source: object) -> GPTConfig:
         ValueError: If there is a field that this version does not know, or a value is out of range.
     """
     if unknown := options.keys() - {field.name for field in fields(GPTConfig)}:
-        raise ValueError(f"the model in {source} has {min(unknown)}, which this version does not know")
+        raise ValueError(f"the model in {source} has {min(map(str, unknown))}, unknown to this version")
+    if "vocab_size" not in options:
+        raise ValueError(f"the model in {source} has no vocab_size")
     return GPTConfig(**options)
 
 
@@ -89,29 +89,59 @@ def build_with_weights(
     Raises:
         ValueError: If a field that was asked for disagrees, or the weights do not fit the configuration.
     """
+    _check_weights(config, weights, source, lora)
     with EmptyInit():
         net = GPT(apply_overrides(config, asked, source))
     if lora:
         add_adapters(net, lora)
-    left = set(weights) - ({"lm_head.weight"} if config.tie_weights else set())
     for name, parameter in net.named_parameters():
+        rows = min(len(parameter), len(weights[name]))  # they differ where the padding or the block does
+        parameter[:rows] = weights[name][:rows]
+        parameter[rows:] = 0.0
+        if not parameter.isfinite().all():
+            raise ValueError(f"{source}: weight {name!r} has values that are not finite; use an earlier one")
+    return net
+
+
+def _check_weights(
+    config: GPTConfig, weights: Mapping[str, Any], source: object, lora: LoRAConfig | None
+) -> None:
+    """Compares weights with a configuration before anything of the size that it says is built.
+
+    Raises:
+        ValueError: If they do not fit, or say more than the file holds.
+    """
+    held: dict[int, int] = {}  # bytes of each storage
+    for name, weight in weights.items():
+        plain = isinstance(weight, Tensor) and weight.layout == torch.strided and weight.device.type == "cpu"
+        if not plain or not weight.is_floating_point():
+            raise ValueError(f"{source}: weight {name!r} is no plain tensor of floating-point numbers")
+        held[weight.untyped_storage().data_ptr()] = weight.untyped_storage().nbytes()
+    if sum(weight.nbytes for weight in weights.values()) > 2 * sum(held.values()):  # 2: a tied head
+        raise ValueError(f"{source} has weights that repeat what it holds; save them as plain tensors")
+    left = set(weights) - ({"lm_head.weight"} if config.tie_weights else set())
+    for name, expected in _shapes(config, lora, source):
         if name not in weights:
             raise ValueError(f"{source} has no weight {name!r}, which its configuration asks for")
-        rows = len(parameter)  # those of the source differ where the padding or the block does
-        if name.endswith(TOKEN_TABLES):
-            rows = config.padded_vocab_size
-        elif name.endswith("wpe.weight"):
-            rows = config.block_size
-        expected = (rows, *parameter.shape[1:])
         if weights[name].shape != expected:
             raise ValueError(
                 f"{source}: weight {name!r} has shape {tuple(weights[name].shape)} where its configuration "
-                f"asks for {expected}; take both from the same model"
+                f"asks for {tuple(expected)}; take both from the same model"
             )
-        rows = min(rows, len(parameter))
-        parameter[:rows] = weights[name][:rows]
-        parameter[rows:] = 0.0
         left.discard(name)
     if left:
         raise ValueError(f"{source} has weights that the model does not, such as {min(left)!r}")
-    return net
+
+
+def _shapes(config: GPTConfig, lora: LoRAConfig | None, source: object) -> Iterator[tuple[str, torch.Size]]:
+    """Names and shapes of a model's parameters, from one layer without memory: a file can say any number."""
+    try:
+        with torch.device("meta"), EmptyInit():
+            net = GPT(replace(config, n_layer=1))
+            if lora:
+                add_adapters(net, lora)
+    except (OverflowError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{source} has a configuration of impossible size; use another one") from error
+    for name, parameter in net.named_parameters():
+        for layer in range(config.n_layer if ".h.0." in name else 1):
+            yield name.replace(".h.0.", f".h.{layer}."), parameter.shape

@@ -117,10 +117,11 @@ def read_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
     """
     path = find_checkpoint(path)
     try:
-        if verify:
-            with zipfile.ZipFile(path) as archive:  # the container that torch.save writes
-                if bad := archive.testzip():
-                    raise ValueError(f"{bad} has a wrong checksum")
+        with zipfile.ZipFile(path) as archive:  # the container that torch.save writes, uncompressed
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it claims to hold more than it does")
+            if verify and (bad := archive.testzip()):
+                raise ValueError(f"{bad} has a wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain values, so it is not loaded") from error
