@@ -69,6 +69,16 @@ def test_permutation_differs_by_seed_and_epoch_and_mixes() -> None:
             assert (order == other).mean() < 0.01
 
 
+def test_order_is_that_of_earlier_releases() -> None:
+    """A run of an earlier release is resumed in the order in which it began."""
+    assert permute(np.arange(12), 12, seed=1337, epoch=0).tolist() == [11, 1, 8, 3, 0, 4, 2, 6, 7, 9, 10, 5]
+    assert permute(np.arange(12), 12, seed=1337, epoch=1).tolist() == [2, 8, 1, 11, 6, 4, 0, 3, 5, 9, 10, 7]
+    far = permute(np.array([0, 1, 2**40]), 2**41 + 1, seed=5, epoch=3)
+    assert far.tolist() == [1554895883334, 972908106303, 1003321754622]
+    data = batches(random_offset=True, shuffle=False, steps=8, seed=1337)
+    assert [int(data.starts(4 * epoch)[0]) for epoch in range(4)] == [3, 8, 9, 3]
+
+
 def test_every_token_is_a_target_once_per_epoch() -> None:
     data = batches(batch_size=5, micro_batch_size=5)  # 10 windows: two steps an epoch
     targets = Counter(int(t) for b in range(2) for t in data[b][1].flatten())

@@ -74,6 +74,7 @@ def test_cache_changes_no_token_within_and_beyond_the_block(net, chosen):
     assert generate(net, PROMPTS, chosen, seed=5) == generate(net, PROMPTS, chosen, seed=5, use_cache=False)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 9),
@@ -184,6 +185,7 @@ def test_prompt_outside_the_vocabulary_is_refused(net, prompt):
         generate(net, [[1], prompt], RANDOM)
 
 
+@pytest.mark.slow
 def test_greedy_tokens_equal_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     from gpt_lightning.interop.gpt2 import save_gpt2

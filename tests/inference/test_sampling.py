@@ -77,9 +77,10 @@ def test_min_p_is_relative_to_the_likeliest(p, expected):
 
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
-    values = torch.tensor([[2.0, -2.0, 4.0, -4.0, -math.inf]])
-    seen = torch.tensor([[True, True, False, False, True]])
-    assert sampling.penalize_repetition(values, seen, 2.0).tolist() == [[1.0, -4.0, 4.0, -4.0, -math.inf]]
+    values = torch.tensor([[2.0, 0.5, -2.0, 4.0, -4.0, -math.inf]])
+    seen = torch.tensor([[True, True, True, False, False, True]])
+    expected = [[1.0, 0.25, -4.0, 4.0, -4.0, -math.inf]]
+    assert sampling.penalize_repetition(values, seen, 2.0).tolist() == expected
 
 
 def test_draw_inverts_the_cumulative_distribution():
@@ -138,6 +139,14 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_filters(values, expected
     torch.testing.assert_close(frequency, torch.tensor(expected, dtype=torch.float32), atol=1 / n, rtol=0)
 
 
+def test_filters_that_keep_everything_change_no_token():
+    rows, uniform = TWO[:1].expand(64, -1), (torch.arange(64) + 0.5) / 64
+    plain = choose(rows, uniform, KEEP_ALL)
+    assert torch.equal(choose(rows, uniform, SamplingSettings(temperature=1.0, top_k=4)), plain)
+    rare = torch.tensor([[-18.0, 0.0]])  # so rare that in float32 the other one has probability 1
+    assert choose(rare, torch.zeros(1), KEEP_ALL).tolist() == [0]
+
+
 def test_penalty_comes_before_temperature_and_needs_the_seen_ids():
     row = torch.tensor([[2.0, 1.5]])
     greedy = SamplingSettings(temperature=0.0, repetition_penalty=2.0)
@@ -180,6 +189,14 @@ def test_every_setting_within_its_bounds_draws_an_id_that_is_possible():
         ({"temperature": math.nan}, f"temperature=nan must be a number {TEMPERATURE}"),
         ({"temperature": 1e-45}, f"temperature=1e-45 must be a number {TEMPERATURE}"),
         ({"temperature": False}, f"temperature=False must be a number {TEMPERATURE}"),
+        ({"temperature": math.inf}, f"temperature=inf must be a number {TEMPERATURE}"),
+        ({"num_samples": 0}, "num_samples=0 must be a whole number from 1 to 1048576"),
+        ({"seed": 2**62}, f"seed={2**62} must be a whole number from 0 to {2**62 - 1}"),
+        ({"top_p": 1.5}, "top_p=1.5 must be a number from 1e-20 to 1, where 1 keeps all tokens"),
+        ({"stop": 3}, "stop=3 must be a text of at least one character, a list, or null"),
+        ({"stop": {"a"}}, "stop={'a'} must be a text of at least one character, a list, or null"),
+        ({"stop": ["a", ""]}, "stop=['a', ''] must be a text of at least one character, a list, or null"),
+        ({"stop": ["a", 3]}, "stop=['a', 3] must be a text of at least one character, a list, or null"),
         ({"top_p": 0}, "top_p=0 must be a number from 1e-20 to 1, where 1 keeps all tokens"),
         ({"top_p": 1e-300}, "top_p=1e-300 must be a number from 1e-20 to 1, where 1 keeps all tokens"),
         ({"top_p": "0.9"}, "top_p='0.9' must be a number from 1e-20 to 1, where 1 keeps all tokens"),
@@ -195,3 +212,20 @@ def test_settings_errors_name_key_value_and_remedy(values, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the whole message is compared below)
         SamplingSettings(**values)
     assert str(error.value) == message
+
+
+def test_bounds_of_the_settings_are_allowed():
+    for key, (kind, least, most, _) in RANGES.items():
+        for value in (least, most if most < math.inf else 10**9):
+            assert getattr(SamplingSettings(**{key: kind(value)}), key) == value
+    assert SamplingSettings(stop=["a", "bc"]).stops == ("a", "bc")
+    assert SamplingSettings(stop="bc").stops == ("bc",)
+    assert SamplingSettings(top_k=None).stops == ()
+
+
+def test_unknown_setting_is_refused_with_a_list_of_all():
+    with pytest.raises(
+        ValueError, match=r"^unknown setting 'stopp'; use max_new_tokens, temperature, .*, stop$"
+    ):
+        SamplingSettings.of({"top_k": 3, "stopp": "x", "zoom": 1})
+    assert SamplingSettings.of({"top_k": 3}) == SamplingSettings(top_k=3)

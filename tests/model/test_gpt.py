@@ -228,6 +228,7 @@ def test_tied_weights_are_one_matrix_and_untied_ones_two():
     assert untied.num_parameters() - tied.num_parameters() == 64 * 32
 
 
+@pytest.mark.slow
 def test_compile_in_place_keeps_the_state_dicts_keys():
     net = build()
     keys = list(net.state_dict())

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import random
+import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,9 +72,8 @@ def test_truncated_checkpoint_is_not_used(two: Path, caplog: pytest.LogCaptureFi
         with caplog.at_level(logging.WARNING):
             assert weight(newest_valid_checkpoint(two)) == 1, length
         (line,) = caplog.messages
-        assert str(two / "last.ckpt") in line
-        assert f"going on from {two / 'last-1.ckpt'}" in line
-        assert "\n" not in line
+        reason = r"\(is damaged or not a checkpoint \([^;]+\)\)"
+        assert re.fullmatch(rf"damaged: {two}/last.ckpt {reason}; going on from {two / 'last-1.ckpt'}", line)
 
 
 def test_flipped_bit_is_detected_or_changes_no_weight(two: Path) -> None:
@@ -94,18 +96,120 @@ def test_checkpoint_without_optimizer_state_is_not_resumed(
     two: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     bare = content()
-    del bare["loops"]
+    del bare["loops"], bare["progress"]
     write_checkpoint(bare, two / "last.ckpt")
     assert newest_valid_checkpoint(two) == two / "last-1.ckpt"
-    assert "it lacks loops" in caplog.text
+    (line,) = caplog.messages
+    assert (
+        line
+        == f"damaged: {two / 'last.ckpt'} (it lacks loops, progress); going on from {two / 'last-1.ckpt'}"
+    )
 
 
 def test_error_names_all_checkpoints_if_all_are_damaged(two: Path) -> None:
     for name in ("last.ckpt", "last-1.ckpt"):
         (two / name).write_bytes((two / name).read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"last\.ckpt \(.*last-1\.ckpt \(.*init_from=") as caught:
+    begin = rf"^every checkpoint of the run is damaged: {two}/last\.ckpt \(.+\); {two}/last-1\.ckpt \(.+\); "
+    end = "begin a new run in another directory{}$"
+    with pytest.raises(ValueError, match=begin + end.format("")) as caught:
         newest_valid_checkpoint(two)
     assert "\n" not in str(caught.value)
+    write_checkpoint(content(), two / "mine.ckpt")
+    write_checkpoint(content(), two / "best.ckpt")
+    with pytest.raises(ValueError, match=begin + end.format(f" with init_from={two}/best.ckpt")):
+        newest_valid_checkpoint(two)
+    for name in ("last.ckpt", "last-1.ckpt"):
+        (two / name).unlink()
+    alone = "^the run has no last.ckpt to go on from, and does not begin again over what it has; "
+    with pytest.raises(ValueError, match=alone + end.format(f" with init_from={two}/best.ckpt")):
+        newest_valid_checkpoint(two)
+
+
+def test_candidates_are_taken_from_the_newest_to_the_oldest(tmp_path: Path) -> None:
+    names = ["last.ckpt", "last-1.ckpt", "last-2.ckpt", "last-10.ckpt", "step-100.ckpt", "step-20.ckpt"]
+    for name in names:
+        write_checkpoint(content(), tmp_path / name)
+    for name in names:
+        assert newest_valid_checkpoint(tmp_path) == tmp_path / name
+        (tmp_path / name).write_bytes(b"damaged")
+
+
+def test_checkpoint_of_a_run_is_its_best_or_last_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        find_checkpoint(tmp_path / "run")
+    assert str(caught.value) == f"no checkpoint at {tmp_path / 'run'}: it does not exist"
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError) as caught:
+        find_checkpoint(tmp_path / "run")
+    reason = "it has no checkpoints/best.ckpt or last.ckpt"
+    assert str(caught.value) == f"no checkpoint at {tmp_path / 'run'}: {reason}"
+    for name in ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "last.ckpt", "best.ckpt"):
+        (tmp_path / "run" / name).touch()
+        assert find_checkpoint(tmp_path / "run") == tmp_path / "run" / name  # each before those above
+
+
+def test_curves_of_a_checkpoint_are_those_of_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    last, curves = tmp_path / "run" / "checkpoints" / "last.ckpt", tmp_path / "run" / "curves.png"
+    last.parent.mkdir(parents=True)
+    last.touch()
+    assert find_curves(last) is None
+    curves.touch()
+    places = [last, last.parent, tmp_path / "run", curves]
+    assert [find_curves(place) for place in places] == [curves] * 4
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(last.parent)
+    assert find_curves("~/run") == find_curves("last.ckpt") == curves
+
+
+FOREIGN = "is not a checkpoint of gpt_lightning"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"tokenizer": None},
+            "is not a checkpoint of gpt_lightning: it lacks hyper_parameters, state_dict, tokenizer",
+        ),
+        ({"hyper_parameters": {}}, "is not a checkpoint of gpt_lightning: its configuration has no model"),
+        (
+            {"format_version": "x"},
+            f"has checkpoint format x and this release reads up to {FORMAT_VERSION}; use a newer release of "
+            "gpt_lightning",
+        ),
+    ],
+    ids=str,
+)
+def test_content_of_another_kind_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write_checkpoint(content() | changes, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="checkpoint") as caught:
+        read_checkpoint(tmp_path)
+    assert str(caught.value) == f"{tmp_path / 'last.ckpt'} {message}"
+
+
+def test_damage_is_told_with_its_reason(two: Path) -> None:
+    path = two / "last.ckpt"
+    with zipfile.ZipFile(path) as archive:
+        entry = next(info for info in archive.infolist() if info.filename.endswith("/data/0"))
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(torch.full((300,), 2.0).numpy().tobytes())] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="checksum") as caught:
+        read_checkpoint(path)
+    reason = f"{entry.filename} has a wrong checksum"
+    assert str(caught.value) == f"{path} is damaged or not a checkpoint ({reason}); use another one"
+    assert weight_unverified(path) != 2.0
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="it lacks"):
+        read_checkpoint(path)
+    torch.save({"x": Path("/")}, path)
+    with pytest.raises(ValueError, match="holds") as caught:
+        read_checkpoint(path)
+    assert str(caught.value) == f"{path} holds more than tensors and plain values, so it is not loaded"
+
+
+def weight_unverified(path: Path) -> float:
+    return float(read_checkpoint(path, verify=False)["state_dict"]["w"][0])
 
 
 class Breaks:
@@ -117,14 +221,17 @@ class Breaks:
 
 def test_failed_write_leaves_the_old_file_and_nothing_else(two: Path) -> None:
     before = (two / "last.ckpt").read_bytes()
-    with pytest.raises(
-        OSError, match=rf"cannot write the checkpoint {two / 'last.ckpt'} \(No space left"
-    ) as caught:
+    with pytest.raises(OSError, match="cannot write") as caught:
         write_checkpoint({"a": torch.ones(9), "b": Breaks()}, two / "last.ckpt")
-    assert str(two / "last.ckpt") in str(caught.value)
-    assert f"resume={two.parent}" in str(caught.value)
+    assert str(caught.value) == (
+        f"cannot write the checkpoint {two / 'last.ckpt'} (No space left on device); make room or give "
+        f"the right to write there, then go on from the checkpoint before it with resume={two.parent}"
+    )
     assert (two / "last.ckpt").read_bytes() == before
     assert sorted(path.name for path in two.iterdir()) == ["last-1.ckpt", "last.ckpt"]
+    with pytest.raises((AttributeError, pickle.PicklingError)):  # another error stays what it is
+        write_checkpoint({"a": lambda: None}, two / "last.ckpt")
+    assert (two / "last.ckpt").read_bytes() == before
 
 
 def test_checkpoint_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

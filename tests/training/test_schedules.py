@@ -68,3 +68,18 @@ def test_warmup_that_does_not_fit_is_refused(schedule) -> None:
 def test_ratio_above_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"scheduler.min_lr_ratio=1.5"):
         cosine(0, max_steps=10, min_lr_ratio=1.5)
+
+
+@pytest.mark.parametrize(("max_steps", "warmup"), [(9, 0), (59, 5), (990, 99), (5000, 100)])
+def test_default_warmup_is_a_tenth_of_the_run_and_at_most_a_hundred_steps(
+    max_steps: int, warmup: int
+) -> None:
+    for step in range(warmup):
+        factor = constant(step, max_steps=max_steps, warmup_steps=None)
+        assert factor == pytest.approx((step + 1) / (warmup + 1))
+    assert constant(warmup, max_steps=max_steps, warmup_steps=None) == 1.0
+
+
+@pytest.mark.parametrize(("schedule", "end"), [(cosine, 0.1), (linear, 0.0), (wsd, 0.0)])
+def test_factor_at_the_end_without_a_given_ratio(schedule, end: float) -> None:
+    assert schedule(10, max_steps=10) == pytest.approx(end)
