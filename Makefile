@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 MINUTES ?= 60
+MUTANTS ?=
 # a module is compiled when it is first imported, not twenty thousand of them now; that has to be kept
 unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint check stress tensorboard clean
+.PHONY: help install train test lint check stress mutants tensorboard clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -41,9 +42,14 @@ check: lint test ## lint and test
 stress: $(VENV)/.dev ## interrupt random runs for MINUTES=60; ARGS="--seed 7 --lanes 2" are its options
 	$(BIN)/python -W ignore -m tests.stress --minutes $(MINUTES) $(ARGS)
 
+mutants: $(VENV)/.dev ## whether the tests notice changes of the code; MUTANTS=NAME… are some of them
+	$(PIP) -e ".[mutants]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m mutmut run $(MUTANTS)
+	$(BIN)/python -m mutmut results
+
 tensorboard: $(VENV)/.core ## curves of all runs under outputs/
 	$(BIN)/tensorboard --logdir outputs $(ARGS)
 
 clean: ## remove the environment and what tools left; runs in outputs/ stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist mutants *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
