@@ -40,6 +40,7 @@ TABLE = {  # what is printed, with its format
     "floor_bits_per_byte": "{:.4f}, the corpus entropy",
     "bleu": "{:.2f}",
 }
+RESULT = {*TABLE, "checkpoint", "words", "stride", "block_size", "samples", "validation"}  # keys of output=
 WINDOWS = (
     "windows overlap by {0} tokens of context; training's validation loss, with windows end to end, "
     "is usually higher (stride={1} gives it)"
@@ -59,7 +60,8 @@ def validate(cfg: DictConfig) -> None:
     for key in ("text", "samples", "reference"):
         if cfg[key] is not None and not Path(cfg[key]).expanduser().exists():
             raise ConfigError(f"{key}={cfg[key]} does not exist")
-    check_output(cfg.output)
+    inputs = (cfg.text, cfg.samples, cfg.reference)
+    check_output(cfg.output, lambda row: "checkpoint" in row and row.keys() <= RESULT, *inputs)
     if cfg.split not in ("train", "val"):
         raise ConfigError(f"split={cfg.split!r} must be train or val")
     for key, least in (("num_samples", 0), ("batch_size", 1)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from omegaconf import DictConfig
 
 from gpt_lightning.config.command import command
@@ -17,12 +19,14 @@ def main(cfg: DictConfig) -> None:
         raise ConfigError("output= is missing; give the folder to write")
     if not isinstance(cfg.overwrite, bool):
         raise ConfigError(f"overwrite={cfg.overwrite!r} must be true or false")
+    if source.is_dir() and Path(cfg.output).expanduser().resolve() == source.resolve():
+        raise ConfigError(f"output={cfg.output} is the folder that is exported; give another one")
     from gpt_lightning.inference.loading import read_model
     from gpt_lightning.interop.export import export
 
     model = read_model(source, merge=cfg.format != "peft")
     folder = export(model, cfg.output, format=cfg.format, overwrite=cfg.overwrite)
-    for path in sorted(folder.iterdir()):
+    for path in sorted(filter(Path.is_file, folder.iterdir())):
         print(f"{path.stat().st_size:>12,} bytes  {path.name}")
     print(folder)
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ANSWER = {"prompt", "text", "tokens", "finish"}  # keys of a line of output=
+
 
 def read_prompts(cfg: DictConfig) -> list[str]:
     """The prompts of prompt=, prompt_file= or default_prompts=."""
@@ -129,7 +131,7 @@ def main(cfg: DictConfig) -> list[str] | None:
     if cfg.prompt is not None and cfg.prompt_file is not None:
         raise ConfigError("prompt= and prompt_file= exclude each other; give one of them")
     source = checkpoint_source(cfg)
-    check_output(cfg.output)
+    check_output(cfg.output, lambda row: row.keys() == ANSWER, cfg.prompt_file)
     from gpt_lightning.inference.loading import load
     from gpt_lightning.inference.sampling import SamplingSettings
     from gpt_lightning.inference.session import Session

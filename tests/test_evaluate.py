@@ -181,6 +181,31 @@ def test_recited_samples_differ_from_unseen_text(
     assert found["loss"] > 0
 
 
+def test_only_a_file_of_results_is_replaced(
+    call: Call, checkpoint: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    others = {
+        "samples.jsonl": json.dumps({"text": "abc"}) + "\n",
+        "summary.json": json.dumps({"status": "finished", "val_loss": 1.0}, indent=2),
+        "annotated.json": json.dumps({"checkpoint": "x", "loss": 1.0, "note": "mine"}, indent=2),
+        "metrics.csv": "step,loss\n1,2.0\n",
+    }
+    for name, content in others.items():
+        (tmp_path / name).write_text(content)
+    arguments = [f"checkpoint={checkpoint}", "device=cpu", f"samples={tmp_path / 'samples.jsonl'}"]
+    for path in (checkpoint, *(tmp_path / name for name in others)):
+        with pytest.raises(SystemExit):
+            call("evaluate", *arguments, f"output={path}")
+        line = capsys.readouterr().err
+        reads = path.name == "samples.jsonl"
+        assert ("is what this command reads;" if reads else "holds what this command did not write;") in line
+    assert {name: (tmp_path / name).read_text() for name in others} == others
+    for text in ("abc", "abcdef"):
+        (tmp_path / "samples.jsonl").write_text(json.dumps({"text": text}) + "\n")
+        call("evaluate", *arguments, f"output={tmp_path / 'new.json'}")
+    assert "samples" in json.loads((tmp_path / "new.json").read_text())
+
+
 def test_bleu_against_references(call: Call, checkpoint: Path, tmp_path: Path) -> None:
     sacrebleu = pytest.importorskip("sacrebleu", reason="the extra eval is not installed")
     said = ["the cat sat on the mat today", "it rained the whole long day"]

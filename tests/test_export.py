@@ -97,6 +97,9 @@ def test_generate_reads_the_weights_format(
         call("generate", f"checkpoint={source}", "prompt=abc", "seed=3", "device=cpu", "max_new_tokens=30")
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
+    with pytest.raises(SystemExit):
+        call("export", f"checkpoint={tmp_path / 'bare'}", f"output={tmp_path / 'bare'}", "overwrite=true")
+    assert "is the folder that is exported; give another one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate", "export"])

@@ -99,6 +99,43 @@ def test_file_of_prompts_is_answered_line_by_line(
     assert capsys.readouterr().out == ""
 
 
+def test_only_a_file_of_answers_is_replaced(
+    call: Call, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers, prompts = tmp_path / "answers.jsonl", tmp_path / "prompts.jsonl"
+    prompts.write_text("abc\u2028d\n")
+    arguments = [f"checkpoint={checkpoint}", "device=cpu", f"prompt_file={prompts}", *SETTINGS]
+    for seed in (1, 2):
+        call("generate", *arguments, f"seed={seed}", f"output={answers}")
+    row = json.loads(answers.read_text(encoding="utf-8"))
+    whole = json.dumps(row) + "\n"
+    os.mkfifo(tmp_path / "fifo")
+    others = {
+        "annotated.jsonl": whole + json.dumps(row | {"rating": 3}),
+        "cut.jsonl": whole + whole[:20],
+        "notes.txt": "mine",
+        "scores.json": json.dumps({"checkpoint": "x", "loss": 1.0}, indent=2),
+        "binary": "\x00\x80",
+        "list.json": "[]",
+        "deep.json": "[" * 10_000,
+    }
+    for name, content in others.items():
+        (tmp_path / name).write_text(content)
+    capsys.readouterr()
+    for path in (checkpoint, tmp_path / "fifo", *(tmp_path / name for name in others)):
+        with pytest.raises(SystemExit):
+            call("generate", *arguments, f"output={path}")
+        assert "holds what this command did not write; name another file\n" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        call("generate", *arguments[:2], f"prompt_file={answers}", f"output={answers}")
+    assert f"output={answers} is what this command reads" in capsys.readouterr().err
+    assert {name: (tmp_path / name).read_text() for name in others} == others
+    assert json.loads(answers.read_text(encoding="utf-8")) == row
+    (tmp_path / "notes.txt").write_text("")  # nothing to lose
+    call("generate", *arguments, f"output={tmp_path / 'notes.txt'}")
+    assert json.loads((tmp_path / "notes.txt").read_text(encoding="utf-8")).keys() == row.keys()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -153,7 +190,8 @@ def test_unknown_character_in_a_prompt_keeps_an_earlier_output(
     letters = Char().build(lambda split: iter(["abc\n"]))
     path = save_checkpoint(tmp_path / "best.ckpt", random_net(letters), letters)
     (tmp_path / "prompts.txt").write_text("abc\nabZ\n")
-    (tmp_path / "answers.jsonl").write_text("earlier")
+    earlier = json.dumps({"prompt": "a", "text": "earlier", "tokens": 1, "finish": "length"})
+    (tmp_path / "answers.jsonl").write_text(earlier)
     with pytest.raises(SystemExit):
         call(
             "generate",
@@ -162,7 +200,7 @@ def test_unknown_character_in_a_prompt_keeps_an_earlier_output(
             f"output={tmp_path / 'answers.jsonl'}",
         )
     assert "no token for 'Z'" in capsys.readouterr().err
-    assert (tmp_path / "answers.jsonl").read_text() == "earlier"
+    assert (tmp_path / "answers.jsonl").read_text() == earlier
 
 
 def test_default_prompt_with_unknown_characters_is_skipped(

@@ -46,21 +46,22 @@ def atomic_write(path: Path, *, text: bool = False, suffix: str = ".tmp") -> Ite
             temporary.unlink(missing_ok=True)
 
 
+def finite(value: Any) -> Any:
+    """A value for JSON, which lacks NaN and infinities: they become null."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, content: Mapping[Any, Any]) -> None:
-    """Write a JSON file atomically; NaN and infinities, which JSON lacks, become null."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: finite(item) for key, item in value.items()}
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
+    """Write a JSON file atomically; numbers that are not finite become null."""
     with atomic_write(path, text=True) as file:
         file.write(json.dumps(finite(content), indent=2) + "\n")
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object with its own checksum, for `unsealed`."""
-    text = json.dumps(content, sort_keys=True)
+    text = json.dumps(finite(content), sort_keys=True)
     return {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
@@ -71,7 +72,7 @@ def unsealed(content: dict[str, Any]) -> dict[str, Any]:
         ValueError: If it is not what was sealed.
     """
     bare = {key: value for key, value in content.items() if key != "sha256"}
-    if "sha256" in content and sealed(bare) != content:
+    if "sha256" in content and sealed(bare)["sha256"] != content["sha256"]:
         raise ValueError("its checksum differs")
     return bare
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -13,11 +13,15 @@ from typing import Protocol
 import tiktoken
 
 from gpt_lightning.data import tokenizer as tokenizers
+from gpt_lightning.data.corpus.base import file_sha256
+from gpt_lightning.data.files import json_object, sealed, unsealed, write_json
 from gpt_lightning.interop.folder import CARD_FILE, WEIGHTS_FORMAT, ModelCard
 from gpt_lightning.interop.gpt2 import save_gpt2, write_safetensors
 from gpt_lightning.interop.tokenizer import save_tokenizer
 from gpt_lightning.model.gpt import GPT
 from gpt_lightning.model.lora import LoRALinear
+
+README = "README.md"
 
 
 class Model(Protocol):
@@ -42,13 +46,12 @@ def write_huggingface(model: Model, folder: Path) -> None:
         )
     save_gpt2(model.net, folder, end_of_text=tokenizers.end_of_text(model.tokenizer))
     save_tokenizer(model.tokenizer, folder, block_size=model.net.config.block_size)
-    (folder / "README.md").write_text(readme(model), encoding="utf-8")
+    (folder / README).write_text(readme(model), encoding="utf-8")
 
 
 def write_weights(model: Model, folder: Path) -> None:
     """The parameters, the fields of GPTConfig and the tokenizer, for `gpt_lightning.load`."""
-    config = {**WEIGHTS_FORMAT, "model": asdict(model.net.config)}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", {**WEIGHTS_FORMAT, "model": asdict(model.net.config)})
     weights = {name: parameter.detach().contiguous() for name, parameter in model.net.named_parameters()}
     write_safetensors(weights, folder / "model.safetensors")  # a tied head is the token table, once
     tokenizers.save(model.tokenizer, folder / "tokenizer.json")
@@ -76,7 +79,7 @@ def write_peft(model: Model, folder: Path) -> None:
         "bias": "none",
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "adapter_config.json", config)
     weights = {
         f"base_model.model.{name}.{part}.weight": getattr(layer, part).weight.detach()
         for name, layer in layers.items()
@@ -93,19 +96,20 @@ FORMATS: dict[str, Callable[[Model, Path], None]] = {
 
 
 def export(model: Model, output: str | Path, *, format: str, overwrite: bool = False) -> Path:
-    """Write a model to a folder, atomically.
+    """Write a model to a folder: a new or empty one, or that of an earlier export.
 
     Args:
         model: As from `gpt_lightning.inference.loading.read_model`.
         output: The folder.
         format: A key of FORMATS.
-        overwrite: Whether to replace an earlier export; other files are never replaced.
+        overwrite: Whether to replace the files of an earlier export. Files that it did not write, or that
+            were changed since, stay as they are.
 
     Returns:
         The folder.
 
     Raises:
-        OSError: If the folder cannot be written.
+        OSError: If the folder cannot be written, or has a file in the place of one of the export's.
         ValueError: If the format does not exist or cannot express the model.
     """
     if format not in FORMATS:
@@ -113,24 +117,65 @@ def export(model: Model, output: str | Path, *, format: str, overwrite: bool = F
     folder = Path(output).expanduser().absolute()
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"output={output} is a file; give the name of a folder")
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / CARD_FILE).is_file():
-            raise FileExistsError(f"output={output} is a folder with other files; give another one")
-        if not overwrite:
-            raise FileExistsError(f"output={output} holds an export; add overwrite=true to replace it")
+    mine = _exported(folder)
+    if mine is None and folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"output={output} is a folder with other files; give another one")
+    if mine is not None and not overwrite:
+        raise FileExistsError(f"output={output} holds an export; add overwrite=true to replace it")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    partial = Path(tempfile.mkdtemp(prefix=".export.", dir=folder if folder.exists() else folder.parent))
     try:
         new = partial / "new"
         new.mkdir()  # with the usual permissions; mkdtemp's are narrower
         FORMATS[format](model, new)
-        (new / CARD_FILE).write_text(json.dumps(model.info, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            folder.rename(partial / "old")
-        new.rename(folder)
+        old = mine or set()
+        names = {line.split("  ", 1)[1] for line in old}
+        for file in new.iterdir():
+            if file.name in names or not os.path.lexists(folder / file.name):
+                continue
+            if file.name != README:
+                raise FileExistsError(
+                    f"{folder / file.name} was not written by an export, or was changed since; move it away, "
+                    "or give another output="
+                )
+            file.unlink()  # a user's own one stays
+        _move(new, folder, old, model.info)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _sums(folder: Path) -> set[str]:
+    """A line with the SHA-256 and the name of each file, as sha256sum prints it."""
+    return {f"{file_sha256(file)}  {file.name}" for file in folder.iterdir() if file.is_file()}
+
+
+def _exported(folder: Path) -> set[str] | None:
+    """`_sums` of what an export wrote to a folder and nobody changed since; None if there is no export."""
+    try:
+        card = json_object(folder / CARD_FILE)
+        return _sums(folder).intersection(unsealed(card)["files"]) if "sha256" in card else None
+    except (KeyError, OSError, RecursionError, TypeError, ValueError):
+        return None
+
+
+def _move(new: Path, folder: Path, old: set[str], info: ModelCard) -> None:
+    """Put the files of `new` in the place of the old ones.
+
+    An interruption leaves files that all are in the card, so that they can be replaced, and no config.json,
+    without which no program takes them for a model.
+    """
+    sums = _sums(new)
+    if folder.exists():
+        write_json(folder / CARD_FILE, sealed({**info, "files": sorted(old | sums)}))
+        for line in old:
+            (folder / line.split("  ", 1)[1]).unlink()
+    write_json(new / CARD_FILE, sealed({**info, "files": sorted(sums)}))
+    if not folder.exists():
+        new.rename(folder)
+        return
+    for file in sorted(new.iterdir(), key=lambda file: (file.name == CARD_FILE, file.name == "config.json")):
+        file.replace(folder / file.name)
 
 
 def readme(model: Model) -> str:

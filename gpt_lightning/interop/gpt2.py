@@ -6,7 +6,6 @@ layers are "Conv1D": stored (in, out), the transpose of nn.Linear's.
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpt_lightning.data.files import json_object, reading
+from gpt_lightning.data.files import json_object, reading, write_json
 from gpt_lightning.model.gpt import GPT, GPTConfig
 from gpt_lightning.model.weights import build_with_weights
 
@@ -104,10 +103,8 @@ def save_gpt2(net: GPT, folder: str | Path, *, end_of_text: int | None = None) -
         ValueError: If GPT-2 cannot express the model.
     """
     config, weights = to_gpt2(net, end_of_text=end_of_text)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    write_safetensors(weights, folder / "model.safetensors")
+    write_json(Path(folder) / "config.json", config)
+    write_safetensors(weights, Path(folder) / "model.safetensors")
 
 
 def write_safetensors(weights: dict[str, Tensor], path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from math import nan
 from pathlib import Path
 
 import pytest
@@ -120,25 +121,92 @@ print(type(model).__name__, tokenizer.decode(tokenizer("naïve 你好").input_id
     assert done.stdout.strip() == "GPT2LMHeadModel naïve 你好", done.stderr
 
 
-def test_only_an_earlier_export_is_replaced(tmp_path: Path) -> None:
+def test_export_needs_an_empty_folder_or_overwrite(tmp_path: Path) -> None:
     model = TextGenerator(random_net(), BYTES)
     folder = export(model, tmp_path / "deep" / "new", format="weights")
     with pytest.raises(FileExistsError, match="holds an export; add overwrite=true"):
         export(model, folder, format="weights")
-    export(model, folder, format="huggingface", overwrite=True)
-    assert json.loads((folder / "config.json").read_text())["model_type"] == "gpt2"
-    assert [path.name for path in folder.parent.iterdir()] == ["new"]
     mine = tmp_path / "mine"
     mine.mkdir()
-    (mine / "thesis.txt").write_text("mine")
-    for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match="a folder with other files"):
-            export(model, mine, format="weights", overwrite=overwrite)
-    with pytest.raises(FileExistsError, match="is a file"):
-        export(model, mine / "thesis.txt", format="weights", overwrite=True)
-    assert (mine / "thesis.txt").read_text() == "mine"
-    (tmp_path / "empty").mkdir()
-    export(model, tmp_path / "empty", format="weights")
+    for name in ("thesis.txt", "card.json"):  # also a card of another program
+        (mine / name).write_text('{"name": "mine", "files": []}')
+        for overwrite in (False, True):
+            with pytest.raises(FileExistsError, match="a folder with other files"):
+                export(model, mine, format="weights", overwrite=overwrite)
+        with pytest.raises(FileExistsError, match="is a file"):
+            export(model, mine / name, format="weights", overwrite=True)
+        (mine / name).unlink()
+    export(model, mine, format="weights")
+
+
+def test_overwrite_replaces_what_an_export_wrote_and_nothing_else(tmp_path: Path) -> None:
+    first, second = (TextGenerator(random_net(seed=seed), BYTES, {"val_loss": nan}) for seed in (1, 2))
+    folder = export(first, tmp_path / "new", format="weights")
+    (folder / ".git").mkdir()
+    kept = {"README.md": "of the user", ".git/HEAD": "a commit", "notes.txt": "mine"}
+    for name, text in kept.items():
+        (folder / name).write_text(text)
+    export(second, folder, format="huggingface", overwrite=True)
+    assert {name: (folder / name).read_text() for name in kept} == kept
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "gpt2"
+    idx = torch.arange(9)[None]
+    assert torch.equal(read_model(folder).net(idx)[..., :257], second.net(idx)[..., :257])
+    export(first, folder, format="weights", overwrite=True)
+    assert {path.name for path in folder.iterdir()} == {
+        *("card.json", "config.json", "model.safetensors", "tokenizer.json"),
+        *("README.md", ".git", "notes.txt"),
+    }
+    assert torch.equal(read_model(folder).net(idx)[..., :257], first.net(idx)[..., :257])
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("change", ["edited", "link", "folder"])
+def test_overwrite_refuses_before_anything_is_replaced_where_a_file_is_not_an_exports(
+    tmp_path: Path, change: str
+) -> None:
+    model = TextGenerator(random_net(), BYTES)
+    folder = export(model, tmp_path / "new", format="weights")
+    (tmp_path / "secret").write_text("secret")
+    config = folder / "config.json"
+    text = config.read_text()
+    config.unlink()
+    if change == "folder":
+        config.mkdir()
+    elif change == "link":
+        config.symlink_to(tmp_path / "secret")
+    else:
+        config.write_text(text + " ")
+    before = {path: path.stat() for path in tmp_path.rglob("*")}
+    with pytest.raises(FileExistsError, match=r"config\.json was not written by an export, or was changed"):
+        export(model, folder, format="huggingface", overwrite=True)
+    after = {path: path.stat() for path in tmp_path.rglob("*")}
+    assert {path: (s.st_mtime_ns, s.st_ino) for path, s in after.items() if path != folder} == {
+        path: (s.st_mtime_ns, s.st_ino) for path, s in before.items() if path != folder
+    }
+
+
+@pytest.mark.parametrize("stop", range(4))
+def test_interrupted_overwrite_leaves_no_model_of_two_and_can_be_repeated(
+    tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (TextGenerator(random_net(seed=seed), BYTES) for seed in (1, 2))
+    folder = export(first, tmp_path / "new", format="weights")
+    moves, replace = [], Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        moves.append(target)
+        if len(moves) > stop:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export(second, folder, format="weights", overwrite=True)
+    if (folder / "config.json").exists():
+        assert {path.name for path in folder.iterdir()} >= {"model.safetensors", "tokenizer.json"}
+    again = read_model(export(second, folder, format="weights", overwrite=True))
+    assert torch.equal(again.net.lm_head.weight, second.net.lm_head.weight)
 
 
 def test_unknown_format_is_refused(tmp_path: Path) -> None:
