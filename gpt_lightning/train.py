@@ -123,7 +123,8 @@ def train(cfg: DictConfig, folder: Path, deadline: float) -> None:
     import torch
 
     from gpt_lightning.training.callbacks.interruption import Interrupted
-    from gpt_lightning.training.fit import describe, end_with_parent, fit, quiet_lightning
+    from gpt_lightning.training.callbacks.ranks import end_with_parent
+    from gpt_lightning.training.fit import describe, fit, quiet_lightning
 
     quiet_lightning()
     end_with_parent()
@@ -155,6 +156,7 @@ def train(cfg: DictConfig, folder: Path, deadline: float) -> None:
         log.info("%s; go on with resume=%s", interrupted, folder)
         if main.in_python and interrupted.code != 128 + signal.SIGINT:
             return  # whoever called reads the status
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # of somebody who presses Ctrl-C many times
         raise SystemExit(interrupted.code) from None
     except RuntimeError as error:
         if not lacks_memory(error):

@@ -168,6 +168,7 @@ TRAINER_KEYS = {
     "gradient_clip_algorithm": "trainer.clip_norm",
     "accumulate_grad_batches": "data.batch_size and device.micro_batch_size",
     "logger": "logger",
+    "max_time": "time_limit",
     "callbacks": "callbacks",
     "enable_checkpointing": "callbacks.last",
     "enable_progress_bar": "callbacks.progress",

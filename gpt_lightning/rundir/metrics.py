@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gpt_lightning.data.files import atomic_write
 
+log = logging.getLogger(__name__)
 Row = dict[str, float]
 
 
 def read_metrics(path: str | Path) -> list[Row]:
-    """Read a metrics.csv; a row has `step` and its metrics. An incomplete last line is ignored."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = (line for line in lines if line.endswith("\n"))
-    return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(whole)]
+    """Read a metrics.csv; a row has `step` and its metrics.
+
+    An incomplete last line is ignored; damaged lines are left out with a warning.
+    """
+    rows, damaged = _parse(Path(path))
+    if damaged:
+        log.warning("%s: %d damaged line(s) left out", path, len(damaged))
+    return rows
+
+
+def _parse(path: Path) -> tuple[list[Row], list[bytes]]:
+    """The rows of a file, and its lines that are none."""
+    columns: list[str] = []
+    rows: list[Row] = []
+    damaged: list[bytes] = []
+    for line in path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")[:-1]:
+        try:
+            values = next(csv.reader([line.decode()]), [])
+            if columns:
+                row = {key: float(value) for key, value in zip(columns, values, strict=True) if value}
+                rows.append({"step": row.pop("step"), **row})
+            elif "step" in values:
+                columns = values
+            else:
+                damaged.append(line)
+        except (csv.Error, KeyError, ValueError):
+            damaged.append(line)
+    return rows, damaged
 
 
 def _ints(row: Row) -> dict[str, float | int]:
@@ -61,17 +88,35 @@ class MetricsFile:
             self._columns += new
             self._write([*rows, row])
         else:
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self._columns).writerow(_ints(self._row))
+            self._append(self._row)
         self._saved_step, self._row = self._row["step"], {}
 
     def _begin(self) -> None:
         keep = self._resume_step if self._resume_step is not None else -1
-        rows = read_metrics(self.path) if self.path.exists() else []
+        rows, damaged = _parse(self.path) if self.path.exists() else ([], [])
+        if damaged and keep >= 0:
+            aside = self.path.with_name(self.path.name + ".damaged")
+            with aside.open("ab") as file:
+                file.writelines(line + b"\n" for line in damaged)
+            log.warning("%s: %d damaged line(s) moved to %s", self.path, len(damaged), aside.name)
         rows = [row for row in rows if row["step"] <= keep]
         self._columns = list(dict.fromkeys(["step", *(key for row in rows for key in row)]))
         self._saved_step = rows[-1]["step"] if rows else -1.0
         self._write(rows)
+
+    def _append(self, row: Row) -> None:
+        """Append the whole row or nothing."""
+        values = _ints(row)
+        rest = (",".join(str(values.get(key, "")) for key in self._columns) + "\r\n").encode()
+        with self.path.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                while rest:  # a full disk takes a part, then raises
+                    rest = rest[file.write(rest) :]
+            except OSError as error:
+                file.truncate(size)
+                error.filename = str(self.path)
+                raise
 
     def _write(self, rows: Sequence[Row]) -> None:
         with atomic_write(self.path, text=True) as file:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
-import os
 import signal
-import sys
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -28,7 +24,9 @@ from gpt_lightning.training.callbacks.incidents import Incidents
 from gpt_lightning.training.callbacks.interruption import Interrupted, Interruption
 from gpt_lightning.training.callbacks.metrics import StepMetrics
 from gpt_lightning.training.callbacks.progress import format_duration
+from gpt_lightning.training.callbacks.ranks import Ranks
 from gpt_lightning.training.callbacks.samples import Samples
+from gpt_lightning.training.callbacks.stop import rule_reached
 from gpt_lightning.training.intervals import save_interval
 from gpt_lightning.training.loggers import silent_tensorboard_thread
 from gpt_lightning.training.module import LanguageModel
@@ -76,40 +74,60 @@ def fit(
             write_summary(folder, summary)
         return summary
 
+    _remove_temporary_files(folder, trainer)
     record("interrupted", earlier)  # which stays if the process is killed
     last = next((c for c in trainer.callbacks if isinstance(c, LastCheckpoint)), None)  # type: ignore[attr-defined]
+    interruption, ranks = Interruption(deadline), Ranks(f"go on with resume={folder}")
+    trainer.callbacks.append(ranks)  # type: ignore[attr-defined]
     if last is not None:
-        last.after_save = lambda: record("interrupted")
-        if threading.current_thread() is threading.main_thread():  # others cannot handle signals
-            last.interruption = Interruption(deadline)
+        last.after_save, last.interruption = lambda: record("interrupted"), interruption
+        interruption.listen(trainer)
     status: Status = "failed"
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        status = "finished"
+        with ranks:
+            status = _train(module, data, trainer, checkpoint)
     except Interrupted:
         status = "interrupted"
         raise
-    except SystemExit as error:
-        if not isinstance(error.__context__, KeyboardInterrupt):
-            raise
-        status = "interrupted"  # by Ctrl-C before the first step, which Lightning turns into SystemExit
-        raise Interrupted(128 + signal.SIGINT) from None
     finally:
         try:
             summary = record(status)
             if trainer.is_global_zero:
                 _draw(folder, data)
-                _log_hyperparameters(module, trainer, summary)
+                if status == "finished":
+                    _log_hyperparameters(module, trainer, summary)
         except OSError as error:
             if status == "finished":
                 raise
             log.debug("cannot write: %s", error)  # the user needs the error that ended the run
+        finally:
+            interruption.stop_listening()
     return summary
+
+
+def _train(
+    module: LanguageModel, data: TextDataModule, trainer: pl.Trainer, checkpoint: Path | None
+) -> Status:
+    """Train until Lightning stops; only the last step and stopping rules finish a run."""
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as error:  # into which Lightning turns Ctrl-C, if nothing else handles it
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        raise Interrupted(128 + signal.SIGINT) from None
+    finished = trainer.global_step >= trainer.max_steps or rule_reached(trainer)
+    return "finished" if finished else "interrupted"
+
+
+def _remove_temporary_files(folder: Path, trainer: pl.Trainer) -> None:
+    """Remove what a kill left of files that were being written."""
+    for path in [*folder.glob("*.tmp"), *folder.glob("checkpoints/*.tmp")] if trainer.is_global_zero else ():
+        path.unlink()
 
 
 def _results(module: LanguageModel, data: TextDataModule, trainer: pl.Trainer) -> RunSummary:
     """Results of a run so far."""
-    best = next((c for c in trainer.callbacks if type(c) is ModelCheckpoint), None)  # type: ignore[attr-defined]
+    best = next((c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)), None)  # type: ignore[attr-defined]
     incidents = next((c for c in trainer.callbacks if isinstance(c, Incidents)), None)  # type: ignore[attr-defined]
     metrics = StepMetrics.of(trainer)
     speed = metrics.steps * data.tokens_per_step / metrics.seconds if metrics and metrics.seconds else None
@@ -132,13 +150,13 @@ def _results(module: LanguageModel, data: TextDataModule, trainer: pl.Trainer) -
 
 
 def _draw(folder: Path, data: TextDataModule) -> None:
-    """Draw curves.png; an error must not fail the run."""
+    """Draw curves.png; no error in it fails the run."""
     meta, floor = data.store.meta.splits["val"], None
     if meta.floor_bits is not None:
         floor = meta.floor_bits * math.log(2) / meta.tokens
     try:
         plot_curves(read_metrics(folder / "metrics.csv"), folder / "curves.png", floor=floor)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         log.debug("no curves: %s", error)
 
 
@@ -169,18 +187,10 @@ def describe(summary: RunSummary, trainer: pl.Trainer, folder: Path) -> str:
         f"{summary['steps']} steps, {summary['tokens']:,} tokens in {format_duration(summary['seconds'])}"
         + (f" ({speed:,.0f} tokens/s)" if speed else "")
     )
+    if summary["status"] != "finished":
+        lines.append(f"stopped before step {trainer.max_steps}; go on with resume={folder}")
     lines.append(f"run: {folder}")
     return "\n".join(lines)
-
-
-def end_with_parent() -> None:
-    """Let the kernel kill a rank that Lightning started when the first rank dies, to free its GPU."""
-    if (
-        "PL_GLOBAL_SEED" in os.environ
-        and int(os.environ.get("LOCAL_RANK", 0)) > 0
-        and sys.platform == "linux"
-    ):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, see prctl(2)
 
 
 def quiet_lightning() -> None:

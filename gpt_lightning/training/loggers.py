@@ -1,4 +1,4 @@
-"""Loggers: metrics.csv as one of Lightning's, and errors of TensorBoard's thread."""
+"""Loggers: metrics.csv as one of Lightning's, and errors of TensorBoard's writer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -47,6 +48,21 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()
+
+
+def log_metrics(trainer: pl.Trainer, metrics: Mapping[str, float], step: int) -> None:
+    """Give the metrics of an optimizer step to every logger.
+
+    Raises:
+        OSError: If a file cannot be written; TensorBoard's logger blames the value that was logged.
+    """
+    for logger in trainer.loggers:
+        try:
+            logger.log_metrics(dict(metrics), step=step)
+        except ValueError as error:
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            raise
 
 
 @contextmanager

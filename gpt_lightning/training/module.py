@@ -5,6 +5,7 @@ B sequences of a micro-batch, T block_size.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,8 +21,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.model.gpt import IGNORE
 from gpt_lightning.rundir.checkpoint import Progress
+from gpt_lightning.training.loggers import log_metrics
 from gpt_lightning.training.optimizers import OptimizerFactory, decay_groups, matrix_names
 
+log = logging.getLogger(__name__)
 Schedule = Callable[[int], float]  # optimizer steps done -> factor of the peak learning rate
 
 
@@ -44,7 +47,8 @@ class LanguageModel(pl.LightningModule):
         step_ended: Whether the last micro-batch ended an optimizer step.
         before_step: Called before each optimizer step, with the loss known and the gradient not yet clipped.
         metrics: What the last validation measured.
-        best_val_loss: Lowest validation loss so far, in nats per token.
+        best_val_loss: Lowest validation loss so far that beats guessing, in nats per token.
+        beats_guessing: Whether the last validation loss is at most that of equal odds for every token.
         n_parameters: Parameters of the network, tied ones counted once, over all shards.
     """
 
@@ -76,7 +80,7 @@ class LanguageModel(pl.LightningModule):
         self.step_ended = False
         self.before_step: Callable[[], None] = lambda: None
         self.metrics: dict[str, float] = {}
-        self.best_val_loss = math.inf
+        self.best_val_loss, self.beats_guessing = math.inf, True
         self._sums: Tensor | None = None
 
     token_bytes: Tensor
@@ -123,6 +127,11 @@ class LanguageModel(pl.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
         idx, targets = batch
         nats = self.net(idx, targets, reduction="none")  # (B, T)
+        if nats.shape != targets.shape:
+            raise ValueError(
+                f"the loss of {type(self.net).__name__} has shape {tuple(nats.shape)} under "
+                f'reduction="none"; return one loss per token, of shape {tuple(targets.shape)}'
+            )
         counted = targets != IGNORE
         n_bytes = self.token_bytes[targets.clamp(min=0)] * counted  # (B, T)
         assert self._sums is not None
@@ -139,12 +148,20 @@ class LanguageModel(pl.LightningModule):
             "val/perplexity": math.exp(min(loss, 700.0)),  # exp overflows above
             "val/bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else math.nan,
         }
-        self.best_val_loss = min(self.best_val_loss, loss)
+        guess = math.log(self.tokenizer.n_vocab)
+        self.beats_guessing = loss <= guess  # NaN does not
+        if self.beats_guessing:
+            self.best_val_loss = min(self.best_val_loss, loss)
+        elif self.trainer.is_global_zero:
+            log.warning(
+                "the validation loss of %.4f at step %d is worse than %.4f, that of guessing: it is not kept "
+                "as the best; if it does not fall, lower optimizer.lr",
+                *(loss, self.global_step, guess),
+            )
         monitored = {**self.metrics, "train/loss": self.mean_train_loss()}
         self.log_dict(monitored, logger=False, sync_dist=False, rank_zero_only=False)
         if not self.trainer.sanity_checking:
-            for logger in self.trainer.loggers:
-                logger.log_metrics(self.metrics, step=self.global_step)
+            log_metrics(self.trainer, self.metrics, self.global_step)
 
     def mean_train_loss(self) -> float:
         """Mean of `train_loss` over all ranks; a collective operation."""

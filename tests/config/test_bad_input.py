@@ -48,6 +48,7 @@ TABLE: list[tuple[str, str, str]] = [
     ("train", "data.corpus=3", "data.corpus=3 must be keys with values, of which _target_ names a class"),
     ("train", "~optimizer.lr", "optimizer cannot be made of its values: .* missing 1 required .*: 'lr'"),
     ("train", "+model.n_experts=8", "model.n_experts is no argument of GPTConfig; it takes vocab_size, block_size"),
+    ("train", "+trainer.lightning.max_time=00:00:01:00", "trainer.lightning.max_time=.* set time_limit instead"),
     ("train", "trainer.lightning=[1]", "trainer.lightning=.*--cfg job shows what belongs there"),
     # -- types and ranges; KEYS has the others
     ("train", "seed=-1", "seed=-1 must be a whole number of at least 0"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.trainer.states import TrainerStatus
 
 from gpt_lightning.data.corpus.files import TextFiles
 from gpt_lightning.data.datamodule import TextDataModule
@@ -23,9 +26,10 @@ from gpt_lightning.model.gpt import GPT, GPTConfig
 from gpt_lightning.rundir.checkpoint import Checkpoint, read_checkpoint
 from gpt_lightning.rundir.metrics import read_metrics
 from gpt_lightning.rundir.summary import RunSummary, read_summary
-from gpt_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, LastCheckpoint
+from gpt_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from gpt_lightning.training.callbacks.interruption import Interrupted
 from gpt_lightning.training.callbacks.metrics import StepMetrics
+from gpt_lightning.training.callbacks.samples import Samples
 from gpt_lightning.training.callbacks.stop import Stop
 from gpt_lightning.training.fit import describe, fit, quiet_lightning
 from gpt_lightning.training.loggers import MetricsCSV
@@ -117,6 +121,54 @@ def test_run_saves_its_last_step(run: Run, tmp_path: Path, stop: list[pl.Callbac
     assert last(tmp_path)["progress"]["step"] == 8  # not only 6, the last multiple of three
 
 
+class StopsEarly(pl.Callback):
+    """Stops Lightning within the fourth step, as a timer might."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *values: Any) -> None:
+        trainer.should_stop |= values[-1] == 6  # the index of the first of two micro-batches
+
+
+def test_run_that_is_stopped_early_by_no_rule_is_interrupted_and_goes_on_exactly(
+    run: Run, tmp_path: Path
+) -> None:
+    short, whole = tmp_path / "short", tmp_path / "whole"
+    summary = run(short, StopsEarly(), Stop())
+    assert (summary["status"], summary["steps"]) == ("interrupted", 4)
+    assert last(short)["pending"] == {"stop": False, "validation": False}
+    summary = run(short, Stop(), checkpoint=short / "checkpoints" / "last.ckpt")
+    assert (summary["status"], summary["steps"]) == ("finished", 8)
+    run(whole, Stop())
+    assert_same_training(short, whole)
+
+
+class Corrupt(pl.Callback):
+    """Multiplies the weights after the second step, as a diverging run might."""
+
+    def __init__(self, factor: float):
+        self.factor = factor
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == 2 and pl_module.step_ended:
+            pl_module.net.transformer.wte.weight.data *= self.factor
+
+
+@pytest.mark.parametrize(("factor", "loss"), [(math.nan, "nan"), (-300.0, r"\d+\.\d+")])
+def test_model_that_is_worse_than_guessing_is_never_the_best_and_the_run_goes_on(
+    run: Run, tmp_path: Path, factor: float, loss: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    best = BestCheckpoint(tmp_path / "checkpoints", "best", "val/loss", save_on_train_epoch_end=False)
+    samples = Samples(tmp_path / "samples.md", max_new_tokens=4)
+    summary = run(tmp_path, Corrupt(factor), samples, best, Stop())
+    assert (summary["status"], summary["steps"]) == ("finished", 8)
+    assert summary["best_val_loss"] is summary["best_checkpoint"] is None
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"last.ckpt", "last-1.ckpt"}
+    guess = f"{math.log(257):.4f}"
+    for step in (4, 8):
+        line = f"the validation loss of {loss} at step {step} is worse than {guess}, that of guessing"
+        assert re.search(line, caplog.text)
+        assert (f"step {step} has no sample: the validation loss is nan" in caplog.text) == (loss == "nan")
+
+
 class StopsLate(pl.Callback):
     """Ends the run at a point where no other callback is asked any more."""
 
@@ -169,9 +221,10 @@ def test_checkpoint_of_an_older_release_is_extended(run: Run, tmp_path: Path) ->
 def test_run_that_stopped_early_stays_stopped(
     run: Run, tmp_path: Path, callbacks: Callable[[], list[pl.Callback]], steps: int
 ) -> None:
-    assert run(tmp_path, *callbacks())["steps"] == steps
     checkpoint = tmp_path / "checkpoints" / "last.ckpt"
-    assert run(tmp_path, *callbacks(), max_steps=12, checkpoint=checkpoint)["steps"] == steps
+    for options in ({}, {"max_steps": 12, "checkpoint": checkpoint}):
+        summary = run(tmp_path, *callbacks(), **options)
+        assert (summary["status"], summary["steps"]) == ("finished", steps)
 
 
 class FailingThread(pl.Callback):
@@ -213,12 +266,48 @@ def test_signal_before_the_first_step_interrupts_the_run(run: Run, tmp_path: Pat
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+class SignalsAtTheEnd(TextDataModule):
+    """SIGTERM arrives in the last step, and again when Lightning has given the signals back."""
+
+    @property
+    def tokens_per_step(self) -> int:  # for the metrics of each step, and for the summary
+        trainer: Any = self.trainer
+        if trainer and (trainer.global_step == 8 or trainer.state.status == TrainerStatus.FINISHED):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().tokens_per_step
+
+
+def test_signal_in_the_last_step_or_later_leaves_a_finished_run(run: Run, tmp_path: Path) -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        run(tmp_path, Hangup(), data=SignalsAtTheEnd, val_every_steps=100)
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGHUP, ignored)
+    assert received == [signal.SIGTERM]  # the one after the run
+    assert read_summary(tmp_path)["status"] == "finished"
+    assert last(tmp_path)["progress"]["step"] == 8
+    assert (tmp_path / "curves.png").exists()
+
+
+class Hangup(pl.Callback):
+    """The terminal is closed in the first step."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+
+
 def test_last_lines_compare_with_the_corpus_entropy(tmp_path: Path) -> None:
     summary: RunSummary = {
         "val_loss": 0.5, "perplexity": 1.65, "bits_per_byte": 0.33, "floor_bits_per_byte": 0.30,
-        "steps": 3, "tokens": 3000, "seconds": 61.0, "tokens_per_second": 50.0,
+        "status": "interrupted", "steps": 3, "tokens": 3000, "seconds": 61.0, "tokens_per_second": 50.0,
     }  # fmt: skip
-    lines = describe(summary, pl.Trainer(logger=False, enable_checkpointing=False), tmp_path).splitlines()
+    trainer = pl.Trainer(max_steps=9, logger=False, enable_checkpointing=False)
+    lines = describe(summary, trainer, tmp_path).splitlines()
     assert lines[0].endswith("| 0.3300 bits per byte, 10.0% above the corpus entropy of 0.3000")
     assert "sliding windows" in lines[1]
     assert lines[2] == "3 steps, 3,000 tokens in 1:01 (50 tokens/s)"
+    assert lines[3] == f"stopped before step 9; go on with resume={tmp_path}"

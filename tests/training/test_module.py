@@ -141,6 +141,21 @@ def test_validation_measures_the_whole_split(store: TokenStore) -> None:
     assert module.metrics["val/bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
 
 
+class IgnoresReduction(torch.nn.Linear):
+    """A model of the user's own that always returns the mean loss."""
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor, *, reduction: str = "mean") -> torch.Tensor:
+        return super().forward(targets[..., None].float()).square().mean()
+
+
+def test_model_that_ignores_reduction_is_refused_at_the_first_validation(store: TokenStore) -> None:
+    module = build(store)
+    module.net = IgnoresReduction(1, 1)
+    line = r'loss of IgnoresReduction has shape \(\) under reduction="none"; .*\(8, 16\)'
+    with pytest.raises(ValueError, match=line):
+        fit(module, data_module(store, 8), 1)
+
+
 def test_no_clipping_still_measures_the_norm(store: TokenStore) -> None:
     record = fit(build(store, clip_norm=None), data_module(store, 8), 1)
     _, expected = by_hand(store, clip=math.inf)

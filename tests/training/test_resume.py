@@ -109,6 +109,18 @@ def equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def callback_states(checkpoint: Any, run: Path) -> Any:
+    """The states of the callbacks, with paths in the run directory."""
+    states = {key: dict(state) for key, state in checkpoint["callbacks"].items()}
+    for state in states.values():
+        for key, value in state.items():
+            if isinstance(value, str):
+                state[key] = value.replace(str(run), "")
+            elif isinstance(value, dict):
+                state[key] = {name.replace(str(run), ""): score for name, score in value.items()}
+    return states
+
+
 def assert_same(run: Path, reference: Path) -> None:
     """Weights, optimizer, random generators and positions bitwise, and everything a user reads."""
     for name in ("last.ckpt", "best.ckpt"):
@@ -117,6 +129,7 @@ def assert_same(run: Path, reference: Path) -> None:
         for key in keys:
             assert equal(a[key], b[key]), f"{key} of {name} differs"
         assert a["loops"]["fit_loop"]["state_dict"] == b["loops"]["fit_loop"]["state_dict"]
+        assert equal(callback_states(a, run), callback_states(b, reference))
     assert metrics(run) == metrics(reference)
     assert scalars(run) == scalars(reference)
     assert (run / "samples.md").read_text() == (reference / "samples.md").read_text()
@@ -179,7 +192,7 @@ def test_run_killed_twenty_times_ends_as_if_it_never_was(
     assert_same(run, uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signal_finishes_the_step_and_leaves_a_run_that_goes_on(
     start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -193,6 +206,30 @@ def test_signal_finishes_the_step_and_leaves_a_run_that_goes_on(
     # nothing of what was trained is lost
     assert read_checkpoint(run / "checkpoints" / "last.ckpt")["progress"]["step"] == logged_step(run)
     assert f"at step {logged_step(run)}" in resume(zygote, run)
+    assert_same(run, uninterrupted)
+
+
+def test_second_ctrl_c_asks_for_patience_and_the_third_leaves_at_once(
+    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    start().end_when(reached(run, 11))
+    before = set(run.glob("tensorboard/*"))
+    process = zygote.start("train", f"resume={run}", "data.num_workers=1", slow={TRAINING_STEP: 300})
+    process.wait_for(lambda: set(run.glob("tensorboard/*")) - before)  # later, the signals are handled
+    for line in ("SIGINT: finishing the step and writing a checkpoint", "please wait; another Ctrl-C"):
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it to workers, too
+        process.wait_for(lambda line=line: line in process.out.read_text())
+    code = None
+    while code is None:  # somebody hammers on the keyboard
+        os.killpg(process.pid, signal.SIGINT)
+        code = process.poll()
+    assert code == 128 + signal.SIGINT
+    out = process.out.read_text()
+    assert out.endswith(f"\nstopped by SIGINT; go on with resume={run}\n")
+    assert [out.count(text) for text in ("SIGINT: ", "please wait", "Traceback")] == [1, 1, 0]
+    assert status(run) == "interrupted"
+    resume(zygote, run)
     assert_same(run, uninterrupted)
 
 
@@ -603,8 +640,15 @@ def test_two_ranks_with_workers_go_on_exactly(zygote: Zygote, options: list[str]
     )
     process = zygote.start("train", *options, *ranks, f"hydra.run.dir={b}")
     process.wait_for(lambda: logged_step(b) > 40)  # shortly before the epoch ends
-    process.kill()
-    process.wait()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+    (second,) = (pid for pid in children if b"train_ddp_process_1" in commands[pid])
+    os.kill(int(second), signal.SIGKILL)
+    assert process.wait() == 1
+    out = process.out.read_text()
+    assert "Traceback" not in out
+    line = f"rank 1 (process {second}) was killed by SIGKILL; go on with resume={b}"
+    assert out.splitlines()[-1].removeprefix("error: ") == line
     process = zygote.start("train", f"resume={b}")
     assert process.end_when(reached(b, 61), signal.SIGTERM) == 128 + signal.SIGTERM, process.out.read_text()
     resume(zygote, b)

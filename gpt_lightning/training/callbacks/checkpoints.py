@@ -12,12 +12,14 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from gpt_lightning.rundir.checkpoint import write_checkpoint
 from gpt_lightning.training.callbacks.interruption import Interruption
+from gpt_lightning.training.callbacks.stop import rule_reached
 from gpt_lightning.training.intervals import save_interval
 from gpt_lightning.training.module import LanguageModel
 
@@ -66,6 +68,19 @@ def validation_is_due(trainer: pl.Trainer) -> bool:
     return bool(trainer.val_check_batch) and batches % int(trainer.val_check_batch or 1) == 0
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, for which a model that is worse than guessing is never the best."""
+
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
+        if current is None or not current.isfinite() or not trainer.lightning_module.beats_guessing:
+            return False
+        return super().check_monitor_top_k(trainer, current)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.current_score = state_dict["current_score"]  # which Lightning forgets
+
+
 class LastCheckpoint(Checkpoint):
     """Saves last.ckpt after the first step, at regular steps, at the end and on an interruption.
 
@@ -78,6 +93,9 @@ class LastCheckpoint(Checkpoint):
         every_steps: Optimizer steps between two; None follows the length of the run.
         keep: How many to keep: last.ckpt, last-1.ckpt (the one before it), and so on.
         snapshot_every_steps: Optimizer steps between checkpoints that stay (step-1000.ckpt); None for none.
+
+    Attributes:
+        reached: Whether a stopping rule had ended the run before it was loaded.
 
     Raises:
         ValueError: If a number is below 1.
@@ -105,7 +123,9 @@ class LastCheckpoint(Checkpoint):
         self._restored: dict[str, Any] | None = None
         self._saved_step = -1
         self._validating = False  # whether a validation is under way
-        self._pending = {"stop": False, "validation": False}  # of the loaded checkpoint
+        self.reached = False
+        self._stop = False  # at the end of this step
+        self._validation_pending = False  # in the loaded checkpoint
         self._max_steps = -1
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -113,19 +133,23 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.interruption is not None:
-            self.interruption.listen(trainer)
-        if self._pending["validation"]:  # it was interrupted, so it is repeated from the beginning
+            self.interruption.begin(trainer)
+        if self._validation_pending:  # it was interrupted, so it is repeated from the beginning
             loop = trainer.fit_loop.epoch_loop
             loop.max_steps = self._max_steps
             loop.val_loop.restarting = False
-            trainer.should_stop = self._pending["stop"]
+            trainer.should_stop = self.reached
             trainer.validating = True
             loop.val_loop.run()
             trainer.training = True
-        trainer.should_stop = trainer.should_stop or self._pending["stop"]
+        trainer.should_stop = trainer.should_stop or self.reached
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:  # type: ignore[override]
-        if pl_module.step_ended and not validation_is_due(trainer):
+        if not pl_module.step_ended:  # where Lightning would stop and lose a part of the step
+            self._stop, trainer.should_stop = self._stop or trainer.should_stop, False
+            return
+        trainer.should_stop |= self._stop
+        if not validation_is_due(trainer):
             self._after_step(trainer)
 
     def on_validation_batch_end(
@@ -198,35 +222,37 @@ class LastCheckpoint(Checkpoint):
             states = [None] * trainer.world_size
             torch.distributed.all_gather_object(states, own)
         checkpoint["random_states"] = states
-        checkpoint["pending"] = {"stop": trainer.should_stop, "validation": self._validating}
+        checkpoint["pending"] = {"stop": rule_reached(trainer), "validation": self._validating}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._relocate(checkpoint["callbacks"])
+        self._relocate(trainer, checkpoint["callbacks"])
         states = checkpoint["random_states"]
         # with another number of devices, each rank keeps the state of its seed
         if trainer.world_size == len(states):
             self._restored = states[trainer.global_rank]
-        self._pending = checkpoint["pending"]
+        self.reached = checkpoint["pending"]["stop"]
+        self._validation_pending = checkpoint["pending"]["validation"]
         if "format_version" not in checkpoint:  # these have a stop at the last step as well
             length = checkpoint["hyper_parameters"].get("trainer", {}).get("max_steps")
-            self._pending["stop"] &= checkpoint["global_step"] != length
-        self._saved_step = -1 if self._pending["validation"] else checkpoint["global_step"]
+            self.reached &= checkpoint["global_step"] != length
+        self._saved_step = -1 if self._validation_pending else checkpoint["global_step"]
         self._max_steps = trainer.max_steps
-        if self._pending["validation"] and checkpoint["global_step"] >= self._max_steps:
+        if self._validation_pending and checkpoint["global_step"] >= self._max_steps:
             trainer.fit_loop.epoch_loop.max_steps += 1  # else Lightning would not even begin
 
-    def _relocate(self, states: dict[str, Any]) -> None:
+    @staticmethod
+    def _relocate(trainer: pl.Trainer, states: dict[str, Any]) -> None:
         """Change the absolute paths in the state of ModelCheckpoint if the run directory was moved."""
-        for state in states.values():
-            if not isinstance(state, dict) or not (old := state.get("dirpath")):
-                continue
-            for key, value in state.items():
+        for callback in trainer.checkpoint_callbacks:
+            state = states.get(callback.state_key, {})
+            old, new = state.get("dirpath"), str(getattr(callback, "dirpath", None))
+            for key, value in state.items() if old else ():
                 if isinstance(value, str):
-                    state[key] = value.replace(old, str(self.folder))
+                    state[key] = value.replace(old, new)
                 elif isinstance(value, dict):
-                    state[key] = {k.replace(old, str(self.folder)): v for k, v in value.items()}
+                    state[key] = {k.replace(old, new): v for k, v in value.items()}
 
     def on_train_batch_start(self, *_: Any) -> None:
         if self._restored is not None:  # this late because setting up a run may draw random numbers

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gpt_lightning.data.files import write_json
 from gpt_lightning.data.windows import TrainBatches
+from gpt_lightning.training.loggers import log_metrics
 from gpt_lightning.training.module import LanguageModel
 
 log = logging.getLogger(__name__)
@@ -109,8 +110,7 @@ class Incidents(Callback):
         log.warning("%s; it is skipped, see %s", what, path)
         for parameter in module.parameters():
             parameter.grad = None  # optimizers then leave the parameter as it is
-        for logger in trainer.loggers:
-            logger.log_metrics({"train/skipped_steps": float(self.skipped)}, step=step)
+        log_metrics(trainer, {"train/skipped_steps": float(self.skipped)}, step)
 
     def _check_spike(self, trainer: pl.Trainer, module: LanguageModel, loss: float) -> None:
         high = self.spike is not None and self._steps > FIRST_SPIKE_STEP and loss > self.spike * self._mean

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import signal
+import threading
 import time
 from typing import Any
 
@@ -16,10 +19,11 @@ from gpt_lightning.training.slurm import requeue
 log = logging.getLogger(__name__)
 
 TIMED_OUT = 124  # exit code, that of timeout(1)
+IMPATIENCE = 2.0  # seconds after the second Ctrl-C in which a third one leaves at once
 
 
-class Interrupted(Exception):
-    """The run was asked to stop, and its state is on the disk.
+class Interrupted(BaseException):
+    """The run was asked to stop, and its state is on the disk; like KeyboardInterrupt, it is no error.
 
     Args:
         code: Exit code: 128 + the signal's number, as in a shell, or TIMED_OUT.
@@ -34,6 +38,9 @@ class Interrupted(Exception):
 class Interruption:
     """Remembers a request to stop until the run reaches a point where it can stop.
 
+    Requests are SIGINT, SIGTERM, SIGHUP (the terminal was closed) and the signal with which SLURM requeues a
+    job. A signal that is ignored when the run starts, as under nohup, stays ignored.
+
     Args:
         deadline: When the run must have stopped, in the seconds of time.monotonic(); None for never.
     """
@@ -42,32 +49,54 @@ class Interruption:
         self.deadline = deadline
         self._code = 0
         self._asked_at, self._slowest, self._saving = time.monotonic(), 0.0, 0.0  # seconds
+        self._asked_again_at = -math.inf
         self._requeue_signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}  # handlers
+        self._process = os.getpid()  # workers inherit the handlers
 
     def listen(self, trainer: pl.Trainer) -> None:
-        """Replace Lightning's signal handlers, which would stop in the middle of an optimizer step.
-
-        Called when training starts, since Lightning sets its own shortly before.
-
-        Raises:
-            Interrupted: If SIGTERM came in between.
-        """
-        if code := self._over_ranks(128 + signal.SIGTERM if trainer.received_sigterm else 0, trainer):
-            raise Interrupted(code)
-        numbers = [signal.SIGINT, signal.SIGTERM]
+        """Handle the signals; in other threads than the main one, that is not possible."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
         environment = getattr(trainer.strategy, "cluster_environment", None)  # a single device has none
         if SLURMEnvironment.detect() and getattr(environment, "auto_requeue", True):
             self._requeue_signal = getattr(environment, "requeue_signal", None) or signal.SIGUSR1
             numbers.append(self._requeue_signal)
         for number in numbers:
-            signal.signal(number, self._note)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                self._before.setdefault(number, signal.signal(number, self._note))
+
+    def stop_listening(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Replace Lightning's handlers, which would stop in the middle of an optimizer step.
+
+        Called when training starts, since Lightning sets its own shortly before.
+
+        Raises:
+            Interrupted: If a signal came before.
+        """
+        self.listen(trainer)
+        if code := self._over_ranks(self._code, trainer):
+            raise Interrupted(code)
         self._asked_at = time.monotonic()
 
     def _note(self, number: int, _: Any) -> None:
-        if self._code == 128 + number == 128 + signal.SIGINT:
-            raise Interrupted(self._code)  # a second Ctrl-C stops at once
-        self._code = 128 + number
-        log.info("%s: finishing the step and writing a checkpoint", signal.Signals(number).name)
+        if os.getpid() != self._process:
+            return
+        if number == signal.SIGINT and self._code:
+            now = time.monotonic()
+            if now - self._asked_again_at <= IMPATIENCE:
+                signal.signal(number, signal.SIG_IGN)
+                raise Interrupted(self._code)
+            self._asked_again_at = now
+            log.info("please wait; another Ctrl-C now ends the run without a checkpoint of the last steps")
+        elif not self._code:
+            log.info("%s: finishing the step and writing a checkpoint", signal.Signals(number).name)
+        self._code = self._code or 128 + number
 
     def code(self, trainer: pl.Trainer) -> int:
         """The exit code to stop with, 0 to continue; called by all ranks where the run can stop."""

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from gpt_lightning.training.intervals import log_interval
+from gpt_lightning.training.loggers import log_metrics
 from gpt_lightning.training.module import LanguageModel
 
 try:
@@ -80,8 +81,7 @@ class StepMetrics(Callback):
         self.latest = self.measure(trainer, pl_module, loss)
         self.seconds, self.steps = self.seconds + self._seconds, self.steps + self._steps
         self._seconds, self._steps = 0.0, 0
-        for logger in trainer.loggers:
-            logger.log_metrics(self.latest, step=step)
+        log_metrics(trainer, self.latest, step)
 
     def measure(self, trainer: pl.Trainer, pl_module: LanguageModel, loss: float) -> dict[str, float]:
         """Metrics of the step that just ended, whose training loss is given."""

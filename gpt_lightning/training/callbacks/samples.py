@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
+import math
 import re
 from pathlib import Path
 
 import lightning.pytorch as pl
+import tiktoken
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from tqdm import tqdm
 
 from gpt_lightning.data import tokenizer as tokenizers
+from gpt_lightning.data.files import atomic_write
 from gpt_lightning.inference.decoding import generate
 from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.model.gpt import GPT
 from gpt_lightning.training.module import LanguageModel
 
 log = logging.getLogger(__name__)
-SECTION = re.compile(r"## Step (\d+)\n")  # heading of a sample in samples.md
+SECTION = re.compile(rb"(?m)^(?=## Step (\d+)$)")  # beginning of a sample in samples.md
 
 
 class Samples(Callback):
@@ -60,28 +64,38 @@ class Samples(Callback):
         """Validate the prompt, and remove the samples that a resumed run will write again."""
         tokenizers.encode_array(pl_module.tokenizer, self.prompt)  # raises before training
         if trainer.is_global_zero and self.path.exists():
-            sections = re.split(r"(?m)^(?=## Step \d+$)", self.path.read_text(encoding="utf-8"))
-            kept = [
-                part
-                for part in sections
-                if (found := SECTION.match(part)) and int(found[1]) <= trainer.global_step
-            ]
-            self.path.write_text("".join(kept), encoding="utf-8")
+            self._write(trainer.global_step + 1)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
-        if not trainer.is_global_zero or not isinstance(pl_module.net, GPT):  # other models may not generate
+        net = pl_module.net
+        if not trainer.is_global_zero or not isinstance(net, GPT):  # other models may not generate
             return
-        encoding = pl_module.tokenizer
+        step, loss = trainer.global_step, pl_module.metrics["val/loss"]
+        try:
+            if not math.isfinite(loss):  # on CUDA, sampling from NaN would break the whole process
+                raise ValueError(f"the validation loss is {loss}")
+            self._sample(trainer, net, pl_module.tokenizer)
+        except Exception as error:  # nothing that only looks may end a run
+            log.warning("step %d has no sample: %s", step, error)
+
+    def _sample(self, trainer: pl.Trainer, net: GPT, encoding: tiktoken.Encoding) -> None:
         end = tokenizers.end_of_text(encoding)
         ids = tokenizers.encode_array(encoding, self.prompt).tolist() if self.prompt else []
-        new = generate(pl_module.net, [[end, *ids]], self.settings, stop_ids=(end,))[0]
+        new = generate(net, [[end, *ids]], self.settings, stop_ids=(end,))[0]
         self.latest = encoding.decode([*ids, *(token for token in new if token != end)])
         if self.show:
             with tqdm.external_write_mode():
                 log.info("%s\n", self.latest)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(f"## Step {trainer.global_step}\n\n```text\n{self.latest}\n```\n\n")
+        step = trainer.global_step
+        self._write(step, f"## Step {step}\n\n```text\n{self.latest}\n```\n\n".encode())
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("sample", self.latest, trainer.global_step)
+                logger.experiment.add_text("sample", self.latest, step)
+
+    def _write(self, step: int, section: bytes = b"") -> None:
+        """Replace the sections of a step and of later ones, in bytes, so that a damaged file is no error."""
+        text = self.path.read_bytes().removeprefix(codecs.BOM_UTF8) if self.path.exists() else b""
+        parts = SECTION.split(text)  # what precedes the first section, then each step with its section
+        kept = [part for number, part in zip(parts[1::2], parts[2::2], strict=True) if int(number) < step]
+        with atomic_write(self.path) as file:
+            file.write(b"".join([*kept, section]))

@@ -251,6 +251,8 @@ def test_resuming_drops_samples_after_the_checkpoint(fit: Fit, tmp_path: Path) -
     before = sections(samples.path)
     with samples.path.open("a") as file:
         file.write("## Step 6\n\n```text\nwill be written again\n```\n\n## Step 10\n\n```text\nhalf of")
+    # an editor and a power cut have been here
+    samples.path.write_bytes(b"\xef\xbb\xbf" + samples.path.read_bytes() + b" \xff\0\0")
     fit(samples, val_every_steps=2, checkpoint=tmp_path / "at-4.ckpt")
     after = sections(samples.path)
     assert list(after) == [2, 4, 6]
