@@ -25,6 +25,7 @@ from gpt_lightning.training.loggers import log_metrics
 from gpt_lightning.training.optimizers import OptimizerFactory, decay_groups, matrix_names
 
 log = logging.getLogger(__name__)
+UNTRAINED = 1.05  # largest loss of an untrained model, in multiples of that of guessing every token
 Schedule = Callable[[int], float]  # optimizer steps done -> factor of the peak learning rate
 
 
@@ -47,8 +48,8 @@ class LanguageModel(pl.LightningModule):
         step_ended: Whether the last micro-batch ended an optimizer step.
         before_step: Called before each optimizer step, with the loss known and the gradient not yet clipped.
         metrics: What the last validation measured.
-        best_val_loss: Lowest validation loss so far that beats guessing, in nats per token.
-        beats_guessing: Whether the last validation loss is at most that of equal odds for every token.
+        best_val_loss: Lowest plausible validation loss so far, in nats per token.
+        plausible: Whether the last validation loss is not worse than that of an untrained model.
         n_parameters: Parameters of the network, tied ones counted once, over all shards.
     """
 
@@ -80,7 +81,7 @@ class LanguageModel(pl.LightningModule):
         self.step_ended = False
         self.before_step: Callable[[], None] = lambda: None
         self.metrics: dict[str, float] = {}
-        self.best_val_loss, self.beats_guessing = math.inf, True
+        self.best_val_loss, self.plausible = math.inf, True
         self._sums: Tensor | None = None
 
     token_bytes: Tensor
@@ -149,8 +150,8 @@ class LanguageModel(pl.LightningModule):
             "val/bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else math.nan,
         }
         guess = math.log(self.tokenizer.n_vocab)
-        self.beats_guessing = loss <= guess  # NaN does not
-        if self.beats_guessing:
+        self.plausible = loss <= UNTRAINED * guess  # NaN is not
+        if self.plausible:
             self.best_val_loss = min(self.best_val_loss, loss)
         elif self.trainer.is_global_zero:
             log.warning(

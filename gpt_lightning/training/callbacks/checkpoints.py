@@ -72,7 +72,7 @@ class BestCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, for which a model that is worse than guessing is never the best."""
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
-        if current is None or not current.isfinite() or not trainer.lightning_module.beats_guessing:
+        if current is None or not current.isfinite() or not trainer.lightning_module.plausible:
             return False
         return super().check_monitor_top_k(trainer, current)
 
