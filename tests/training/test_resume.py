@@ -18,7 +18,8 @@ import pytest
 import torch
 from support.runs import TINY
 from support.zygote import Process, Zygote
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
+from tensorboard.util.tensor_util import make_ndarray
 
 from gpt_lightning.config.start import start_arguments
 from gpt_lightning.data import tokenizer as tokenizers
@@ -88,14 +89,17 @@ def metrics(run: Path) -> list[Row]:
     ]
 
 
-def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows of a run, without what a clock measured."""
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
-    events.Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("speed/")]
-    found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
-    # the page of hyper-parameters shows the last results; an interrupted run has some too
-    return {tag: points[-1:] if tag.startswith("hparams/") else points for tag, points in found.items()}
+def tensorboard(run: Path) -> list[dict[str, list[tuple[int, Any]]]]:
+    """What each of TensorBoard's loaders shows of a run by tag, without what a clock measured."""
+    shown = []
+    for loader in (event_accumulator, plugin_event_accumulator):  # of --load_fast=false, it is the second
+        events: Any = loader.EventAccumulator(str(run / "tensorboard"), {"scalars": 0, "tensors": 0})
+        tags = events.Reload().Tags()
+        found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags.get("scalars", [])}
+        for tag in tags["tensors"]:
+            found[tag] = [(e.step, make_ndarray(e.tensor_proto).tolist()) for e in events.Tensors(tag)]
+        shown.append({tag: points for tag, points in found.items() if not tag.startswith("speed/")})
+    return shown
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -131,7 +135,7 @@ def assert_same(run: Path, reference: Path) -> None:
         assert a["loops"]["fit_loop"]["state_dict"] == b["loops"]["fit_loop"]["state_dict"]
         assert equal(callback_states(a, run), callback_states(b, reference))
     assert metrics(run) == metrics(reference)
-    assert scalars(run) == scalars(reference)
+    assert tensorboard(run) == tensorboard(reference)
     assert (run / "samples.md").read_text() == (reference / "samples.md").read_text()
     a, b = (json.loads((folder / "summary.json").read_text()) for folder in (run, reference))
     assert a.keys() == b.keys()
