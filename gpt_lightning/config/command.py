@@ -110,6 +110,7 @@ class Command:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(141) from None
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # of somebody who presses Ctrl-C many times
             raise SystemExit(130) from None  # as a shell has it
         except Exception as error:
             if self.failed and self.tells(error):

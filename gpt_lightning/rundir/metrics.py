@@ -85,8 +85,7 @@ class MetricsFile:
         if new or more:
             rows = read_metrics(self.path) if self.path.exists() else []
             row = (rows.pop() if more else {}) | self._row
-            self._columns += new
-            self._write([*rows, row])
+            self._write([*self._columns, *new], [*rows, row])
         else:
             self._append(self._row)
         self._saved_step, self._row = self._row["step"], {}
@@ -100,9 +99,8 @@ class MetricsFile:
                 file.writelines(line + b"\n" for line in damaged)
             log.warning("%s: %d damaged line(s) moved to %s", self.path, len(damaged), aside.name)
         rows = [row for row in rows if row["step"] <= keep]
-        self._columns = list(dict.fromkeys(["step", *(key for row in rows for key in row)]))
+        self._write(list(dict.fromkeys(["step", *(key for row in rows for key in row)])), rows)
         self._saved_step = rows[-1]["step"] if rows else -1.0
-        self._write(rows)
 
     def _append(self, row: Row) -> None:
         """Append the whole row or nothing."""
@@ -118,8 +116,9 @@ class MetricsFile:
                 error.filename = str(self.path)
                 raise
 
-    def _write(self, rows: Sequence[Row]) -> None:
+    def _write(self, columns: list[str], rows: Sequence[Row]) -> None:
         with atomic_write(self.path, text=True) as file:
-            writer = csv.DictWriter(file, self._columns)
+            writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(map(_ints, rows))
+        self._columns = columns  # not before, so that no row is appended below another header

@@ -54,6 +54,28 @@ def test_resuming_drops_the_rows_after_the_checkpoint(tmp_path: Path) -> None:
     assert read_metrics(path) == [{"step": 1, "a": 10}, {"step": 2, "a": 20}, {"step": 3, "a": 33}]
 
 
+def test_file_that_could_not_be_rewritten_gets_no_row_of_other_columns(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    first = MetricsCSV(path)
+    for step in (1, 2):
+        first.log_metrics({"a": step}, step=step)
+    first.save()
+    temporary = tmp_path / "metrics.csv.tmp"
+    temporary.mkdir()  # nothing can be written there
+    first.log_metrics({"b": 3}, step=3)
+    second = MetricsCSV(path, resume_step=1)
+    for logger in (first, second):
+        for end in (logger.save, lambda logger=logger: logger.finalize("failed")):
+            with pytest.raises(OSError, match=r"metrics\.csv"):
+                end()
+    assert read_metrics(path) == [{"step": 1, "a": 1}, {"step": 2, "a": 2}]
+    temporary.rmdir()
+    first.save()
+    assert read_metrics(path) == [{"step": 1, "a": 1}, {"step": 2, "a": 2}, {"step": 3, "b": 3}]
+    second.save()
+    assert read_metrics(path) == [{"step": 1, "a": 1}]
+
+
 DAMAGE = {
     "more fields than columns": (b"3,30\r\n", b"3,34,40\r\n"),
     "fewer fields than columns": (b"3,30\r\n", b"3\r\n"),
