@@ -233,6 +233,9 @@ class Round:
         codes = {0, 124, -number, 128 + number} if number else {0, 124}  # 124: the time limit
         if not alone and number == signal.SIGKILL:
             codes = {0, 1}  # one line says that a rank is gone
+        if "two processes" in self.features and number and code == -signal.SIGKILL != -number:
+            codes.add(code)  # Lightning kills the first rank if another one dies before they have met
+            self.counts["first rank killed because another died at its start"] += 1
         if code not in codes:
             raise Failure(f"exit code {code} after {number}: {out[-2000:]}")
         if "Traceback" in out:

@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 log = logging.getLogger(__name__)
+FIRST_RANK = "GPT_LIGHTNING_FIRST_RANK"  # environment variable with its process id
 
 
 class Ranks(Callback):
@@ -70,10 +71,14 @@ class Ranks(Callback):
 
 
 def end_with_parent() -> None:
-    """Let the kernel kill a rank that Lightning started when the first rank dies, to free its GPU."""
-    if (
-        "PL_GLOBAL_SEED" in os.environ
-        and int(os.environ.get("LOCAL_RANK", 0)) > 0
-        and sys.platform == "linux"
-    ):
+    """Let the kernel kill a rank that Lightning started when the first rank dies, to free its GPU.
+
+    Raises:
+        SystemExit: If the first rank is dead already.
+    """
+    if "PL_GLOBAL_SEED" not in os.environ or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        os.environ[FIRST_RANK] = str(os.getpid())  # for the ranks that this one starts
+    elif sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, see prctl(2)
+        if os.environ.get(FIRST_RANK, str(os.getppid())) != str(os.getppid()):
+            raise SystemExit(1)
