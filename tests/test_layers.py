@@ -14,8 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 COMMANDS = "commands"  # modules directly in the package
 ORDER = (  # a folder imports itself and those of the rows below
     {COMMANDS},
-    {"config"},
     {"sweeping"},
+    {"config"},
     {"training", "evaluation", "serving"},
     {"inference"},
     {"interop"},

@@ -284,25 +284,6 @@ def test_epochs_end_a_run_too(
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == windows // 8
 
 
-def test_sweep_makes_one_run_directory_per_job(
-    call: Callable[..., Any], tiny: list[str], tmp_path: Path
-) -> None:
-    arguments = [argument for argument in tiny if not argument.startswith("hydra.run.dir")]
-    call(
-        "train",
-        "-m",
-        *arguments,
-        "seed=1,2",
-        "optimizer.lr=1e-3,3e-3",
-        f"hydra.sweep.dir={tmp_path}/sweep",
-        "logger=none",
-    )
-    summaries = sorted(tmp_path.glob("sweep/*/summary.json"))
-    assert len(summaries) == 4
-    found = {(json.loads(path.read_text())["seed"]) for path in summaries}
-    assert found == {1, 2}
-
-
 def test_weights_of_a_checkpoint_begin_a_new_run(
     call: Callable[..., Any], run: Path, small_text: Path, tmp_path: Path
 ) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.util
+import json
 import os
 import platform
 import runpy
@@ -53,7 +55,16 @@ def recommended(key: str, default: Any, *, _root_: DictConfig) -> Any:
     return default if value is None else value
 
 
+def sweep_digest(*, _root_: DictConfig) -> str:
+    """Identifies what the jobs of a sweep have in common: the same sweep finds its directory again."""
+    values = OmegaConf.to_container(_root_, resolve=False)
+    assert isinstance(values, dict)
+    common = {key: value for key, value in values.items() if key not in ("hydra", "sweep")}
+    return hashlib.blake2b(json.dumps(common, sort_keys=True).encode(), digest_size=4).hexdigest()
+
+
 OmegaConf.register_new_resolver("detect_device", detect_device, replace=True)
 OmegaConf.register_new_resolver("user_cache", user_cache, replace=True)
 OmegaConf.register_new_resolver("bundled", lambda name: str(ROOT / name), replace=True)
 OmegaConf.register_new_resolver("recommended", recommended, replace=True)
+OmegaConf.register_new_resolver("sweep_digest", sweep_digest, replace=True)

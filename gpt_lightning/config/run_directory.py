@@ -12,8 +12,10 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from gpt_lightning.config.errors import ConfigError, Refusal
+from gpt_lightning.config.start import flat, read_yaml
 from gpt_lightning.rundir.directory import holds_run, release_lock, take_lock
 
+OURS = "hydra_plugins.gpt_lightning_sweeps."  # launchers that go on with a sweep
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # not 0 in all processes of a run but one
 
 
@@ -42,12 +44,39 @@ class RunDirectory(Callback):
         with refusing():
             sweep: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
             folder, subdir = Path(str(config.hydra.sweep.dir)), str(sweep["subdir"])
-            if (folder / "multirun.yaml").exists():
-                raise ConfigError(f"hydra.sweep.dir={folder} holds a sweep; name another directory")
-            if "${" not in subdir:
+            if not str(config.hydra.launcher._target_).startswith(OURS):
+                if (folder / "multirun.yaml").exists():
+                    raise ConfigError(f"hydra.sweep.dir={folder} holds a sweep; name another directory")
+                if "${" not in subdir:
+                    raise ConfigError(
+                        f"hydra.sweep.subdir={subdir} is the same for all jobs; use ${{hydra.job.num}}"
+                    )
+                return
+            if subdir != "${hydra.job.num}":
                 raise ConfigError(
-                    f"hydra.sweep.subdir={subdir} would be the directory of all jobs; use ${{hydra.job.num}}"
+                    f"hydra.sweep.subdir={subdir}: jobs are named by what they override; leave it out, or "
+                    "choose hydra/launcher=basic"
                 )
+            if (folder / "multirun.yaml").exists():
+                check_same_sweep(folder, config)
+
+
+def check_same_sweep(folder: Path, config: DictConfig) -> None:
+    """Refuse to go on with a sweep whose fixed values were others.
+
+    Raises:
+        ConfigError: Lists the keys with both values.
+    """
+    before, now = flat(read_yaml(folder / "multirun.yaml")), flat(config)
+    differing = [
+        f"{key} (was {before.get(key)}, now {now.get(key)})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(("hydra.", "sweep."))
+    ]
+    if differing:
+        raise ConfigError(
+            f"{folder} holds another sweep: {'; '.join(differing)}; name another hydra.sweep.dir="
+        )
 
 
 def is_first_rank() -> bool:

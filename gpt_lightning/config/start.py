@@ -76,6 +76,7 @@ SAFE = (
     r"gpt_lightning\.(model|training|data\.(corpus|tales|tokenizer))|torch\.optim|"
     r"lightning\.pytorch\.(callbacks|loggers|strategies|plugins|profilers)"
 )
+SWEEP = "multirun.yaml"  # that Hydra leaves in the directory of a sweep
 OTHER_RANK = "hydra.output_subdir=null"  # in the command line of a process that the first rank started
 
 
@@ -109,6 +110,8 @@ def start_arguments(arguments: list[str]) -> list[str]:
         return arguments
     if found.multirun:
         raise ConfigError("resume= continues one run; it cannot be combined with -m")
+    if (resume / SWEEP).is_file():
+        return [*flags, "--multirun", *_sweep_arguments(given, resume)]
     if directory and Path(directory).resolve() != resume:
         raise ConfigError(f"resume= goes on in {resume}; leave out hydra.run.dir={directory}")
     given = [t for t in given if key_of(t) != "hydra.run.dir" and t not in recorded_overrides(resume)]
@@ -134,6 +137,15 @@ def plan_arguments(arguments: list[str]) -> list[str]:
             given = [text for text in given if text not in recorded_overrides(folder)]
             return _with_recorded(["--config-name=plan", *flags], given, key, folder)
     return [*flags, *given]
+
+
+def _sweep_arguments(given: list[str], folder: Path) -> list[str]:
+    """The overrides of a sweep that goes on; it may have more values, and other numbers of jobs at once."""
+    hydra = read_yaml(folder / SWEEP).hydra
+    given = [text for text in given if key_of(text) != "resume"]
+    now, place = {key_of(text) for text in given}, verbatim("hydra.sweep.dir")([f"hydra.sweep.dir={folder}"])
+    go_to(hydra.runtime.cwd)
+    return [*(text for text in hydra.overrides.task if key_of(text) not in now), *given, *place]
 
 
 def run_of(given: list[str], key: str) -> Path | None:
@@ -227,11 +239,24 @@ def read_recorded(folder: Path, name: str) -> Any:
         ConfigError: If it is not there or damaged.
     """
     try:
-        return OmegaConf.load(folder / HYDRA / name)
+        return read_yaml(folder / HYDRA / name)
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{folder} is not a run directory (it has no {HYDRA}/{name})") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """A file that Hydra left.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: If it is not there.
+        ConfigError: If it is damaged.
+    """
+    try:
+        return OmegaConf.load(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
     except (OSError, ValueError, YAMLError) as error:
-        raise ConfigError(f"{folder / HYDRA / name} is damaged; begin a new run") from error
+        raise ConfigError(f"{path} is damaged; begin a new run") from error
 
 
 def recorded_overrides(folder: Path) -> list[str]:
@@ -280,7 +305,7 @@ def with_recorded_values(cfg: DictConfig) -> DictConfig:
     recorded = set(recorded_overrides(folder))
     given = [text for text in HydraConfig.get().overrides.task if text not in recorded]
     keys = [key_of(text) for text in given if key_of(text) not in OWN_KEYS]
-    before, now = _flat(read_recorded(folder, "config.yaml")), _flat(cfg)
+    before, now = flat(read_recorded(folder, "config.yaml")), flat(cfg)
     if cfg.resume:
         _check_unchanged(cfg, keys, before, now)
     for key, value in before.items():  # a class that is no longer chosen takes no argument of another one
@@ -405,7 +430,7 @@ def check_corpus(corpus: Corpus, folder: Path, recorded: str | None) -> None:
         )
 
 
-def _flat(cfg: Any) -> dict[str, Any]:
+def flat(cfg: Any) -> dict[str, Any]:
     """Unresolved values by their dotted keys."""
 
     def walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -90,7 +90,7 @@ def take_lock(folder: Path) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise ValueError(f"another process trains the run in {folder}; wait for it or end it") from None
+        raise ValueError(f"another process trains in {folder}; wait for it or end it") from None
     except OSError:
         pass  # a file system without locks
     if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):

@@ -55,7 +55,7 @@ def test_wrong_job_of_a_sweep_is_told_and_the_others_train(
 ) -> None:
     options = [option for option in tiny if not option.startswith("hydra.run.dir")]
     jobs = ["optimizer.lr=1e-3,-1,3e-3", "hydra.sweep.dir=sweep", "logger=none", "callbacks.samples=null"]
-    result = command("train", "-m", *options, *jobs)
+    result = command("train", "-m", *options, *jobs, "hydra/launcher=basic")
     assert result.returncode == 1
     assert "Traceback" not in result.stdout + result.stderr
     first, *_, last = result.stderr.splitlines()

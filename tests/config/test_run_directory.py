@@ -80,7 +80,9 @@ def test_sweep_does_not_overwrite_a_sweep_or_its_own_jobs(
     call: Callable[..., Any], refused: Callable[..., str], small_text: Path, tmp_path: Path
 ) -> None:
     options = [*FAST, f"data.path={small_text}", f"hydra.sweep.dir={tmp_path / 'sweep'}", "-m"]
-    assert "would be the directory of all jobs" in refused(*options, "seed=1,2", "hydra.sweep.subdir=x")
+    assert "jobs are named by what they override" in refused(*options, "seed=1,2", "hydra.sweep.subdir=x")
+    options.insert(0, "hydra/launcher=basic")
+    assert "is the same for all jobs" in refused(*options, "seed=1,2", "hydra.sweep.subdir=x")
     assert not (tmp_path / "sweep").exists()
     call("train", *options, "seed=1")
     before = contents(tmp_path)
@@ -104,7 +106,7 @@ def test_second_start_while_the_data_is_prepared_changes_nothing(
     before = contents(run)
     for second in ([*options, "seed=2"], [f"resume={run}"]):
         code, out = zygote.run("train", *second)
-        assert (code, out) == (1, f"error: another process trains the run in {run}; wait for it or end it\n")
+        assert (code, out) == (1, f"error: another process trains in {run}; wait for it or end it\n")
     assert contents(run) == before
     first.kill(signal.SIGKILL)
     first.wait()

@@ -592,7 +592,7 @@ def test_what_would_change_a_run_is_refused_and_the_rest_allowed(
     process.wait_for(reached(run, 11))
     second = zygote.start("train", f"resume={run}")  # while the first still trains
     assert second.wait() == 1
-    assert f"error: another process trains the run in {run}" in second.out.read_text()
+    assert f"error: another process trains in {run}" in second.out.read_text()
     process.kill()
     process.wait()
     changes = ["model.n_layer=3", "optimizer.lr=1", "seed=2", "data.batch_size=16", "trainer.max_steps=500"]

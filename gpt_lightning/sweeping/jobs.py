@@ -1,0 +1,157 @@
+"""The jobs of a sweep: their names, their directories, and the file that says how each of them stands."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import signal
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gpt_lightning.config.command_line import key_of
+from gpt_lightning.data.files import atomic_write
+from gpt_lightning.rundir.summary import read_summary
+
+LEDGER = "sweep.jsonl"
+LONGEST_NAME = 120  # characters
+ENDED = {124: "time limit", **{128 + number: number.name for number in (signal.SIGINT, signal.SIGTERM)}}
+ENDED |= {128 + number: "SIGHUP" for number in [getattr(signal, "SIGHUP", None)] if number}
+
+
+@dataclass
+class Job:
+    """One run of a sweep.
+
+    Attributes:
+        name: What it overrides; also the name of its directory.
+        overrides: Its command line.
+        status: How it stands.
+        attempts: How often it was started.
+        pid: Of the process that runs it.
+        seconds: Of its last attempt.
+        exit_code: Of its last attempt; negative for a signal that killed it.
+        error: The last line of an attempt that failed.
+        result: Best validation loss, in nats per token.
+    """
+
+    name: str
+    overrides: list[str]
+    status: Literal["waiting", "running", "finished", "interrupted", "failed"] = "waiting"
+    attempts: int = 0
+    pid: int | None = None
+    started: str | None = None  # local time
+    seconds: float | None = None
+    exit_code: int | None = None
+    error: str | None = None
+    result: float | None = None
+
+    def begin(self) -> None:
+        self.status, self.attempts = "running", self.attempts + 1
+        self.started, self.error = time.strftime("%Y-%m-%d %H:%M:%S"), None
+
+    def end(self, folder: Path, exit_code: int, seconds: float, last_line: str) -> None:
+        """Note how an attempt ended, by its exit code and its summary.json."""
+        summary = read_summary(folder)
+        self.exit_code, self.seconds, self.pid = exit_code, round(seconds, 1), None
+        self.result = summary.get("best_val_loss")
+        if exit_code == 0:
+            self.status = "finished"
+        elif exit_code in ENDED:
+            self.status, self.error = "interrupted", ENDED[exit_code]
+        else:
+            killed = f"killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else ""
+            self.status, self.error = "failed", killed or last_line.removeprefix("error: ")
+
+
+class Ledger:
+    """sweep.jsonl: a line for each job, rewritten atomically whenever one changes.
+
+    Args:
+        folder: Of the sweep.
+        jobs: As the command line has them; how far they came is taken from the file that is there, and from
+            the summaries of their runs.
+    """
+
+    def __init__(self, folder: Path, jobs: Sequence[Job]):
+        self.folder, self.jobs = folder, list(jobs)
+        known = {job["name"]: job for job in read_ledger(folder)}
+        for job in self.jobs:
+            earlier, summary = known.pop(job.name, {}), read_summary(self.place(job))
+            for key in ("attempts", "started", "seconds", "exit_code", "error"):
+                setattr(job, key, earlier.get(key) or getattr(job, key))
+            if summary.get("status") == "finished":
+                job.status, job.result = "finished", summary.get("best_val_loss")
+        self._others = list(known.values())  # of an earlier, larger sweep
+
+    def place(self, job: Job) -> Path:
+        """The run directory of a job."""
+        return self.folder / job.name
+
+    def write(self) -> None:
+        with atomic_write(self.folder / LEDGER, text=True) as file:
+            file.writelines(json.dumps(job) + "\n" for job in [*self._others, *map(asdict, self.jobs)])
+
+    def table(self) -> str:
+        """The jobs, best first."""
+        width = max(len(job.name) for job in self.jobs)
+        ranked = sorted(self.jobs, key=lambda job: (job.result is None, job.result or 0.0))
+        rows = [
+            f"{job.name:<{width}}  {job.status:<11}  {'-' if job.result is None else f'{job.result:.4f}'}"
+            for job in ranked
+        ]
+        return "\n".join([f"{'job':<{width}}  {'status':<11}  best validation loss", *rows])
+
+
+def read_ledger(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a sweep.jsonl; empty if it is missing or damaged."""
+    try:
+        lines = (folder / LEDGER).read_text(encoding="utf-8").splitlines()
+        return [dict(json.loads(line)) for line in lines]
+    except (OSError, TypeError, ValueError):
+        return []
+
+
+def name_of(swept: Sequence[str]) -> str:
+    """A name for a directory from the overrides that differ between jobs; their order does not matter.
+
+    Keys are shortened to their last part if that tells them apart: `lr=0.003,seed=2`.
+    """
+    keys = {text: key_of(text) for text in swept}
+    count = Counter(key.rpartition(".")[2] for key in keys.values())
+    parts = []
+    for text, key in keys.items():
+        last = key.rpartition(".")[2]
+        value = re.sub(r"[^\w.+-]+", "_", text.partition("=")[2]).strip("_") or "empty"
+        parts.append(f"{last if count[last] == 1 else key.replace('/', '.')}={value}")
+    name = ",".join(sorted(parts)) or "job"
+    digest = hashlib.blake2b("\n".join(sorted(swept)).encode(), digest_size=4).hexdigest()
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 9]}-{digest}"
+
+
+def jobs_of(job_overrides: Sequence[Sequence[str]], given: Sequence[str]) -> list[Job]:
+    """The jobs of a sweep, with directories of their own.
+
+    Args:
+        job_overrides: The overrides of each.
+        given: The overrides of the sweep; those that are the same in a job do not vary.
+
+    Raises:
+        ValueError: If two jobs are the same.
+    """
+    jobs, fixed = [], {key_of(text): text for text in given}  # the last one of a key counts
+    for overrides in job_overrides:
+        overrides = [text for text in overrides if not key_of(text).startswith("sweep")]
+        jobs.append(Job(name_of([text for text in overrides if text != fixed.get(key_of(text))]), overrides))
+    names = Counter(job.name for job in jobs)
+    for job in jobs:
+        if names[job.name] > 1:  # values that differ in characters which a name cannot have
+            text = "\n".join(sorted(job.overrides))
+            job.name += f"-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+    if twice := [name for name, count in Counter(job.name for job in jobs).items() if count > 1]:
+        raise ValueError(f"jobs of the sweep are the same: {', '.join(twice)}; name each value once")
+    return jobs

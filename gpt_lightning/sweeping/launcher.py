@@ -1,0 +1,191 @@
+"""Hydra's launcher of a sweep: a process per job, several at once, finished ones skipped."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import statistics
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from gpt_lightning.config.command_line import key_of, verbatim
+from gpt_lightning.config.errors import ConfigError
+from gpt_lightning.rundir.directory import HYDRA, locked
+from gpt_lightning.sweeping.jobs import Job, Ledger, jobs_of
+from gpt_lightning.sweeping.process import Pool
+
+log = logging.getLogger(__name__)
+
+OF_THE_SWEEP = ("hydra.sweep", "hydra.sweeper", "hydra.launcher", "hydra.mode", "hydra.run")
+SIGNALS = [signal.SIGINT, signal.SIGTERM] + [s for s in [getattr(signal, "SIGHUP", None)] if s]
+
+
+class ProcessLauncher(Launcher):
+    """Runs each job as a process of its own, with the command line `train OVERRIDES hydra.run.dir=DIR`.
+
+    A crash, a kill or a time limit of one job ends no other. The same sweep started again skips the jobs that
+    are finished, resumes those that were interrupted, and tries the failed ones again.
+
+    Args of `setup`: as Hydra gives them. `sweep.jobs` is how many run at once, `sweep.retries` how often a
+    failed one is resumed before the next sweep.
+    """
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config, self.stopped = config, 0
+        self.running: dict[str, BaseProcess] = {}
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs.
+
+        Raises:
+            ConfigError: After all have run, if one failed, or if two are the same.
+            SystemExit: If the sweep was told to end; its jobs have written checkpoints.
+        """
+        setup_globals()
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        fixed: Any = OmegaConf.to_container(self.config.hydra.overrides.task, resolve=False)
+        folder = Path(str(self.config.hydra.sweep.dir)).resolve()
+        with locked(folder), self._signals():
+            self.ledger = Ledger(folder, jobs_of(job_overrides, fixed))
+            self.ledger.write()
+            self._run_all()
+        jobs = self.ledger.jobs
+        print(f"\n{self.ledger.table()}\nsweep: {folder}", flush=True)
+        if self.stopped:
+            log.info("the sweep was interrupted; the same command goes on with it")
+            raise SystemExit(128 + self.stopped)
+        if failed := [job.name for job in jobs if job.status == "failed"]:
+            raise ConfigError(
+                f"{len(failed)} of {len(jobs)} jobs failed: {' '.join(failed)}; their last lines are in "
+                f"{folder / 'sweep.jsonl'}, and the same command tries them again"
+            )
+        return [_result(job) for job in jobs]
+
+    def _run_all(self) -> None:
+        at_once = max(1, int(OmegaConf.select(self.config, "sweep.jobs") or 1))
+        self.pool, self.guard = Pool(), threading.RLock()
+        self.slots: SimpleQueue[dict[str, str]] = SimpleQueue()
+        for variables in shares(at_once):
+            self.slots.put(variables)
+        waiting = [job for job in self.ledger.jobs if job.status != "finished"]
+        count = len(self.ledger.jobs)
+        log.info("sweep: %d jobs, %d of them finished before", count, count - len(waiting))
+        with ThreadPoolExecutor(at_once) as threads:
+            list(threads.map(self._run, waiting))
+
+    def _run(self, job: Job) -> None:
+        """Run a job, again if it fails and there are retries left."""
+        folder, variables = self.ledger.place(job), self.slots.get()
+        retries = int(OmegaConf.select(self.config, "sweep.retries") or 0)
+        try:
+            for _ in range(1 + retries):
+                if self.stopped:
+                    return
+                job.begin()
+                ended = self.pool.run(
+                    self.arguments(job, folder),
+                    variables=variables,
+                    show=lambda line: print(f"[{job.name}] {line}", flush=True),
+                    started=lambda process: self._started(job, process),
+                )
+                with self.guard:
+                    self.running.pop(job.name)
+                    job.end(folder, *ended)
+                    self.ledger.write()
+                    print(self._progress(job), flush=True)
+                if job.status != "failed":
+                    return
+        finally:
+            self.slots.put(variables)
+
+    def _started(self, job: Job, process: BaseProcess) -> None:
+        with self.guard:
+            self.running[job.name], job.pid = process, process.pid
+            self.ledger.write()
+            if self.stopped:  # the signal came a moment ago
+                os.kill(int(process.pid or 0), self.stopped)
+
+    def arguments(self, job: Job, folder: Path) -> list[str]:
+        """The command line of a job; a run that has begun is resumed."""
+        if (folder / "summary.json").is_file() and (folder / HYDRA / "overrides.yaml").is_file():
+            return [*verbatim("resume")([f"resume={folder}"]), "trust=true"]
+        runtime, name = self.config.hydra.runtime, self.config.hydra.job.config_name
+        given: Any = OmegaConf.to_container(self.config.hydra.overrides.hydra, resolve=False)
+        hydra = [text for text in given if not key_of(text).replace("/", ".").startswith(OF_THE_SWEEP)]
+        sources = [source for source in runtime.config_sources if source.provider == "command-line"]
+        flags = [f"--config-dir={source.path}" for source in sources]
+        flags += [f"--config-name={name}"] * (name != "train")
+        place = verbatim("hydra.run.dir")([f"hydra.run.dir={folder}"])
+        return [*flags, *hydra, *job.overrides, *place]
+
+    def _progress(self, job: Job) -> str:
+        """The line of a job that ended."""
+        jobs = self.ledger.jobs
+        over = [one for one in jobs if one.status not in ("waiting", "running")]
+        text = f"[{len(over)}/{len(jobs)}] {job.name}: {job.status}"
+        if job.status == "finished" and job.result is not None:
+            text += f", best validation loss {job.result:.4f}"
+        if job.error:
+            text += f" ({job.error})"
+        results = [(one.result, one.name) for one in jobs if one.result is not None]
+        if results:
+            text += " | best so far {:.4f} of {}".format(*min(results))
+        seconds = [one.seconds for one in over if one.seconds and one.status == "finished"]
+        if seconds and len(over) < len(jobs):
+            at_once = max(1, len(self.running) + 1)
+            left = statistics.median(seconds) * (len(jobs) - len(over)) / at_once
+            text += f" | about {left / 60:.0f} min left" if left >= 60 else f" | about {left:.0f} s left"
+        return text
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Pass signals on to the jobs, which then write their checkpoints, and start no more of them."""
+
+        def stop(number: int, _: Any) -> None:
+            self.stopped = number
+            for process in list(self.running.values()):
+                with suppress(ProcessLookupError):
+                    os.kill(int(process.pid or 0), number)
+
+        before = {number: signal.signal(number, stop) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, action in before.items():
+                signal.signal(number, action)
+
+
+def shares(at_once: int) -> list[dict[str, str]]:
+    """Variables that share the cores and the GPUs of this machine among jobs that run at once."""
+    if at_once == 1:
+        return [{}]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // at_once)))
+    variables = [{"OMP_NUM_THREADS": threads} for _ in range(at_once)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        import torch
+
+        visible = ",".join(map(str, range(torch.cuda.device_count())))
+    if gpus := [gpu for gpu in visible.split(",") if gpu]:
+        for slot, of_job in enumerate(variables):
+            of_job["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[slot::at_once] or [gpus[slot % len(gpus)]])
+    return variables
+
+
+def _result(job: Job) -> JobReturn:
+    found = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
+    found.return_value = job.result
+    return found

@@ -1,0 +1,7 @@
+"""Hydra looks for launchers in the namespace package hydra_plugins alone, so they are named here."""
+
+from gpt_lightning.sweeping.launcher import ProcessLauncher
+
+
+class Processes(ProcessLauncher):
+    """hydra/launcher=processes, the default of `train`."""

@@ -1,0 +1,204 @@
+"""Sweeps as a user starts them: real processes that are killed, told to end, started again and extended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.runs import TINY
+
+from gpt_lightning.rundir.checkpoint import read_checkpoint
+from gpt_lightning.rundir.metrics import read_metrics
+from gpt_lightning.sweeping.jobs import jobs_of, name_of, read_ledger
+from gpt_lightning.sweeping.launcher import shares
+from gpt_lightning.sweeping.process import job_environment
+
+OPTIONS = [*TINY, "logger=none", "callbacks.samples=null", "callbacks.layers=null"]
+LONG = ["trainer.max_steps=600", "trainer.save_every_steps=20", "trainer.val_every_steps=100"]
+
+
+@pytest.fixture
+def options(small_text: Path, tmp_path: Path) -> list[str]:
+    return [*OPTIONS, f"data.path={small_text}", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "gpt_lightning.train", *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def end(process: subprocess.Popen[str], code: int) -> str:
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == code, out
+    return out
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def ledger(folder: Path) -> dict[str, dict[str, Any]]:
+    return {job["name"]: job for job in read_ledger(folder)}
+
+
+def reached(run: Path, step: int) -> Callable[[], bool]:
+    path = run / "metrics.csv"
+    return lambda: path.exists() and any(row["step"] >= step for row in read_metrics(path))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_killed_job_leaves_the_others_alone_and_the_same_command_resumes_it(
+    options: list[str], tmp_path: Path, call: Callable[..., Any]
+) -> None:
+    sweep = tmp_path / "sweep"
+    command = ["-m", *options, *LONG, "sweep.jobs=2"]
+    process = start(tmp_path, *command, "seed=1,2")
+    wait_for(reached(sweep / "seed=1", 30), process)
+    second = start(tmp_path, *command, "seed=1,2")
+    assert f"another process trains in {sweep}" in end(second, 1)
+    os.kill(ledger(sweep)["seed=1"]["pid"], signal.SIGKILL)
+    out = end(process, 1)
+    assert "seed=1: failed (killed by SIGKILL)" in out
+    assert "error: 1 of 2 jobs failed: seed=1;" in out
+    assert [ledger(sweep)[f"seed={seed}"]["status"] for seed in (1, 2)] == ["failed", "finished"]
+    untouched = {path: path.read_bytes() for path in (sweep / "seed=2").rglob("*") if path.is_file()}
+
+    assert "holds another sweep: optimizer.weight_decay (was" in end(
+        start(tmp_path, *command, "seed=1,2", "optimizer.weight_decay=0.3"), 1
+    )
+    out = end(start(tmp_path, *command, "seed=1,2,3"), 0)  # extended by a value
+    assert "sweep: 3 jobs, 1 of them finished before" in out
+    assert "[seed=1] resuming from" in out
+    assert {path: path.read_bytes() for path in untouched} == untouched
+    jobs = ledger(sweep)
+    assert {name: (job["status"], job["attempts"]) for name, job in jobs.items()} == {
+        "seed=1": ("finished", 2),
+        "seed=2": ("finished", 1),
+        "seed=3": ("finished", 1),
+    }
+    fixed = [option for option in options if not option.startswith("hydra.sweep.dir")]
+    call("train", *fixed, *LONG, "seed=1", f"hydra.run.dir={tmp_path / 'alone'}")
+    a, b = (
+        read_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"]
+        for run in (sweep / "seed=1", tmp_path / "alone")
+    )
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    summary = json.loads((tmp_path / "alone" / "summary.json").read_text())
+    assert jobs["seed=1"]["result"] == summary["best_val_loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_sweep_that_is_ended_leaves_no_process_and_goes_on_by_its_directory(
+    number: signal.Signals, options: list[str], tmp_path: Path
+) -> None:
+    sweep = tmp_path / "sweep"
+    process = start(tmp_path, "-m", *options, *LONG, "seed=1,2")
+    wait_for(reached(sweep / "seed=1", 30), process)
+    pid = ledger(sweep)["seed=1"]["pid"]
+    process.send_signal(number)
+    end(process, 143 if number == signal.SIGTERM else -9)
+    deadline = time.monotonic() + 60
+    while is_running(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert json.loads((sweep / "seed=1" / "summary.json").read_text())["status"] == "interrupted"
+    assert not (sweep / "seed=2").exists()
+    out = end(start(tmp_path, f"resume={sweep}", "sweep.jobs=2"), 0)
+    assert "[seed=1] resuming from" in out
+    assert {job["status"] for job in ledger(sweep).values()} == {"finished"}
+
+
+@pytest.mark.slow
+def test_jobs_of_a_sweep_may_have_several_processes_and_end_by_themselves(
+    options: list[str], tmp_path: Path
+) -> None:
+    """One and two processes give the same losses; a wrong value ends no other job."""
+    sweep = tmp_path / "sweep"
+    shared = ["trainer=ddp", *(option for option in options if option.startswith("trainer."))]
+    command = [
+        "-m",
+        *options,
+        *shared,
+        "trainer.val_batches=null",
+        "device.micro_batch_size=4",
+        "device.devices=1,2",
+        "data.batch_size=8,-1",
+    ]
+    out = end(start(tmp_path, *command, "sweep.retries=1"), 1)
+    jobs = ledger(sweep)
+    assert {(job["status"], job["attempts"]) for job in jobs.values()} == {("finished", 1), ("failed", 2)}
+    assert "error: 2 of 4 jobs failed" in out
+    wrong = jobs["batch_size=-1,devices=2"]
+    assert wrong["error"].startswith("data.batch_size=-1 must be a whole number")
+    assert not (sweep / "batch_size=-1,devices=2").exists()
+    a, b = (sweep / f"batch_size=8,devices={count}" for count in (1, 2))
+    counts = [json.loads((run / "summary.json").read_text())["processes"] for run in (a, b)]
+    assert counts == [1, 2]
+    losses = [
+        [row["val/loss"] for row in read_metrics(run / "metrics.csv") if "val/loss" in row] for run in (a, b)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_name_of_a_job_is_short_stable_and_safe() -> None:
+    assert name_of(["optimizer.lr=0.003", "seed=2"]) == name_of(["seed=2", "optimizer.lr=0.003"])
+    assert name_of(["optimizer.lr=0.003", "seed=2"]) == "lr=0.003,seed=2"
+    assert name_of(["model.dropout=0.1", "lora.dropout=0.2"]) == "lora.dropout=0.2,model.dropout=0.1"
+    assert name_of(["model=tiny", "data.path='/a b/../c'"]) == "model=tiny,path=a_b_.._c"
+    assert name_of([]) == "job"
+    many = [f"callbacks.samples.prompt_{i}=once_upon_a_time" for i in range(20)]
+    assert len(name_of(many)) <= 120
+    assert name_of(many) != name_of([*many[:-1], "callbacks.samples.prompt_19=twice"])
+
+
+def test_jobs_have_directories_of_their_own() -> None:
+    jobs = jobs_of(
+        [["seed=1", "data.field='a b'"], ["seed=1", "data.field='a/b'"]], ["seed=1", "data.field=…"]
+    )
+    assert len({job.name for job in jobs}) == 2
+    assert all(job.name.startswith("field=a_b-") for job in jobs)
+    with pytest.raises(ValueError, match="jobs of the sweep are the same"):
+        jobs_of([["seed=1"], ["seed=1"]], [])
+    (job,) = jobs_of([["seed=1", "sweep.jobs=4"]], ["sweep.jobs=4"])
+    assert job.overrides == ["seed=1"]
+
+
+def test_job_has_no_rank_of_another_process_and_its_share_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "PL_GLOBAL_SEED", "TORCHELASTIC_RUN_ID")
+    ranks = dict.fromkeys(names, "1")
+    assert job_environment(ranks | {"HYDRA_FULL_ERROR": "1", "HOME": "/home"}) == {"HOME": "/home"}
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    assert shares(1) == [{}]
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in shares(2)] == ["4,6", "5"]
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in shares(4)] == ["4", "5", "6", "4"]
+    assert {share["OMP_NUM_THREADS"] for share in shares(1000)} == {"1"}
