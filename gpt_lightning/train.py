@@ -61,8 +61,8 @@ def provenance(cfg: DictConfig, prepared: Prepared) -> RunSummary:
         "versions": versions(),
         "git_revision": git_revision(),
         "slurm_job": slurm_job(),
-        "corpus_digest": prepared.store.corpus_digest,
-        "tokenizer_digest": prepared.store.tokenizer_digest,
+        "corpus_digest": prepared.store.meta.corpus_digest,
+        "tokenizer_digest": prepared.store.meta.tokenizer_digest,
     }
 
 

@@ -434,7 +434,7 @@ def build_module(cfg: DictConfig, parts: Parts, prepared: Prepared, net: Any = N
         schedule=with_length(parts.schedule, prepared.max_steps),
         tokenizer=prepared.store.tokenizer,
         config=final_config(cfg, prepared, net),
-        corpus_digest=prepared.store.corpus_digest,
+        corpus_digest=prepared.store.meta.corpus_digest,
         clip_norm=cfg.trainer.clip_norm,
     )
 

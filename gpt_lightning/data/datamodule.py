@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +14,7 @@ from gpt_lightning.data.token_store import TokenStore
 from gpt_lightning.data.windows import Batch, EvalBatches, TrainBatches, split_batch
 
 
+@dataclass(eq=False)
 class PositionedLoader:
     """Iterates over a dataset of batches from a position that is saved and restored.
 
@@ -27,18 +29,13 @@ class PositionedLoader:
         pin_memory: Whether to use page-locked memory, for CUDA.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset[Batch],
-        *,
-        sequences: int,
-        resumable: bool,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-    ):
-        self.dataset, self.sequences, self.resumable = dataset, sequences, resumable
-        self.num_workers, self.pin_memory = num_workers, pin_memory
-        self.position = 0  # items returned
+    dataset: Dataset[Batch]
+    _: KW_ONLY
+    sequences: int
+    resumable: bool
+    num_workers: int = 0
+    pin_memory: bool = False
+    position: int = field(default=0, init=False)  # items returned
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -74,8 +71,8 @@ class TextDataModule(pl.LightningDataModule):
         batch_size: Sequences per optimizer step over all devices.
         micro_batch_size: Maximum of sequences per device per forward; None is no limit.
         max_steps: Optimizer steps of the run.
-        seed, stride, shuffle, drop_last, random_offset: As in `TrainBatches`.
         num_workers, pin_memory: As in `PositionedLoader`.
+        order: The other arguments of `TrainBatches`: seed, stride, shuffle, drop_last, random_offset.
 
     Raises:
         ValueError: If there is too little validation text to measure a loss.
@@ -89,25 +86,14 @@ class TextDataModule(pl.LightningDataModule):
         batch_size: int,
         micro_batch_size: int | None,
         max_steps: int,
-        seed: int,
-        stride: int | None = None,
-        shuffle: bool = True,
-        drop_last: bool = True,
-        random_offset: bool = False,
         num_workers: int = 0,
         pin_memory: bool = False,
+        **order: Any,
     ):
         super().__init__()
         EvalBatches(store, block_size=block_size, micro_batch_size=1)  # raises if there is too little text
         self.store, self.block_size, self.batch_size = store, block_size, batch_size
-        self.micro_batch_size, self.max_steps = micro_batch_size, max_steps
-        self.order: dict[str, Any] = {
-            "seed": seed,
-            "stride": stride,
-            "shuffle": shuffle,
-            "drop_last": drop_last,
-            "random_offset": random_offset,
-        }
+        self.micro_batch_size, self.max_steps, self.order = micro_batch_size, max_steps, order
         self.loading: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
 
     @property

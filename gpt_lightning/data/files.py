@@ -5,6 +5,7 @@ They are in data/, the lowest folder, because the token cache needs them as well
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -98,6 +99,8 @@ def json_object(path: Path) -> dict[str, Any]:
     Raises:
         OSError, RecursionError, ValueError: If there is none.
     """
+    if not path.is_file():  # a pipe would be waited for without end
+        raise FileNotFoundError(errno.ENOENT, "there is no ordinary file", str(path))
     content = json.loads(path.read_bytes())
     if not isinstance(content, dict):
         raise ValueError("it is no JSON object")

@@ -1,6 +1,6 @@
 """Short stories for children from a seeded probabilistic grammar: a corpus whose entropy is known exactly.
 
-`python -m gpt_lightning.data.tales` writes the stories of `input.txt` and tells their floor in bits per byte.
+`Tales().text()` is the bundled `input.txt`.
 
 The grammar is in tales.txt. `rule = text | text` lists the texts of a rule from common to rare: the text of
 rank r = 0, 1, ... has a weight of 1 / (r + 4), a flat form of Zipf's law. In a text
@@ -13,11 +13,9 @@ Draws are made where their words stand and no two series of draws tell the same 
 draws are the bits of the text, its end included.
 """
 
-import argparse
 import math
 import random
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -119,29 +117,3 @@ class Tales:
     @cached_property
     def _bits(self) -> dict[str, float]:
         return dict(self.stories_with_bits())
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Writes a corpus, and its floor to the standard error."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--stories", type=int, default=STORIES)
-    parser.add_argument("--output", type=Path, help="a file; the standard output without it")
-    args = parser.parse_args(argv)
-    try:
-        tales = Tales(args.seed, args.stories)
-    except ValueError as error:
-        parser.error(str(error))
-    text = tales.text().encode()  # bytes: newlines are the same on every system
-    if args.output:
-        args.output.write_bytes(text)
-    else:
-        sys.stdout.buffer.write(text)
-    stories = list(tales.stories_with_bits())
-    bits, size = sum(bits for _, bits in stories), sum(len(story.encode()) for story, _ in stories)
-    floor = f"{bits:.1f} bits in {size} bytes, floor {bits / size:.4f} bits per byte"
-    print(f"{len(stories)} stories: {floor}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()

@@ -75,14 +75,6 @@ class TokenStore:
     def n_vocab(self) -> int:
         return self.meta.n_vocab
 
-    @property
-    def corpus_digest(self) -> str:
-        return self.meta.corpus_digest
-
-    @property
-    def tokenizer_digest(self) -> str:
-        return self.meta.tokenizer_digest
-
     def tokens(self, split: Split) -> np.ndarray:
         """Token ids of a split, shape (tokens,), uint16 or uint32, mapped read-only."""
         return np.memmap(self.folder / f"{split}.bin", dtype=self.meta.dtype, mode="r")
@@ -311,7 +303,7 @@ class _Job:
 
     def _encode(self, texts: list[str], is_first: bool) -> tuple[np.ndarray, _Group]:
         separated = self.corpus.separated
-        end = np.array([tokenizers.end_of_text(self.encoding)], dtype=self.dtype)
+        end = np.array([self.encoding.eot_token], dtype=self.dtype)
         arrays = [end] if separated and is_first else []
         for text in texts:
             arrays.append(tokenizers.encode_array(self.encoding, text).astype(self.dtype))
@@ -408,7 +400,7 @@ def _open_bins(corpus: TokenBins, tokenizer: Tokenizer) -> TokenStore:
                 "choose the tokenizer that made it"
             )
         size = int(counts[: encoding.n_vocab] @ lengths[: 1 << 16])
-        documents = int(counts[tokenizers.end_of_text(encoding)])
+        documents = int(counts[encoding.eot_token])
         splits[split] = SplitMeta(len(ids), size, documents, None, "")
     meta = StoreMeta(1, "<u2", encoding.n_vocab, corpus.digest(), tokenizers.digest(encoding), splits)
     return TokenStore(Path(corpus.path).expanduser(), encoding, meta)

@@ -234,11 +234,6 @@ def _parts(text: str) -> list[str]:
     return [text[i : i + _PART] for i in range(0, len(text), _PART)]
 
 
-def end_of_text(encoding: tiktoken.Encoding) -> int:
-    """Id of <|endoftext|>."""
-    return encoding.eot_token
-
-
 def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
     """UTF-8 bytes of each token, shape (n_vocab,), int64; 0 for special and unused ids."""
     lengths = np.zeros(encoding.n_vocab, dtype=np.int64)

@@ -5,6 +5,7 @@ B sequences of a micro-batch, T block_size.
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -72,11 +73,12 @@ def permute(index: np.ndarray, n: int, *, seed: int, epoch: int) -> np.ndarray:
     return value.astype(np.int64)
 
 
+@dataclass(eq=False)
 class _Batches(Dataset[Batch]):
     """Batches from one split of a store."""
 
-    def __init__(self, store: TokenStore, split: Split):
-        self.store, self.split = store, split
+    store: TokenStore
+    split: Split
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -87,6 +89,7 @@ class _Batches(Dataset[Batch]):
         return {key: value for key, value in self.__dict__.items() if key != "tokens"}
 
 
+@dataclass(eq=False)
 class TrainBatches(_Batches):
     """All micro-batches of a run; number b is a pure function of b.
 
@@ -111,36 +114,24 @@ class TrainBatches(_Batches):
         ValueError: If the split has too few tokens for a window or a batch.
     """
 
-    def __init__(
-        self,
-        store: TokenStore,
-        *,
-        block_size: int,
-        batch_size: int,
-        micro_batch_size: int,
-        steps: int,
-        seed: int,
-        stride: int | None = None,
-        shuffle: bool = True,
-        drop_last: bool = True,
-        random_offset: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        super().__init__(store, "train")
-        self.block_size, self.batch_size, self.micro = block_size, batch_size, micro_batch_size
-        self.seed, self.stride, self.shuffle = seed, stride or block_size, shuffle
-        self.rank, self.world_size, self.steps = rank, world_size, steps
-        self.random_offset = random_offset
-        self.windows, self.steps_per_epoch = epoch_size(
-            store,
-            block_size=block_size,
-            batch_size=batch_size,
-            stride=stride,
-            drop_last=drop_last,
-            random_offset=random_offset,
-        )
-        self.accumulation = batch_size // (micro_batch_size * world_size)
+    split: Split = field(default="train", init=False)
+    _: KW_ONLY
+    block_size: int
+    batch_size: int
+    micro_batch_size: int
+    steps: int
+    seed: int
+    stride: int | None = None
+    shuffle: bool = True
+    drop_last: bool = True
+    random_offset: bool = False
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        keys = ("block_size", "batch_size", "stride", "drop_last", "random_offset")
+        self.windows, self.steps_per_epoch = epoch_size(self.store, **{k: getattr(self, k) for k in keys})
+        self.accumulation = self.batch_size // (self.micro_batch_size * self.world_size)
 
     def __len__(self) -> int:
         return self.steps * self.accumulation
@@ -149,14 +140,14 @@ class TrainBatches(_Batches):
         """First token of each window of micro-batch b, (B,) int64."""
         step, part = divmod(b, self.accumulation)
         epoch, step = divmod(step, self.steps_per_epoch)
-        first = step * self.batch_size + (part * self.world_size + self.rank) * self.micro
-        index = np.arange(first, first + self.micro) % self.windows
+        first = step * self.batch_size + (part * self.world_size + self.rank) * self.micro_batch_size
+        index = np.arange(first, first + self.micro_batch_size) % self.windows
         if self.shuffle:
             index = permute(index, self.windows, seed=self.seed, epoch=epoch)
-        offset = 0
+        stride, offset = self.stride or self.block_size, 0
         if self.random_offset:
-            offset = int(np.random.SeedSequence([self.seed, epoch, 1]).generate_state(1)[0]) % self.stride
-        return offset + index * self.stride
+            offset = int(np.random.SeedSequence([self.seed, epoch, 1]).generate_state(1)[0]) % stride
+        return offset + index * stride
 
     def __getitem__(self, b: int) -> Batch:
         window = self.tokens[self.starts(b)[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
@@ -193,38 +184,34 @@ def epoch_size(
     return windows, windows // batch_size if drop_last else -(-windows // batch_size)
 
 
+@dataclass(eq=False)
 class EvalBatches(_Batches):
     """Windows end to end: every token of a split except the first is a target exactly once.
 
     The last window is padded with ignored targets, and so are micro-batches to give all ranks as many.
     """
 
-    def __init__(
-        self,
-        store: TokenStore,
-        split: Split = "val",
-        *,
-        block_size: int,
-        micro_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        super().__init__(store, split)
-        self.block_size, self.micro = block_size, micro_batch_size
-        self.rank, self.world_size = rank, world_size
+    split: Split = "val"
+    _: KW_ONLY
+    block_size: int
+    micro_batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
         if len(self.tokens) < 2:
             raise ValueError(
-                f"the {split} split has {len(self.tokens)} tokens; two are the least to measure a loss; "
+                f"the {self.split} split has {len(self.tokens)} tokens; two are the least to measure a loss; "
                 "use more text or raise data.val_fraction"
             )
 
     def __len__(self) -> int:
         windows = -(-(len(self.tokens) - 1) // self.block_size)
-        return -(-windows // (self.micro * self.world_size))
+        return -(-windows // (self.micro_batch_size * self.world_size))
 
     def __getitem__(self, b: int) -> Batch:
-        first = (b * self.world_size + self.rank) * self.micro
-        starts = np.arange(first, first + self.micro) * self.block_size
+        first = (b * self.world_size + self.rank) * self.micro_batch_size
+        starts = np.arange(first, first + self.micro_batch_size) * self.block_size
         position = starts[:, None] + np.arange(self.block_size)
         last = len(self.tokens) - 1
         x = self.tokens[np.minimum(position, last)].astype(np.int64)

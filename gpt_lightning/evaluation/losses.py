@@ -144,7 +144,7 @@ def evaluate(
     """
     block_size = model.net.config.block_size
     stride = -(-block_size // 2) if stride is None else stride
-    parts = documents_in(tokens, tokenizers.end_of_text(model.tokenizer)) if per_document else None
+    parts = documents_in(tokens, model.tokenizer.eot_token) if per_document else None
     losses = token_losses(model.net, tokens, stride=stride, batch_size=batch_size, segments=parts)
     sizes = tokenizers.token_bytes(model.tokenizer)
     found = summarize(losses, tokens, sizes, block=block_size, words=words)
@@ -190,7 +190,7 @@ def lay_out(documents: Iterable[str], encoding: tiktoken.Encoding, *, separated:
     Raises:
         ValueError: If the vocabulary lacks a character.
     """
-    end = [np.array([tokenizers.end_of_text(encoding)], dtype=np.uint32)] if separated else []
+    end = [np.array([encoding.eot_token], dtype=np.uint32)] if separated else []
     arrays = [*end]
     for document in documents:
         arrays += [tokenizers.encode_array(encoding, document), *end]

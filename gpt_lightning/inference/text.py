@@ -138,7 +138,7 @@ class TextGenerator:
 
     def _pieces(self, ids: list[list[int]], settings: SamplingSettings) -> Iterator[list[Piece]]:
         texts = [_Text(self.tokenizer, settings.stops, settings.max_new_tokens) for _ in ids]
-        end = tokenizers.end_of_text(self.tokenizer)
+        end = self.tokenizer.eot_token
         graph = self.cuda_graph and self.net.transformer.wte.weight.device.type == "cuda"
         for new in stream(self.net, ids, settings, stop_ids=(end,), static_shapes=graph):
             yield [text.add(token) for text, token in zip(texts, new, strict=True)]
@@ -153,7 +153,7 @@ class TextGenerator:
         Raises:
             ValueError: If the vocabulary lacks a character of it.
         """
-        end = tokenizers.end_of_text(self.tokenizer)
+        end = self.tokenizer.eot_token
         ids: list[int] = []
         for number, part in enumerate(prompt.split(END_OF_TEXT)):
             ids += [end] if number else []

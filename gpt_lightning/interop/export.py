@@ -44,7 +44,7 @@ def write_huggingface(model: Model, folder: Path) -> None:
             f"model.vocab_size={model.net.config.vocab_size} has {spare} ids that the tokenizer lacks, so "
             "transformers could produce what it cannot decode; export format=weights instead"
         )
-    save_gpt2(model.net, folder, end_of_text=tokenizers.end_of_text(model.tokenizer))
+    save_gpt2(model.net, folder, end_of_text=model.tokenizer.eot_token)
     save_tokenizer(model.tokenizer, folder, block_size=model.net.config.block_size)
     (folder / README).write_text(readme(model), encoding="utf-8")
 

@@ -31,17 +31,6 @@ class ModelCard(TypedDict, total=False):
     tokenizer: str
     init_from: str | None
     parameters: int
-    vocab_size: int
-    block_size: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-    n_inner: int | None
-    dropout: float
-    bias: bool
-    qkv_bias: bool | None
-    tie_weights: bool
-    vocab_multiple: int
     step: int | None
     train_loss: float | None
     val_loss: float | None

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 import random
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,11 +20,8 @@ TOLD = list(Tales().stories_with_bits())
 TEXTS = [text for text, _ in TOLD]
 
 
-def test_command_reproduces_input_txt_byte_for_byte() -> None:
-    result = subprocess.run([sys.executable, "-m", "gpt_lightning.data.tales"], capture_output=True, cwd=ROOT)
-    assert result.stdout == (ROOT / "input.txt").read_bytes()
-    floor = sum(bits for _, bits in TOLD) / sum(len(text.encode()) for text in TEXTS)
-    assert f"{floor:.4f} bits per byte" in result.stderr.decode()
+def test_text_is_input_txt_byte_for_byte() -> None:
+    assert Tales().text().encode() == (ROOT / "input.txt").read_bytes()
 
 
 def test_documents_of_the_file_are_the_stories() -> None:
@@ -121,40 +115,16 @@ def test_a_story_has_one_parse_and_its_probability() -> None:
         assert parses(text) == [pytest.approx(bits)], text
 
 
-def written(*arguments: str) -> tuple[bytes, str]:
-    """What the command writes, and says of it."""
-    command = [sys.executable, "-m", "gpt_lightning.data.tales", *arguments]
-    done = subprocess.run(command, capture_output=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr.decode()
+def test_text_has_as_many_stories_as_asked() -> None:
+    text = Tales(stories=7).text()
+    assert text.count(SEPARATOR) == 6
+    assert (ROOT / "input.txt").read_text(encoding="utf-8").startswith(f"{text}{SEPARATOR}\n")
 
 
-def read_back(text: str) -> str:
-    """What the command should say of a corpus, by reading it."""
-    stories = text.rstrip("\n").split(f"\n{SEPARATOR}\n")
-    bits, size = 0.0, len("".join(stories).encode())
-    for story in stories:
-        (parse,) = parses(story)
-        bits += parse
-    floor = f"{bits:.1f} bits in {size} bytes, floor {bits / size:.4f} bits per byte"
-    return f"{len(stories)} stories: {floor}\n"
-
-
-def test_command_writes_as_many_stories_as_asked_and_their_floor() -> None:
-    corpus, said = written("--stories", "7")
-    assert corpus.endswith(b".\n")
-    assert (ROOT / "input.txt").read_bytes().startswith(corpus + f"{SEPARATOR}\n".encode())
-    assert said == read_back(corpus.decode())
-    assert said.startswith("7 stories: ")
-
-
-def test_command_tells_other_stories_with_another_seed(tmp_path: Path) -> None:
-    path = tmp_path / "tales.txt"
-    shown, said = written("--seed", "5", "--stories", "3", "--output", str(path))
-    assert shown == b""
-    assert said == read_back(path.read_text())
-    assert path.read_bytes() == written("--seed=5", "--stories=3")[0]  # which has the same bytes each time
-    assert not set(path.read_text().split(f"\n{SEPARATOR}\n")) & set(TEXTS)
+def test_other_seed_tells_other_stories_which_are_the_same_each_time() -> None:
+    text = Tales(seed=5, stories=3).text()
+    assert text == Tales(seed=5, stories=3).text()
+    assert not set(text.split(f"\n{SEPARATOR}\n")) & set(TEXTS)
 
 
 def test_parser_finds_every_parse_of_an_ambiguous_text() -> None:

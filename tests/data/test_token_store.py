@@ -78,8 +78,8 @@ def test_meta_counts_tokens_documents_and_bytes_of_text(stories, tmp_path):
     train, val = store.meta.splits["train"], store.meta.splits["val"]
     assert (train.tokens, train.bytes, train.documents, train.floor_bits) == (16, 12, 3, None)
     assert (val.tokens, val.bytes, val.documents) == (6, 4, 1)
-    assert (store.n_vocab, store.corpus_digest) == (257, stories.digest())
-    assert store.tokenizer_digest == tokenizers.digest(store.tokenizer)
+    assert (store.n_vocab, store.meta.corpus_digest) == (257, stories.digest())
+    assert store.meta.tokenizer_digest == tokenizers.digest(store.tokenizer)
     assert store.floor_bits_per_byte("train") is None
 
 
@@ -254,7 +254,7 @@ def test_damaged_tokenizer_is_trained_again_with_a_warning(stories, tmp_path, ca
     os.truncate(saved, 100)
     assert prepare(stories, BPE(258), tmp_path / "cache").folder == first.folder
     assert "is not a saved tokenizer" in caplog.text
-    assert tokenizers.digest(tokenizers.load(saved)) == first.tokenizer_digest
+    assert tokenizers.digest(tokenizers.load(saved)) == first.meta.tokenizer_digest
 
 
 def test_cache_that_cannot_be_written_gives_one_clear_line(stories, tmp_path):
@@ -540,7 +540,7 @@ def test_folder_of_token_files_is_used_in_place(tmp_path):
     assert [splits["train"].tokens, splits["train"].bytes, splits["train"].documents] == [8, 7, 1]
     assert [splits["val"].tokens, splits["val"].bytes, splits["val"].documents] == [6, 4, 2]
     np.array([1], dtype=np.uint16).tofile(tmp_path / "val.bin")
-    assert prepare(TokenBins(str(tmp_path)), Byte(), tmp_path).corpus_digest != store.corpus_digest
+    assert prepare(TokenBins(str(tmp_path)), Byte(), tmp_path).meta.corpus_digest != store.meta.corpus_digest
 
 
 def test_id_outside_the_vocabulary_gives_one_clear_line(tmp_path):

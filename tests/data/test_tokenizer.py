@@ -66,7 +66,7 @@ def ids_of(encoding: tiktoken.Encoding, text: str) -> list[int]:
 @needs_gpt2
 def test_gpt2_gives_the_published_ids(gpt2):
     assert ids_of(gpt2, "hello world") == [31373, 995]
-    assert (gpt2.n_vocab, tokenizers.end_of_text(gpt2)) == (50257, 50256)
+    assert (gpt2.n_vocab, gpt2.eot_token) == (50257, 50256)
 
 
 @needs_gpt2
@@ -81,7 +81,7 @@ def test_char_ids_equal_nanogpt():
     text = SHAKESPEARE.read_text(encoding="utf-8")
     encoding = Char().build(documents(text[:500_000], text[500_000:]))
     stoi = {character: i for i, character in enumerate(sorted(set(text)))}
-    assert (len(stoi), encoding.n_vocab, tokenizers.end_of_text(encoding)) == (65, 66, 65)
+    assert (len(stoi), encoding.n_vocab, encoding.eot_token) == (65, 66, 65)
     assert ids_of(encoding, text) == [stoi[character] for character in text]
 
 
@@ -99,7 +99,7 @@ def test_byte_ids_are_the_bytes():
     encoding = Byte().build(documents(""))
     text = STORY * 3
     assert ids_of(encoding, text) == list(text.encode())
-    assert (encoding.n_vocab, tokenizers.end_of_text(encoding)) == (257, 256)
+    assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
 
 
 def test_bpe_merges_the_most_frequent_pair_each_time():
@@ -127,10 +127,10 @@ def test_bpe_learns_only_from_the_training_split():
 
 
 def test_bpe_vocabulary_counts_bytes_and_end_of_text(learned):
-    assert (learned.n_vocab, tokenizers.end_of_text(learned)) == (330, 329)
+    assert (learned.n_vocab, learned.eot_token) == (330, 329)
     smallest = BPE(257).build(documents(STORY))
     assert ids_of(smallest, STORY) == list(STORY.encode())
-    assert tokenizers.end_of_text(smallest) == 256
+    assert smallest.eot_token == 256
 
 
 def test_bpe_of_a_small_corpus_warns_of_a_smaller_vocabulary(caplog):
@@ -169,7 +169,7 @@ def test_text_round_trips_and_token_bytes_sum_to_its_size(text, learned, gpt2_if
     for encoding in encodings:
         ids = ids_of(encoding, text)
         assert encoding.decode(ids, errors="strict") == text
-        assert tokenizers.end_of_text(encoding) not in ids
+        assert encoding.eot_token not in ids
         assert int(tokenizers.token_bytes(encoding)[ids].sum()) == len(text.encode())
 
 
@@ -181,7 +181,7 @@ def gpt2_if_there(request) -> list[tiktoken.Encoding]:
 def test_separator_in_a_text_is_ordinary_text(encoding):
     text = "before<|endoftext|>after"
     ids = ids_of(encoding, text)
-    assert tokenizers.end_of_text(encoding) not in ids
+    assert encoding.eot_token not in ids
     assert encoding.decode(ids) == text
     assert encoding.encode("<|endoftext|>", allowed_special="all") == [encoding.n_vocab - 1]
 
@@ -200,7 +200,7 @@ def test_lone_surrogate_is_refused_in_one_line(encoding):
 def test_special_tokens_have_no_bytes(encoding):
     lengths = tokenizers.token_bytes(encoding)
     assert (lengths.dtype, lengths.shape) == (np.int64, (encoding.n_vocab,))
-    assert np.flatnonzero(lengths == 0).tolist() == [tokenizers.end_of_text(encoding)]
+    assert np.flatnonzero(lengths == 0).tolist() == [encoding.eot_token]
     assert lengths[:-1].tolist() == [
         len(encoding.decode_single_token_bytes(i)) for i in range(len(lengths) - 1)
     ]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from gpt_lightning.data.corpus.files import TextFiles
 from gpt_lightning.data.token_store import prepare
-from gpt_lightning.data.tokenizer import Byte, end_of_text, token_bytes
+from gpt_lightning.data.tokenizer import Byte, token_bytes
 from gpt_lightning.data.windows import EvalBatches
 from gpt_lightning.evaluation.losses import (
     count_words,
@@ -28,7 +28,7 @@ from gpt_lightning.inference.cpu_kernels import pack
 from gpt_lightning.inference.text import TextGenerator
 
 T = 32  # block_size of the model
-END = end_of_text(BYTES)
+END = BYTES.eot_token
 
 
 def tokens(n: int, seed: int = 0) -> np.ndarray:

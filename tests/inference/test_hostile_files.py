@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sys
 import zipfile
@@ -275,6 +276,16 @@ def test_hostile_folder_is_refused_in_one_line(
     content = edit(json.loads((path / file).read_text()) if (path / file).exists() else None)
     (path / file).write_text(content if isinstance(content, str) else json.dumps(content))
     check_refused(path, capfd)
+
+
+def test_pipe_in_a_folder_is_not_waited_for(exported: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bad"
+    shutil.copytree(exported / "weights", path)
+    for name in ("tokenizer.json", "model.safetensors", "config.json"):
+        (path / name).unlink()
+        os.mkfifo(path / name)
+        with pytest.raises(FileNotFoundError, match=str(path)):
+            read_model(path)
 
 
 @pytest.mark.parametrize("format", ["huggingface", "weights"])

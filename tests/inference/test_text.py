@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models import BYTES, random_net, reciting
 
-from gpt_lightning.data.tokenizer import end_of_text
 from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.inference.text import BATCH, TextGenerator
 
@@ -107,7 +106,7 @@ def test_generate_returns_a_text_for_one_prompt_and_a_list_otherwise() -> None:
 
 
 def test_end_of_text_in_a_prompt_is_the_special_token() -> None:
-    model, end = reciting("hi"), end_of_text(BYTES)
+    model, end = reciting("hi"), BYTES.eot_token
     assert model.encode("") == [end]
     assert model.encode("ab") == [97, 98]
     assert model.encode("<|endoftext|>a<|endoftext|>") == [end, 97, end]

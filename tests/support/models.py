@@ -33,7 +33,7 @@ def reciting(text: str | bytes, *, end: bool = True) -> TextGenerator:
     What it says depends on the position alone: each has a dimension of its own in the token's place.
     """
     data = text.encode() if isinstance(text, str) else text
-    ids = [*data, *([tokenizers.end_of_text(BYTES)] if end else [])]
+    ids = [*data, *([BYTES.eot_token] if end else [])]
     shape = {"block_size": len(ids), "n_embd": len(ids), "n_layer": 1, "n_head": 1, "tie_weights": False}
     net = random_net(**shape)
     with torch.no_grad():

@@ -181,7 +181,7 @@ def test_checkpoint_restores_what_the_module_knows(store: TokenStore, tmp_path: 
         "metrics": module.metrics,
     }
     assert checkpoint["tokenizer"] == tokenizers.to_state(store.tokenizer)
-    assert checkpoint["tokenizer_digest"] == store.tokenizer_digest
+    assert checkpoint["tokenizer_digest"] == store.meta.tokenizer_digest
     assert checkpoint["corpus_digest"] == "of the text"
     assert checkpoint["hyper_parameters"] == {"model": {}}
     assert all(name.startswith("net.") for name in checkpoint["state_dict"])

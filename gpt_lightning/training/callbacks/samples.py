@@ -79,7 +79,7 @@ class Samples(Callback):
             log.warning("step %d has no sample: %s", step, error)
 
     def _sample(self, trainer: pl.Trainer, net: GPT, encoding: tiktoken.Encoding) -> None:
-        end = tokenizers.end_of_text(encoding)
+        end = encoding.eot_token
         ids = tokenizers.encode_array(encoding, self.prompt).tolist() if self.prompt else []
         new = generate(net, [[end, *ids]], self.settings, stop_ids=(end,))[0]
         self.latest = encoding.decode([*ids, *(token for token in new if token != end)])
