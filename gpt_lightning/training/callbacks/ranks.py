@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import AbstractContextManager
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 FIRST_RANK = "GPT_LIGHTNING_FIRST_RANK"  # environment variable with its process id
 
 
-class Ranks(Callback):
+class Ranks(Callback, AbstractContextManager):
     """Ends the first rank in one line if another rank that it started dies.
 
     A collective operation may wait forever for the other rank, and Lightning kills this process without a
@@ -35,9 +36,6 @@ class Ranks(Callback):
         self.remedy = remedy
         self._ended = threading.Event()  # the training
         self._processes: list[subprocess.Popen] = []
-
-    def __enter__(self) -> None:
-        pass
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._ended.set()
