@@ -16,6 +16,7 @@ from gpt_lightning.config.build import build
 from gpt_lightning.config.command import command
 from gpt_lightning.config.command_line import verbatim
 from gpt_lightning.config.errors import ConfigError, check_output
+from gpt_lightning.config.rules import Rule, check, number, one_of, readable_path
 from gpt_lightning.config.source import checkpoint_source, corpus_of_run
 from gpt_lightning.data.files import write_json
 
@@ -47,6 +48,18 @@ WINDOWS = (
 )
 
 
+RULES: dict[str, Rule] = {
+    "text": readable_path,
+    "samples": readable_path,
+    "reference": readable_path,
+    "split": one_of("train", "val"),
+    "num_samples": number(int, least=0),
+    "batch_size": number(int, least=1, optional=True),
+    "stride": number(int, least=1, optional=True),
+    "per_document": one_of(True, False),
+}
+
+
 def validate(cfg: DictConfig) -> None:
     """Refuse wrong values before the model is loaded.
 
@@ -57,19 +70,9 @@ def validate(cfg: DictConfig) -> None:
         raise ConfigError(f"text={cfg.text} and data= exclude each other; give one of them")
     if cfg.reference is not None and cfg.samples is None:
         raise ConfigError(f"reference={cfg.reference} is compared with texts; give them with samples=FILE")
-    for key in ("text", "samples", "reference"):
-        if cfg[key] is not None and not Path(cfg[key]).expanduser().exists():
-            raise ConfigError(f"{key}={cfg[key]} does not exist")
+    check(cfg, RULES)
     inputs = (cfg.text, cfg.samples, cfg.reference)
     check_output(cfg.output, lambda row: "checkpoint" in row and row.keys() <= RESULT, *inputs)
-    if cfg.split not in ("train", "val"):
-        raise ConfigError(f"split={cfg.split!r} must be train or val")
-    for key, least in (("num_samples", 0), ("batch_size", 1)):
-        optional = key == "batch_size" and cfg[key] is None
-        if not optional and (type(cfg[key]) is not int or cfg[key] < least):
-            raise ConfigError(f"{key}={cfg[key]!r} must be a whole number of at least {least}")
-    if type(cfg.per_document) is not bool:
-        raise ConfigError(f"per_document={cfg.per_document!r} must be true or false")
     if cfg.reference is not None and importlib.util.find_spec("sacrebleu") is None:
         raise ModuleNotFoundError(name="sacrebleu")
 
@@ -134,9 +137,13 @@ def read_lines(path: str) -> list[str]:
         lines = Path(path).expanduser().read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text ({error.reason}); convert it") from error
+    if not path.endswith(".jsonl"):
+        return lines
     try:
-        return [json.loads(line)["text"] for line in lines] if path.endswith(".jsonl") else lines
-    except (KeyError, TypeError, ValueError) as error:
+        texts = [json.loads(line)["text"] for line in lines]
+        "".join(texts)  # a TypeError if one of them is no text
+        return texts
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} has a line without a text ({error!r}); use what generate wrote") from error
 
 

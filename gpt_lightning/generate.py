@@ -17,6 +17,7 @@ from gpt_lightning.config.build import plain
 from gpt_lightning.config.command import command
 from gpt_lightning.config.command_line import verbatim
 from gpt_lightning.config.errors import ConfigError, check_output
+from gpt_lightning.config.rules import check, one_of, readable_path, texts
 from gpt_lightning.config.source import checkpoint_source
 
 if TYPE_CHECKING:
@@ -34,10 +35,7 @@ def read_prompts(cfg: DictConfig) -> list[str]:
     if cfg.prompt is not None:
         return [str(cfg.prompt)]
     if cfg.prompt_file is None:
-        texts = plain(cfg)["default_prompts"]
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise ConfigError(f"default_prompts={texts} must be a list of texts, such as ['','Once']")
-        return texts
+        return list(cfg.default_prompts)
     try:
         text = Path(cfg.prompt_file).expanduser().read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -123,8 +121,7 @@ def converse(session: Session) -> None:
 @command("generate", arguments=verbatim("checkpoint", "prompt", "prompt_file", "output", "stop"))
 def main(cfg: DictConfig) -> list[str] | None:
     """Prints texts, or returns them to Python."""
-    if not isinstance(cfg.interactive, bool):
-        raise ConfigError(f"interactive={cfg.interactive!r} must be true or false")
+    check(cfg, {"interactive": one_of(True, False), "prompt_file": readable_path, "default_prompts": texts})
     given = [key for key in ("prompt", "prompt_file", "output") if cfg[key] is not None]
     if cfg.interactive and given:
         raise ConfigError(f"interactive=true asks for prompts; leave {given[0]}= out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import logging
 import re
 import types
@@ -110,6 +111,15 @@ def is_defined_in(target: str, packages: str) -> bool:
     return isinstance(found, (type, types.FunctionType)) and bool(inside.match(f"{found.__module__}."))
 
 
+def build_with(cfg: DictConfig, key: str, members: tuple[str, ...], **kwargs: Any) -> Any:
+    """As `build`; refuses an object without these members, which is of another kind."""
+    found = build(cfg, key, **kwargs)
+    for name in members:
+        if inspect.getattr_static(found, name, None) is None:  # does not call a property
+            raise ConfigError(f"{key} is a {type(found).__name__}, which has no {name}; correct its _target_")
+    return found
+
+
 @contextmanager
 def naming_key(key: str) -> Iterator[None]:
     """Errors of a call of a partly configured function, in terms of the key of its arguments."""
@@ -157,7 +167,8 @@ def build_parts(cfg: DictConfig) -> Parts:
             package = PACKAGES.get(node._target_.rpartition(".")[2])
             if package and importlib.util.find_spec(package) is None:
                 raise ModuleNotFoundError(name=package)
-    tokenizer, corpus = build(cfg, "tokenizer"), build(cfg, "data.corpus")
+    tokenizer = build_with(cfg, "tokenizer", ("trained", "key", "build"))
+    corpus = build_with(cfg, "data.corpus", ("separated", "digest", "documents"))
     return Parts(
         corpus=corpus, tokenizer=tokenizer, optimizer=optimizer, schedule=schedule, callbacks=callbacks
     )
@@ -206,7 +217,7 @@ def build_callbacks(cfg: DictConfig) -> list[Any]:
             raise ConfigError(
                 f"callbacks.{name}={node} must have a _target_, the name of a class, or be null"
             )
-    return [build(cfg, f"callbacks.{name}") for name in names]
+    return [build_with(cfg, f"callbacks.{name}", ("on_train_start",)) for name in names]
 
 
 def build_loggers(cfg: DictConfig, resume_step: int | None) -> list[Any]:
@@ -224,7 +235,7 @@ def build_loggers(cfg: DictConfig, resume_step: int | None) -> list[Any]:
         if target == "WandbLogger":  # a resumed run is the same run there
             name = hashlib.blake2b(str(Path(cfg.paths.run).resolve()).encode(), digest_size=8).hexdigest()
             more = {"version": name, "resume": "allow"}
-        loggers.append(build(cfg, f"logger.{key}", **more))
+        loggers.append(build_with(cfg, f"logger.{key}", ("log_metrics",), **more))
     return loggers
 
 
@@ -347,6 +358,9 @@ def prepare_data(
             f"model.vocab_size={vocab_size} is smaller than the tokenizer's {store.n_vocab} ids; "
             "use model.vocab_size=null"
         )
+    for callback in parts.callbacks:
+        if check_tokenizer := getattr(callback, "check_tokenizer", None):
+            check_tokenizer(store.tokenizer)
     count, steps_per_epoch = epoch_size(store, **cut)  # too little text is an error here
     max_steps = cfg.trainer.max_steps
     if cfg.trainer.max_epochs is not None:

@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from gpt_lightning.config.command_line import readable, split_arguments
+from gpt_lightning.config.command_line import check_users, readable, split_arguments
 from gpt_lightning.config.errors import ConfigError, Refusal, is_user_error, one_line
 from gpt_lightning.config.help import choices_of, help_text
 from gpt_lightning.config.resolvers import CONF
@@ -124,6 +124,7 @@ class Command:
         if found.help:
             print(help_text(self.config_name, overrides))
             return
+        check_users(overrides)
         self.here = Path.cwd()
         sys.argv[1:] = readable(self.arguments([*flags, *overrides]))
         self.full_error = os.environ.get(FULL_ERROR)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from gpt_lightning.config.errors import ConfigError
+
+TEXTS = ("prompt", "stop", "separator", "default_prompts", "api_key")  # last parts of keys that are no paths
 PLACES = ("paths.outputs", "hydra.run.dir", "hydra.sweep.dir")  # keys of folders that Hydra makes
 
 
@@ -34,6 +38,19 @@ def split_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         else:
             flags.append(argument)
     return found, flags, overrides
+
+
+def check_users(overrides: list[str]) -> None:
+    """Refuse a path in the home of a user that this machine does not have.
+
+    Raises:
+        ConfigError: Names the key and the value.
+    """
+    for text in overrides:
+        key, _, value = text.partition("=")
+        for home in re.findall(r"(?:^|[\[,])['\"]?(~[^/'\",\]]+)", value):
+            if key.rpartition(".")[2] not in TEXTS and os.path.expanduser(home) == home:  # noqa: PTH111
+                raise ConfigError(f"{text}: {home} is the home of no user here; write the whole path")
 
 
 def begins_a_run(arguments: list[str]) -> bool:

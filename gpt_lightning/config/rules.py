@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gpt_lightning.config.errors import ConfigError
 
+LARGEST = 10**12  # of a count, so that a product of counts has 64 bits
 Rule = Callable[[str, Any], str | None]  # a key and its value -> what is wrong, or None
 
 # -- keys ---------------------------------------------------------------------------------------------
@@ -46,7 +47,10 @@ def number(
         if good and not math.isfinite(value):
             return f"{key}={value!r} must be finite: {expected}"
         good = good and (least is None or value >= least) and (above is None or value > above)
-        return None if good and (most is None or value <= most) else f"{key}={value!r} must be {expected}"
+        good = good and (most is None or value <= most)
+        if good and kind is int and value > LARGEST:
+            return f"{key}={value!r} must be {expected}, and at most {LARGEST}"
+        return None if good else f"{key}={value!r} must be {expected}"
 
     return rule
 
@@ -79,19 +83,26 @@ def texts(key: str, value: Any) -> str | None:
     return None if good else f"{key}={value!r} must be a list of texts, such as ['Once','a b']"
 
 
-def readable_file(key: str, value: Any) -> str | None:
-    """The path of a file that can be read, or null."""
+def readable_path(key: str, value: Any) -> str | None:
+    """The path of a file or a folder, or null; from a pipe or a device, one could read for ever."""
     path = Path(str(value)).expanduser()
-    if value is None or path.is_file():
+    if value is None or (value != "" and (path.is_file() or path.is_dir())):
         return None
-    return f"{key}={value} is no regular file" if path.exists() else f"{key}={value} does not exist"
+    return (
+        f"{key}={value} is neither a file nor a folder" if path.exists() else f"{key}={value} does not exist"
+    )
 
 
 def _devices(key: str, value: Any) -> str | None:
-    good = value == "auto" or (type(value) is int and value >= 1)
+    good = value == "auto" or (type(value) is int and 1 <= value <= LARGEST)
     if OmegaConf.is_list(value):
         good = all(type(n) is int and n >= 0 for n in value) and len(value) == len(set(value)) > 0
     return None if good else f"{key}={value!r} must be how many, auto for all, or a list such as [0,2]"
+
+
+def _strategy(key: str, value: Any) -> str | None:
+    good = not isinstance(value, str) or "spawn" not in value
+    return None if good else f"{key}={value} cannot hand a run to the processes that it starts; use ddp"
 
 
 def _name(key: str, value: Any) -> str | None:
@@ -118,7 +129,7 @@ def parse_duration(limit: str | int) -> float:
 # What no class of ours checks, and what would cost much before one does.
 RULES: dict[str, Rule] = {
     "name": _name,
-    "seed": number(int, least=0),
+    "seed": number(int, least=0, most=2**32 - 1),  # numpy takes 32 bits
     "target_loss": number(float, above=0, optional=True),
     "paths.outputs": text,
     "paths.run": text,
@@ -127,7 +138,7 @@ RULES: dict[str, Rule] = {
     "data.stride": number(int, least=1, optional=True),
     "data.sequence_length": number(int, least=1, optional=True),
     "data.random_offset": one_of(True, False),
-    "data.num_workers": number(int, least=0),
+    "data.num_workers": number(int, least=0, most=1000),  # processes
     "data.shuffle": one_of(True, False),
     "data.drop_last": one_of(True, False),
     "device.accelerator": one_of("auto", "cpu", "cuda", "mps"),
@@ -143,7 +154,14 @@ RULES: dict[str, Rule] = {
     "trainer.val_batches": number(int, least=1, optional=True),
     "trainer.log_every_steps": number(int, least=1, optional=True),
     "trainer.save_every_steps": number(int, least=1, optional=True),
-    "trainer.keep_last": number(int, least=1),
+    "trainer.keep_last": number(int, least=1, most=1000),  # files, each of which is renamed
+    "trainer.strategy": _strategy,
+    "model.n_layer": number(int, least=1, most=10_000, optional=True),  # each is an object
+    "model.n_embd": number(int, least=1, optional=True),
+    "model.n_inner": number(int, least=1, optional=True),
+    "model.block_size": number(int, least=1, optional=True),
+    "model.vocab_size": number(int, least=1, optional=True),
+    "model.vocab_multiple": number(int, least=1, optional=True),
     "trainer.snapshot_every_steps": number(int, least=1, optional=True),
     "trainer.clip_norm": number(float, above=0, optional=True),
     "trainer.num_nodes": number(int, least=1),

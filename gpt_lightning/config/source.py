@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gpt_lightning.config.build import build, is_defined_in, targets
 from gpt_lightning.config.errors import ConfigError
+from gpt_lightning.config.rules import check, text
 from gpt_lightning.data.files import reading
 from gpt_lightning.rundir.directory import newest_run
 
@@ -29,13 +30,14 @@ def checkpoint_source(cfg: DictConfig) -> Path:
         ConfigError: If the key is missing.
         FileNotFoundError: If there is no such run.
     """
-    if cfg.checkpoint is None:
+    if cfg.checkpoint in (None, ""):
         raise ConfigError(
             "checkpoint= is missing; give a checkpoint, a run directory, an exported folder or latest"
         )
     path = Path(str(cfg.checkpoint)).expanduser()
     if path.name != "latest" or path.exists():
         return path
+    check(cfg, {"paths.outputs": text})
     run = newest_run(Path(cfg.paths.outputs) / path.parent, with_checkpoint=True)
     log.info("checkpoint=%s is %s", path, run)
     return run

@@ -173,7 +173,7 @@ class _Job:
     """Builds the store of a corpus and a tokenizer."""
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, cache: str | Path, threads: int, progress: bool):
-        if not isinstance(cache, (str, Path)):
+        if not isinstance(cache, (str, Path)) or not str(cache):
             raise ValueError(f"paths.cache={cache!r} must be the name of a folder")
         cache = Path(cache).expanduser()
         self.corpus, self.threads, self.progress = corpus, threads, progress

@@ -72,6 +72,7 @@ def find_checkpoint(path: str | Path) -> Path:
                 raise ValueError(f"{path / candidate} leads out of the run directory; name what it leads to")
             return path / candidate
     found = "it has no checkpoints/best.ckpt or last.ckpt" if path.is_dir() else "it does not exist"
+    found = "it is neither a file nor a folder" if path.exists() and not path.is_dir() else found
     raise FileNotFoundError(f"no checkpoint at {path}: {found}")
 
 

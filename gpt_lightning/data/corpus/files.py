@@ -168,7 +168,8 @@ def _find_files(key: str, path: object) -> list[Path]:
     else:
         matches = (Path(match) for match in glob.glob(str(place), recursive=True))  # noqa: PTH207 (absolute too)
         files = sorted(match for match in matches if match.is_file())
-        problem = "matches no file" if glob.has_magic(str(place)) else "does not exist"
+        problem = "is neither a file nor a folder" if place.exists() else "does not exist"
+        problem = "matches no file" if glob.has_magic(str(place)) else problem
     if not files:
         raise FileNotFoundError(f"{key}={path} {problem} (the working directory is {Path.cwd()})")
     return files

@@ -36,8 +36,7 @@ class Samples(Callback):
         show: Whether to log each sample as well.
 
     Raises:
-        ValueError: If a setting is out of its range, and, before training, if the prompt has a character
-            that the vocabulary lacks.
+        ValueError: If a setting is out of its range.
     """
 
     def __init__(
@@ -60,9 +59,19 @@ class Samples(Callback):
             raise ValueError(f"callbacks.samples.{error}") from error
         self.latest = ""
 
+    def check_tokenizer(self, encoding: tiktoken.Encoding) -> None:
+        """Refuse a prompt with a character that the vocabulary lacks, before anything of a run is written.
+
+        Raises:
+            ValueError: If it has one.
+        """
+        try:
+            tokenizers.encode_array(encoding, self.prompt)
+        except ValueError as error:
+            raise ValueError(f"callbacks.samples.prompt={self.prompt!r}: {error}") from error
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
-        """Validate the prompt, and remove the samples that a resumed run will write again."""
-        tokenizers.encode_array(pl_module.tokenizer, self.prompt)  # raises before training
+        """Remove the samples that a resumed run will write again."""
         if trainer.is_global_zero and self.path.exists():
             self._write(trainer.global_step + 1)
 
