@@ -121,12 +121,12 @@ def converse(session: Session) -> None:
 @command("generate", arguments=verbatim("checkpoint", "prompt", "prompt_file", "output", "stop"))
 def main(cfg: DictConfig) -> list[str] | None:
     """Prints texts, or returns them to Python."""
-    check(cfg, {"interactive": one_of(True, False), "prompt_file": readable_path, "default_prompts": texts})
     given = [key for key in ("prompt", "prompt_file", "output") if cfg[key] is not None]
     if cfg.interactive and given:
         raise ConfigError(f"interactive=true asks for prompts; leave {given[0]}= out")
     if cfg.prompt is not None and cfg.prompt_file is not None:
         raise ConfigError("prompt= and prompt_file= exclude each other; give one of them")
+    check(cfg, {"interactive": one_of(True, False), "prompt_file": readable_path, "default_prompts": texts})
     source = checkpoint_source(cfg)
     check_output(cfg.output, lambda row: row.keys() == ANSWER, cfg.prompt_file)
     from gpt_lightning.inference.loading import load

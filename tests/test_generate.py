@@ -143,7 +143,7 @@ def test_only_a_file_of_answers_is_replaced(
         (["top_k=0"], "top_k=0 must be a whole number"),
         (["top_p=1.5"], "top_p=1.5 must be a number from"),
         (["min_p=2"], "min_p=2 must be a number from"),
-        (["repetition_penalty=0"], "repetition_penalty=0 must be a number above 0"),
+        (["repetition_penalty=0"], "repetition_penalty=0 must be a number from 0.01"),
         (["max_new_tokens=none"], "max_new_tokens='none' must be a whole number"),
         (["num_samples=0"], "num_samples=0 must be a whole number"),
         (["seed=-3"], "seed=-3 must be a whole number"),
