@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}  # what Lightning's loggers need
 MAX_FINETUNE_LR = 1e-3  # a learning rate above which trained weights soon lose what they knew
+BUILDERS = ("gpt_lightning.model.", "gpt_lightning.training.optimizers.", "gpt_lightning.training.schedules.")
 NO_CALLBACKS = ("nonfinite",)  # keys of `callbacks` that are values for other callbacks
 
 
@@ -102,13 +103,18 @@ def targets(node: Any) -> set[str]:
 
 
 def is_defined_in(target: str, packages: str) -> bool:
-    """Whether a _target_ is a class or a function that packages (a pattern) define, rather than import."""
+    """Whether a _target_ is a class that packages (a pattern) define, rather than import.
+
+    Of functions, those that build a model, an optimizer or a schedule count too: others act when called.
+    """
     inside = re.compile(rf"({packages})\.")
     try:
         found = hydra.utils.get_object(target) if inside.match(target) else None
     except Exception:  # hydra raises errors of several types
         return False
-    return isinstance(found, (type, types.FunctionType)) and bool(inside.match(f"{found.__module__}."))
+    where = f"{getattr(found, '__module__', '')}."
+    builds = isinstance(found, types.FunctionType) and where.startswith(BUILDERS)
+    return (isinstance(found, type) or builds) and bool(inside.match(where))
 
 
 def build_with(cfg: DictConfig, key: str, members: tuple[str, ...], **kwargs: Any) -> Any:

@@ -59,8 +59,7 @@ def corpus_of_run(source: Path) -> Corpus | None:
         return None
     with reading(source, "has a configuration that no run has written"):
         names = targets(node)
-    # no function: one such as write_json would do what the checkpoint says
-    if not all(is_defined_in(n, r"gpt_lightning\.data") and n.rpartition(".")[2][0].isupper() for n in names):
+    if not all(is_defined_in(name, r"gpt_lightning\.data") for name in names):
         return None
     corpus: Corpus = build(OmegaConf.create({"data": {"corpus": node}}), "data.corpus")
     return corpus

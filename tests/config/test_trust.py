@@ -43,6 +43,7 @@ def edit(path: Path, key: str, value: Any) -> None:
         ("trainer.strategy", {"_target_": "lightning.pytorch.trainer.trainer.os.system", "command": "true"}),
         ("name", "${oc.create:'{_target_: os.system, command: touch planted}'}"),
         ("callbacks.layers", {"_target_": "gpt_lightning.data.files.write_json", "path": "x", "content": {}}),
+        ("callbacks.layers", {"_target_": "gpt_lightning.data.corpus.shakespeare.download", "url": "x"}),
     ],
 )
 def test_classes_of_others_are_listed_and_refused(
