@@ -1,7 +1,12 @@
 """Hydra looks for launchers in the namespace package hydra_plugins alone, so they are named here."""
 
 from gpt_lightning.sweeping.launcher import ProcessLauncher
+from gpt_lightning.sweeping.slurm import SlurmLauncher
 
 
 class Processes(ProcessLauncher):
     """hydra/launcher=processes, the default of `train`."""
+
+
+class Slurm(SlurmLauncher):
+    """hydra/launcher=slurm."""

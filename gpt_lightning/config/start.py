@@ -322,7 +322,7 @@ def with_recorded_values(cfg: DictConfig) -> DictConfig:
         job = HydraConfig.get()
         if job.output_subdir is not None:  # what Hydra wrote lacks the recorded values
             write_yaml(Path(job.runtime.output_dir) / HYDRA / "config.yaml", cfg)
-    if (foreign := foreign_classes(cfg)) and cfg.trust is not True:
+    if (foreign := foreign_classes(cfg, given)) and cfg.trust is not True:
         raise ConfigError(
             f"the run names classes that are not of gpt_lightning, and building them runs their code: "
             f"{', '.join(foreign)}; name their --config-dir, or add trust=true if you trust the run"
@@ -330,11 +330,12 @@ def with_recorded_values(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def foreign_classes(cfg: DictConfig) -> list[str]:
+def foreign_classes(cfg: DictConfig, given: list[str]) -> list[str]:
     """Classes that may run code of a run's author; those that the user's --config-dir names are left out."""
     sources = HydraConfig.get().runtime.config_sources
-    given = [Path(source.path) for source in sources if source.provider == "command-line"]
-    known = "".join(file.read_text("utf-8", "ignore") for folder in given for file in folder.rglob("*.yaml"))
+    folders = [Path(source.path) for source in sources if source.provider == "command-line"]
+    files = [file.read_text("utf-8", "ignore") for folder in folders for file in folder.rglob("*.yaml")]
+    known = "\n".join([*files, *given])
     return sorted(t for t in targets(cfg) if not is_defined_in(t, SAFE) and t not in known)
 
 

@@ -171,7 +171,7 @@ def test_run_goes_where_hydra_cannot_read_and_repeats_and_resumes_there(
     result = command("train", *given)
     assert result.returncode == 0, result.stderr
     result = command("train", *given)
-    line = "hydra.run.dir=it's #1 holds a run; go on with resume=it's #1 or name another directory"
+    line = f"{run} holds a run; go on with resume={run} or name another directory"
     assert result.stderr == f"error: {line}\n"
     result = command("train", "resume=it's #1")
     assert (result.returncode, result.stdout) == (

@@ -141,6 +141,8 @@ def _slow_down(place: str, seconds: float) -> None:
 
 def _child(request: dict[str, Any]) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore them
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.chdir(request["cwd"])
     file = os.open(request["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     null = os.open(os.devnull, os.O_RDONLY)

@@ -200,10 +200,10 @@ def test_run_is_repeated_from_its_configuration_elsewhere(
 
 
 def test_repeated_run_may_have_one_thing_changed(first: Path, tmp_path: Path) -> None:
-    """From the real command line, and with a class of the user's own from where the first run was started."""
-    (tmp_path / "spy.py").write_text(SPY)
+    """From the real command line, and with a class of the user's own from where the command is started."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
+    (elsewhere / "spy.py").write_text(SPY)
     arguments = [f"repeat={first}", "seed=3", "hydra.run.dir=new=run"]
     arguments += ["+callbacks.spy._target_=spy.Spy", f"+callbacks.spy.folder={elsewhere}"]
     command = [sys.executable, "-m", "gpt_lightning.train", *arguments]

@@ -96,7 +96,8 @@ def tensorboard(run: Path) -> list[dict[str, list[tuple[int, Any]]]]:
         events: Any = loader.EventAccumulator(str(run / "tensorboard"), {"scalars": 0, "tensors": 0})
         tags = events.Reload().Tags()
         found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags.get("scalars", [])}
-        for tag in tags["tensors"]:
+        # of text, only TensorBoard's own loader leaves out what a restart replaces
+        for tag in tags["tensors"] if loader is plugin_event_accumulator else ():
             found[tag] = [(e.step, make_ndarray(e.tensor_proto).tolist()) for e in events.Tensors(tag)]
         shown.append({tag: points for tag, points in found.items() if not tag.startswith("speed/")})
     return shown

@@ -12,9 +12,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from gpt_lightning.training.slurm import requeue
+from gpt_lightning.training.slurm import requeue, slurm_job
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ class Interruption:
             return
         numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
         environment = getattr(trainer.strategy, "cluster_environment", None)  # a single device has none
-        if SLURMEnvironment.detect() and getattr(environment, "auto_requeue", True):
+        if slurm_job() is not None and getattr(environment, "auto_requeue", True):
             self._requeue_signal = getattr(environment, "requeue_signal", None) or signal.SIGUSR1
             numbers.append(self._requeue_signal)
         for number in numbers:

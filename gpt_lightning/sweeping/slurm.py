@@ -1,0 +1,95 @@
+"""Hydra's launcher for SLURM: the jobs of a sweep as one array of the same plain commands."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from gpt_lightning.config.errors import ConfigError
+from gpt_lightning.sweeping.launcher import ProcessLauncher
+
+SCRIPT = "sweep.sh"
+SUBMITTED = "slurm.txt"  # the number of the array that was submitted last
+# SLURM signals the script before it ends the job. A run that trains writes a checkpoint and asks for
+# its job to be queued again; one that is still importing is ended by the signal, and the script asks.
+TEMPLATE = """#!/bin/bash
+{options}
+cd {folder} || exit 1
+trap 'asked=1; kill -USR1 $run' USR1
+case $SLURM_ARRAY_TASK_ID in
+{commands}
+esac
+run=$!
+wait $run; code=$?
+while kill -0 $run 2>/dev/null; do wait $run; code=$?; done
+if [ -n "$asked" ] && [ $code = 138 ]; then
+  scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID" 2>/dev/null
+fi
+exit $code
+"""
+
+
+class SlurmLauncher(ProcessLauncher):
+    """Submits the jobs that are not finished as one array, and does not wait for them.
+
+    A job that is preempted or reaches its time limit is queued again and resumes. The same command again
+    submits what is left, once no job of the array is queued or running.
+
+    Args:
+        sbatch: Options of sbatch by their long names, such as partition, time and gpus.
+    """
+
+    def __init__(self, sbatch: Mapping[str, str | int] | None = None):
+        self.sbatch = dict(sbatch or {})
+
+    def _run_all(self) -> None:
+        folder, jobs = self.ledger.folder, [job for job in self.ledger.jobs if job.status != "finished"]
+        if (folder / SUBMITTED).is_file():
+            number = (folder / SUBMITTED).read_text().strip()
+            if slurm("squeue", "--noheader", f"--jobs={number}", missing=""):
+                raise ConfigError(f"the sweep runs as SLURM job {number}; wait for it, or scancel {number}")
+        if not jobs:
+            return
+        at_once = int(OmegaConf.select(self.config, "sweep.jobs") or 1)
+        options: dict[str, str | int] = {"job-name": folder.name, "array": f"0-{len(jobs) - 1}"}
+        options["array"] = f"{options['array']}%{at_once}" if at_once > 1 else options["array"]
+        options |= {
+            "ntasks": 1,
+            "signal": "B:USR1@60",
+            "open-mode": "append",
+            "output": f"{folder}/slurm-%a.log",
+        }
+        lines = [f"#SBATCH --{key}={value}" for key, value in {**options, **self.sbatch}.items()]
+        commands = [
+            f"{index}) {shlex.join([sys.executable, '-m', 'gpt_lightning.train', *arguments])} & ;;"
+            for index, arguments in enumerate(self.arguments(job, self.ledger.place(job)) for job in jobs)
+        ]
+        script = TEMPLATE.format(
+            options="\n".join([*lines, "#SBATCH --requeue"]),
+            folder=shlex.quote(str(Path.cwd())),
+            commands="\n".join(commands),
+        )
+        (folder / SCRIPT).write_text(script, encoding="utf-8")
+        number = slurm("sbatch", "--parsable", str(folder / SCRIPT)).partition(";")[0]
+        (folder / SUBMITTED).write_text(f"{number}\n")
+        print(f"SLURM job {number}: {len(jobs)} jobs; report runs={folder} shows how they stand")
+
+
+def slurm(*command: str, missing: str | None = None) -> str:
+    """The output of one of SLURM's programs.
+
+    Raises:
+        ConfigError: If it is not there or fails, unless `missing` stands for its output then.
+    """
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        if missing is not None:
+            return missing
+        reason = getattr(error, "stderr", None) or error
+        raise ConfigError(f"{command[0]}: {str(reason).strip()}; hydra/launcher=slurm needs SLURM") from error
