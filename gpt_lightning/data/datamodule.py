@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
@@ -12,6 +13,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from gpt_lightning.data.token_store import TokenStore
 from gpt_lightning.data.windows import Batch, EvalBatches, TrainBatches, split_batch
+
+
+def _leave_process_group(worker: int) -> None:
+    """Keep signals to the whole process group, such as Ctrl-C, from ending a worker before the run."""
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
 
 
 @dataclass(eq=False)
@@ -49,6 +56,7 @@ class PositionedLoader:
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
+            worker_init_fn=_leave_process_group,
             generator=torch.Generator(),  # an iterator must not draw from the global one
         )
         for batch in loader:

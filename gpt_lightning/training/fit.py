@@ -91,11 +91,11 @@ def fit(
         raise
     finally:
         try:
-            summary = record(status)
             if trainer.is_global_zero:
                 _draw(folder, data)
                 if status == "finished":
-                    _log_hyperparameters(module, trainer, summary)
+                    _log_hyperparameters(module, trainer, _results(module, data, trainer))
+            summary = record(status)  # last, so that a finished run has everything
         except OSError as error:
             if status == "finished":
                 raise

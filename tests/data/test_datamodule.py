@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections import Counter
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from gpt_lightning.data.datamodule import PositionedLoader, TextDataModule
 from gpt_lightning.data.windows import IGNORE, EvalBatches, TrainBatches, epoch_size, permute, split_batch
@@ -45,6 +47,7 @@ def batches(store: Any = None, **options: Any) -> TrainBatches:
 )
 def test_batch_is_split_exactly(batch: int, limit: int | None, world: int, expected: tuple[int, int]) -> None:
     assert split_batch(batch, limit, world) == expected
+    assert all(type(number) is int for number in split_batch(batch, limit, world))
 
 
 def test_batch_that_devices_cannot_share_is_refused() -> None:
@@ -73,6 +76,10 @@ def test_order_is_that_of_earlier_releases() -> None:
     """A run of an earlier release is resumed in the order in which it began."""
     assert permute(np.arange(12), 12, seed=1337, epoch=0).tolist() == [11, 1, 8, 3, 0, 4, 2, 6, 7, 9, 10, 5]
     assert permute(np.arange(12), 12, seed=1337, epoch=1).tolist() == [2, 8, 1, 11, 6, 4, 0, 3, 5, 9, 10, 7]
+    small = {3: [2, 0, 1], 4: [2, 0, 3, 1], 5: [0, 2, 1, 3, 4]}
+    small[20] = [4, 13, 12, 9, 11, 18, 5, 10, 6, 14, 3, 7, 1, 0, 19, 8, 17, 15, 16, 2]
+    for n, order in small.items():
+        assert permute(np.arange(n), n, seed=1, epoch=0).tolist() == order
     far = permute(np.array([0, 1, 2**40]), 2**41 + 1, seed=5, epoch=3)
     assert far.tolist() == [1554895883334, 972908106303, 1003321754622]
     data = batches(random_offset=True, shuffle=False, steps=8, seed=1337)
@@ -161,6 +168,21 @@ def test_loader_continues_where_its_state_was_taken(workers: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole, head + rest, strict=True))
 
 
+class Groups(Dataset):
+    def __getitem__(self, index: int) -> int:
+        return os.getpgrp()
+
+    def __len__(self) -> int:
+        return 2
+
+
+@pytest.mark.skipif(not hasattr(os, "getpgrp"), reason="Windows has no process groups")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # the loader's processes fork
+def test_signal_to_the_process_group_does_not_reach_the_workers() -> None:
+    groups = list(PositionedLoader(Groups(), sequences=1, resumable=True, num_workers=1))
+    assert os.getpgrp() not in groups
+
+
 def test_position_holds_for_another_micro_batch_size() -> None:
     loader = PositionedLoader(batches(micro_batch_size=1), sequences=1, resumable=True)
     loader.load_state_dict({"sequences": 8})
@@ -198,11 +220,16 @@ def test_every_validation_starts_at_the_first_batch() -> None:
 
 
 def test_too_few_tokens_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"10 tokens, fewer than one window of 10"):
+    with pytest.raises(ValueError, match=r"10 tokens, .*; use more text or a smaller model.block_size$"):
         epoch_size(Store(train=10), block_size=10, batch_size=1)
     with pytest.raises(ValueError, match=r"10 windows of 10 tokens, fewer than data.batch_size=11"):
         epoch_size(Store(), block_size=10, batch_size=11)
     assert epoch_size(Store(train=11), block_size=10, batch_size=1) == (1, 1)
+    for tokens, windows in ((109, 9), (110, 10)):  # the last offset is 9
+        found = epoch_size(Store(train=tokens), block_size=10, batch_size=1, random_offset=True)
+        assert found == (windows, windows)
+    for tokens, windows in ((21, 2), (22, 3)):  # the first token is no target
+        assert len(EvalBatches(Store(val=tokens), block_size=10, micro_batch_size=1)) == windows
 
 
 def test_datamodule_gives_one_process_all_batches() -> None:

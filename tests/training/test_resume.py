@@ -369,6 +369,16 @@ def test_deleted_cache_does_not_end_a_run(
     assert_same(run, uninterrupted)
 
 
+def test_best_checkpoint_is_never_the_only_one(start: Start, zygote: Zygote, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start("target_loss=100", slow={"os:fsync": 0.3})  # it ends with a validation at step 1
+    process.end_when((run / "checkpoints" / "best.ckpt").exists)
+    resume(zygote, run)
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("finished", 1)
+    assert (run / "samples.md").read_text().count("## Step 1\n") == 1
+
+
 def test_run_killed_before_its_first_checkpoint_begins_again(
     start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
 ) -> None:

@@ -151,6 +151,10 @@ class LastCheckpoint(Checkpoint):
         trainer.should_stop |= self._stop
         if not validation_is_due(trainer):
             self._after_step(trainer)
+        elif trainer.global_step == 1:
+            self._validating = True  # a run that goes on from here repeats the validation
+            self.save_last(trainer)
+            self._validating, self._saved_step = False, -1
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -212,6 +216,7 @@ class LastCheckpoint(Checkpoint):
             except OSError:  # no hard links on this file system: last.ckpt is missing until it is written
                 link = self.folder / newer
             os.replace(link, self.folder / older)
+            (self.folder / f"{older}.tmp").unlink(missing_ok=True)  # rename(2) leaves it if both are one file
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

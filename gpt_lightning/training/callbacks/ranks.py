@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from torch.distributed import DistError
 
 log = logging.getLogger(__name__)
 FIRST_RANK = "GPT_LIGHTNING_FIRST_RANK"  # environment variable with its process id
@@ -41,6 +42,8 @@ class Ranks(Callback, AbstractContextManager):
         self._ended.set()
         if isinstance(error, RuntimeError) and (line := self._death(patience=2)):
             raise ChildProcessError(line) from error
+        if _started_by_another_rank() and ("gloo" in str(error) or isinstance(error, DistError)):
+            time.sleep(30)  # the first rank has the reason; its end is that of this process
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         started = getattr(trainer.strategy.launcher, "procs", [])
@@ -68,13 +71,17 @@ class Ranks(Callback, AbstractContextManager):
             time.sleep(0.05)
 
 
+def _started_by_another_rank() -> bool:
+    return "PL_GLOBAL_SEED" in os.environ and int(os.environ.get("LOCAL_RANK", 0)) > 0
+
+
 def end_with_parent() -> None:
     """Let the kernel kill a rank that Lightning started when the first rank dies, to free its GPU.
 
     Raises:
         SystemExit: If the first rank is dead already.
     """
-    if "PL_GLOBAL_SEED" not in os.environ or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if not _started_by_another_rank():
         os.environ[FIRST_RANK] = str(os.getpid())  # for the ranks that this one starts
     elif sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, see prctl(2)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import time
 
 import pytest
 
-from gpt_lightning.training.callbacks.ranks import FIRST_RANK, end_with_parent
+from gpt_lightning.training.callbacks.ranks import FIRST_RANK, Ranks, end_with_parent
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals the death of a parent")
@@ -26,3 +27,21 @@ def test_rank_whose_first_rank_died_while_it_started_ends(monkeypatch: pytest.Mo
         end_with_parent()
     finally:
         ctypes.CDLL(None).prctl(1, 0)  # this process need not end with its parent
+
+
+def test_rank_leaves_it_to_the_first_one_to_tell_why_the_connection_broke(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    for rank, text in (
+        ("0", "gloo: closed by peer"),
+        ("1", "index 3 is out of bounds"),
+        ("1", "gloo: closed"),
+    ):
+        assert not waited
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(RuntimeError, match=text), Ranks("go on"):
+            raise RuntimeError(text)
+    assert len(waited) == 1
