@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gpt_lightning.model.gpt import GPT, IGNORE, GPTConfig
+from gpt_lightning.model.gpt import GPT, IGNORE, GPTConfig, KVCache, build_gpt
 
 SMALL = {"vocab_size": 61, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 
@@ -89,6 +89,21 @@ def test_logits_equal_a_slow_reference(values):
     net = build(**values)
     idx = torch.randint(0, 61, (2, 7))
     torch.testing.assert_close(net(idx)[..., :61].double(), reference_logits(net, idx), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "with_bias"),
+    [
+        ({}, {"c_attn", "c_proj", "c_fc", "ln_1", "ln_2", "ln_f"}),
+        ({"bias": False}, set()),
+        ({"bias": False, "qkv_bias": True}, {"c_attn"}),
+        ({"qkv_bias": False}, {"c_proj", "c_fc", "ln_1", "ln_2", "ln_f"}),
+    ],
+    ids=["default", "no bias", "qkv_bias alone", "no qkv_bias"],
+)
+def test_biases_are_where_the_configuration_has_them(values, with_bias):
+    names = build(**values).state_dict()
+    assert {name.split(".")[-2] for name in names if name.endswith(".bias")} == with_bias
 
 
 def test_gradients_equal_a_slow_reference():
@@ -181,6 +196,28 @@ def test_dropout_is_active_only_in_training():
     assert not torch.equal(net(idx), net(idx))
 
 
+def test_attention_weights_are_dropped_as_well_as_activations():
+    attention, x = build(dropout=0.5).transformer.h[0].attn, torch.randn(2, 9, 32)
+    expected = 2 * attention(x)  # of what is not dropped after the projection
+    found = attention.train()(x)
+    kept = found != 0
+    assert not torch.allclose(found[kept], expected[kept])
+
+
+def test_cache_reads_no_more_than_is_there_unless_shapes_have_to_stay():
+    cache = KVCache(GPTConfig(**SMALL), 2, size=8, device=torch.device("cpu"), dtype=torch.float32)
+    rows, positions = torch.arange(2), torch.tensor([[2], [2]])
+    cache.seek(rows, positions)
+    assert (cache.length, cache.mask) == (3, None)
+    cache.seek(rows, positions, whole=True)
+    assert cache.length == 8
+    assert cache.mask.flatten(1).tolist() == [[True] * 3 + [False] * 5] * 2
+
+
+def test_model_is_built_from_keywords():
+    assert build_gpt(**SMALL).config == GPTConfig(**SMALL)
+
+
 def test_flops_per_token_counted_by_hand():
     net = build(tie_weights=False)
     matrices = 2 * (32 * 96 + 32 * 32 + 2 * 32 * 128) + 64 * 32  # two blocks and the head
@@ -206,6 +243,7 @@ def test_flops_per_token_counted_by_hand():
         ({"dropout": 1.0}, "model.dropout=1.0 must lie in [0, 1)"),
         ({"dropout": -0.1}, "model.dropout=-0.1 must lie in [0, 1)"),
         ({"dropout": "0"}, "model.dropout='0' must be a number in [0, 1)"),
+        ({"n_embd": 1}, "model.n_embd=1 is not divisible by model.n_head=4; choose model.n_embd=4"),
         ({"n_embd": 34}, "model.n_embd=34 is not divisible by model.n_head=4; choose model.n_embd=32"),
     ],
     ids=str,

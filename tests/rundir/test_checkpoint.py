@@ -125,13 +125,17 @@ def test_error_names_all_checkpoints_if_all_are_damaged(two: Path) -> None:
         newest_valid_checkpoint(two)
 
 
-def test_candidates_are_taken_from_the_newest_to_the_oldest(tmp_path: Path) -> None:
+def test_candidates_are_taken_from_the_newest_to_the_oldest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     names = ["last.ckpt", "last-1.ckpt", "last-2.ckpt", "last-10.ckpt", "step-100.ckpt", "step-20.ckpt"]
     for name in names:
         write_checkpoint(content(), tmp_path / name)
     for name in names:
         assert newest_valid_checkpoint(tmp_path) == tmp_path / name
         (tmp_path / name).write_bytes(b"damaged")
+    both = rf"{tmp_path}/last\.ckpt \([^;]+\); {tmp_path}/last-1\.ckpt \([^;]+\)"
+    assert re.fullmatch(f"damaged: {both}; going on from {tmp_path}/last-2.ckpt", caplog.messages[1])
 
 
 def test_checkpoint_of_a_run_is_its_best_or_last_one(tmp_path: Path) -> None:
@@ -199,6 +203,12 @@ def test_damage_is_told_with_its_reason(two: Path) -> None:
     reason = f"{entry.filename} has a wrong checksum"
     assert str(caught.value) == f"{path} is damaged or not a checkpoint ({reason}); use another one"
     assert weight_unverified(path) != 2.0
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(100_000))
+    with pytest.raises(ValueError, match="damaged") as caught:
+        read_checkpoint(path)
+    reason = "it claims to hold more than it does"
+    assert str(caught.value) == f"{path} is damaged or not a checkpoint ({reason}); use another one"
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="it lacks"):
         read_checkpoint(path)
@@ -231,6 +241,19 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(two: Path) -> None:
     assert sorted(path.name for path in two.iterdir()) == ["last-1.ckpt", "last.ckpt"]
     with pytest.raises((AttributeError, pickle.PicklingError)):  # another error stays what it is
         write_checkpoint({"a": lambda: None}, two / "last.ckpt")
+    assert (two / "last.ckpt").read_bytes() == before
+
+
+def test_disk_without_room_is_named_as_the_reason(two: Path) -> None:
+    resource = pytest.importorskip("resource")
+    before = (two / "last.ckpt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:  # torch then raises an error of its own
+        with pytest.raises(OSError, match=r"last\.ckpt \(File too large\); make room"):
+            write_checkpoint({"a": torch.ones(1_000_000)}, two / "last.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (two / "last.ckpt").read_bytes() == before
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.data.corpus.files import TextFiles
@@ -195,7 +196,7 @@ def test_new_module_has_measured_nothing(store: TokenStore) -> None:
     module = build(store)
     assert all(map(math.isnan, (module.train_loss, module.grad_norm, module.lr)))
     assert (module.best_val_loss, module.metrics, module.step_ended) == (math.inf, {}, False)
-    assert (module.clip_norm, module.corpus_digest) == (1.0, None)
+    assert (module.clip_norm, module.corpus_digest, module.plausible) == (1.0, None, True)
     assert module.n_parameters == module.net.num_parameters()
 
 
@@ -264,7 +265,13 @@ def test_sums_of_a_validation_leave_out_ignored_targets(
         assert module._sums.tolist() == expected
 
 
-def test_perplexity_does_not_overflow_and_bits_need_bytes(store: TokenStore) -> None:
+def test_perplexity_does_not_overflow_and_bits_need_bytes(
+    store: TokenStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def reduce(_: Any, value: torch.Tensor, group: Any = None, reduce_op: str = "mean") -> torch.Tensor:
+        return {"sum": 2 * value, "mean": value}[reduce_op]  # the other rank has the same
+
+    monkeypatch.setattr(SingleDeviceStrategy, "reduce", reduce)
     module = build(store)
     with torch.no_grad():
         module.net.transformer.wte.weight.mul_(1e5)
@@ -277,6 +284,11 @@ def test_perplexity_does_not_overflow_and_bits_need_bytes(store: TokenStore) -> 
     assert module.metrics["val/loss"] > 701
     assert module.metrics["val/perplexity"] == math.exp(700)
     assert math.isnan(module.metrics["val/bits_per_byte"])
+    assert caplog.messages == [
+        f"the validation loss of {module.metrics['val/loss']:.4f} at step 0 is worse than "
+        f"{math.log(store.n_vocab):.4f}, that of guessing: it is not kept as the best; if it does not fall, "
+        "lower optimizer.lr"
+    ]
 
 
 def test_training_loss_is_the_mean_of_all_ranks(store: TokenStore) -> None:
@@ -294,12 +306,13 @@ def test_training_loss_is_the_mean_of_all_ranks(store: TokenStore) -> None:
 def test_ranks_differ_in_their_dropout_only(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
     module = build(store)
     torch.manual_seed(5)
+    torch.rand(1)
     before = torch.get_rng_state()
     module.on_train_start()
     assert torch.equal(torch.get_rng_state(), before)
-    monkeypatch.setattr(LanguageModel, "global_rank", 2)
+    monkeypatch.setattr(LanguageModel, "global_rank", 1)
     module.on_train_start()
-    assert torch.initial_seed() == 7
+    assert torch.initial_seed() == 6
 
 
 def test_sharded_model_clips_its_gradients_itself(store: TokenStore) -> None:
