@@ -228,7 +228,13 @@ def test_too_few_tokens_are_refused() -> None:
     for tokens, windows in ((109, 9), (110, 10)):  # the last offset is 9
         found = epoch_size(Store(train=tokens), block_size=10, batch_size=1, random_offset=True)
         assert found == (windows, windows)
-    for tokens, windows in ((21, 2), (22, 3)):  # the first token is no target
+    with pytest.raises(ValueError, match="two are the least") as caught:
+        EvalBatches(Store(val=1), block_size=10, micro_batch_size=1)
+    assert str(caught.value) == (
+        "the val split has 1 tokens; two are the least to measure a loss; use more text or raise "
+        "data.val_fraction"
+    )
+    for tokens, windows in ((2, 1), (21, 2), (22, 3)):  # the first token is no target
         assert len(EvalBatches(Store(val=tokens), block_size=10, micro_batch_size=1)) == windows
 
 

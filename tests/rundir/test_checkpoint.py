@@ -142,6 +142,10 @@ def test_checkpoint_of_a_run_is_its_best_or_last_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         find_checkpoint(tmp_path / "run")
     assert str(caught.value) == f"no checkpoint at {tmp_path / 'run'}: it does not exist"
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(FileNotFoundError, match=r"pipe: it is neither a file nor a folder$"):
+            find_checkpoint(tmp_path / "pipe")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(FileNotFoundError) as caught:
         find_checkpoint(tmp_path / "run")
