@@ -86,16 +86,16 @@ class Interruption:
     def _note(self, number: int, _: Any) -> None:
         if os.getpid() != self._process:
             return
-        if number == signal.SIGINT and self._code:
+        first, self._code = not self._code, self._code or 128 + number  # before the line, which is answered
+        if first:
+            log.info("%s: finishing the step and writing a checkpoint", signal.Signals(number).name)
+        elif number == signal.SIGINT:
             now = time.monotonic()
             if now - self._asked_again_at <= IMPATIENCE:
                 signal.signal(number, signal.SIG_IGN)
                 raise Interrupted(self._code)
             self._asked_again_at = now
             log.info("please wait; another Ctrl-C now ends the run without a checkpoint of the last steps")
-        elif not self._code:
-            log.info("%s: finishing the step and writing a checkpoint", signal.Signals(number).name)
-        self._code = self._code or 128 + number
 
     def code(self, trainer: pl.Trainer) -> int:
         """The exit code to stop with, 0 to continue; called by all ranks where the run can stop."""
