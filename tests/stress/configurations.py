@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-SGD = "_target_: torch.optim.SGD\n_partial_: true\nlr: 0.5\nmomentum: 0.9\n"  # as a user adds an optimizer
+SGD = "_target_: torch.optim.SGD\n_partial_: true\nlr: 0.05\nmomentum: 0.9\n"  # as a user adds an optimizer
 WORDS = ["the", "a", "cat", "sees", "hears", "likes", "old", "red", "tree", "and", "then", "it", "é", "猫"]
 
 

@@ -76,11 +76,10 @@ def _files(run: Path, reference: Path) -> Iterator[str]:
 
 def _checkpoints(run: Path, reference: Path) -> Iterator[str]:
     for path in sorted((run / "checkpoints").glob("*.ckpt")):
-        a = read_checkpoint(path)  # raises if it is damaged
         other = reference / "checkpoints" / path.name
         if path.name.startswith("last-") or not other.exists():
-            continue  # an interruption writes additional ones
-        b = read_checkpoint(other)
+            continue  # an interruption writes additional ones, and a damaged last.ckpt becomes an older one
+        a, b = read_checkpoint(path), read_checkpoint(other)  # raises if one is damaged
         found = [
             place
             for place in unequal(placeless(a, run), placeless(b, reference))
