@@ -114,7 +114,8 @@ def start_arguments(arguments: list[str]) -> list[str]:
         return [*flags, "--multirun", *_sweep_arguments(given, resume)]
     if directory and Path(directory).resolve() != resume:
         raise ConfigError(f"resume= goes on in {resume}; leave out hydra.run.dir={directory}")
-    given = [t for t in given if key_of(t) != "hydra.run.dir" and t not in recorded_overrides(resume)]
+    recorded = recorded_overrides(resume)
+    given = [text for text in given if key_of(text) != "hydra.run.dir" and text not in recorded]
     if (other := value_of(given, "init_from")) is not None:
         raise ConfigError(
             f"resume={resume} and init_from={other} exclude each other; resume continues a run exactly, "
@@ -134,7 +135,8 @@ def plan_arguments(arguments: list[str]) -> list[str]:
     given = readable(given)
     for key in ("resume", "repeat"):
         if (folder := run_of(given, key)) is not None:
-            given = [text for text in given if text not in recorded_overrides(folder)]
+            recorded = recorded_overrides(folder)
+            given = [text for text in given if text not in recorded]
             return _with_recorded(["--config-name=plan", *flags], given, key, folder)
     return [*flags, *given]
 
@@ -331,11 +333,17 @@ def with_recorded_values(cfg: DictConfig) -> DictConfig:
 
 
 def foreign_classes(cfg: DictConfig, given: list[str]) -> list[str]:
-    """Classes that may run code of a run's author; those that the user's --config-dir names are left out."""
+    """Classes that may run code of a run's author, without those that the user names.
+
+    Args:
+        cfg: The configuration of the run, with what is given now on top.
+        given: The overrides that are given now; in those that name the run, its author chose the text.
+    """
     sources = HydraConfig.get().runtime.config_sources
     folders = [Path(source.path) for source in sources if source.provider == "command-line"]
     files = [file.read_text("utf-8", "ignore") for folder in folders for file in folder.rglob("*.yaml")]
-    known = "\n".join([*files, *given])
+    chosen = [text for text in given if key_of(text) not in OWN_KEYS]
+    known = set(re.findall(r"_target_\W+([\w.]+)", "\n".join([*files, *chosen])))
     return sorted(t for t in targets(cfg) if not is_defined_in(t, SAFE) and t not in known)
 
 

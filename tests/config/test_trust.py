@@ -62,6 +62,18 @@ def test_classes_of_others_are_listed_and_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
+def test_name_of_a_run_directory_makes_no_class_trusted(
+    run: Path, call: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(run / ".hydra" / "config.yaml", "callbacks.layers", {"_target_": "os.system", "command": "true"})
+    for name in ("os.system", "_target_=os.system"):
+        run = run.rename(tmp_path / name)
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            call("train", f"resume={run}")
+        assert "runs their code: os.system;" in capsys.readouterr().err
+
+
 def test_hydra_is_told_nothing_by_the_run_directory(
     run: Path, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
