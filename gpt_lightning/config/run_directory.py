@@ -12,10 +12,12 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from gpt_lightning.config.errors import ConfigError, Refusal
+from gpt_lightning.config.rules import check, number
 from gpt_lightning.config.start import flat, read_yaml
 from gpt_lightning.rundir.directory import holds_run, release_lock, take_lock
 
 OURS = "hydra_plugins.gpt_lightning_sweeps."  # launchers that go on with a sweep
+SWEEP = {"sweep.jobs": number(int, least=1, most=1000), "sweep.retries": number(int, least=0)}
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # not 0 in all processes of a run but one
 
 
@@ -52,6 +54,7 @@ class RunDirectory(Callback):
                         f"hydra.sweep.subdir={subdir} is the same for all jobs; use ${{hydra.job.num}}"
                     )
                 return
+            check(config, SWEEP)
             if subdir != "${hydra.job.num}":
                 raise ConfigError(
                     f"hydra.sweep.subdir={subdir}: jobs are named by what they override; leave it out, or "

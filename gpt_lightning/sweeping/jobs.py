@@ -129,8 +129,12 @@ def name_of(swept: Sequence[str]) -> str:
         value = re.sub(r"[^\w.+-]+", "_", text.partition("=")[2]).strip("_") or "empty"
         parts.append(f"{last if count[last] == 1 else key.replace('/', '.')}={value}")
     name = ",".join(sorted(parts)) or "job"
-    digest = hashlib.blake2b("\n".join(sorted(swept)).encode(), digest_size=4).hexdigest()
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 9]}-{digest}"
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 9]}-{_digest(swept)}"
+
+
+def _digest(overrides: Sequence[str]) -> str:
+    """Eight characters that tell overrides apart, whatever their order is."""
+    return hashlib.blake2b("\n".join(sorted(overrides)).encode(), digest_size=4).hexdigest()
 
 
 def jobs_of(job_overrides: Sequence[Sequence[str]], given: Sequence[str]) -> list[Job]:
@@ -150,8 +154,7 @@ def jobs_of(job_overrides: Sequence[Sequence[str]], given: Sequence[str]) -> lis
     names = Counter(job.name for job in jobs)
     for job in jobs:
         if names[job.name] > 1:  # values that differ in characters which a name cannot have
-            text = "\n".join(sorted(job.overrides))
-            job.name += f"-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+            job.name += f"-{_digest(job.overrides)}"
     if twice := [name for name, count in Counter(job.name for job in jobs).items() if count > 1]:
         raise ValueError(f"jobs of the sweep are the same: {', '.join(twice)}; name each value once")
     return jobs

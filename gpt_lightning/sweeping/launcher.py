@@ -60,7 +60,7 @@ class ProcessLauncher(Launcher):
         with locked(folder), self._signals():
             self.ledger = Ledger(folder, jobs_of(job_overrides, fixed))
             self.ledger.write()
-            self._run_all()
+            self._run_all([job for job in self.ledger.jobs if job.status != "finished"])
         jobs = self.ledger.jobs
         print(f"\n{self.ledger.table()}\nsweep: {folder}", flush=True)
         if self.stopped:
@@ -73,13 +73,12 @@ class ProcessLauncher(Launcher):
             )
         return [_result(job) for job in jobs]
 
-    def _run_all(self) -> None:
-        at_once = max(1, int(OmegaConf.select(self.config, "sweep.jobs") or 1))
+    def _run_all(self, waiting: list[Job]) -> None:
+        at_once = self.config.sweep.jobs
         self.pool, self.guard = Pool(), threading.RLock()
         self.slots: SimpleQueue[dict[str, str]] = SimpleQueue()
         for variables in shares(at_once):
             self.slots.put(variables)
-        waiting = [job for job in self.ledger.jobs if job.status != "finished"]
         count = len(self.ledger.jobs)
         log.info("sweep: %d jobs, %d of them finished before", count, count - len(waiting))
         with ThreadPoolExecutor(at_once) as threads:
@@ -88,9 +87,8 @@ class ProcessLauncher(Launcher):
     def _run(self, job: Job) -> None:
         """Run a job, again if it fails and there are retries left."""
         folder, variables = self.ledger.place(job), self.slots.get()
-        retries = int(OmegaConf.select(self.config, "sweep.retries") or 0)
         try:
-            for _ in range(1 + retries):
+            for _ in range(1 + self.config.sweep.retries):
                 if self.stopped:
                     return
                 job.begin()

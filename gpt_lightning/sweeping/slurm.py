@@ -8,9 +8,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from gpt_lightning.config.errors import ConfigError
+from gpt_lightning.sweeping.jobs import Job
 from gpt_lightning.sweeping.launcher import ProcessLauncher
 
 SCRIPT = "sweep.sh"
@@ -47,18 +46,17 @@ class SlurmLauncher(ProcessLauncher):
     def __init__(self, sbatch: Mapping[str, str | int] | None = None):
         self.sbatch = dict(sbatch or {})
 
-    def _run_all(self) -> None:
-        folder, jobs = self.ledger.folder, [job for job in self.ledger.jobs if job.status != "finished"]
+    def _run_all(self, waiting: list[Job]) -> None:
+        folder, at_once = self.ledger.folder, self.config.sweep.jobs
         if (folder / SUBMITTED).is_file():
             number = (folder / SUBMITTED).read_text().strip()
             if slurm("squeue", "--noheader", f"--jobs={number}", missing=""):
                 raise ConfigError(f"the sweep runs as SLURM job {number}; wait for it, or scancel {number}")
-        if not jobs:
+        if not waiting:
             return
-        at_once = int(OmegaConf.select(self.config, "sweep.jobs") or 1)
-        options: dict[str, str | int] = {"job-name": folder.name, "array": f"0-{len(jobs) - 1}"}
-        options["array"] = f"{options['array']}%{at_once}" if at_once > 1 else options["array"]
-        options |= {
+        options: dict[str, str | int] = {
+            "job-name": folder.name,
+            "array": f"0-{len(waiting) - 1}" + f"%{at_once}" * (at_once > 1),
             "ntasks": 1,
             "signal": "B:USR1@60",
             "open-mode": "append",
@@ -67,7 +65,7 @@ class SlurmLauncher(ProcessLauncher):
         lines = [f"#SBATCH --{key}={value}" for key, value in {**options, **self.sbatch}.items()]
         commands = [
             f"{index}) {shlex.join([sys.executable, '-m', 'gpt_lightning.train', *arguments])} & ;;"
-            for index, arguments in enumerate(self.arguments(job, self.ledger.place(job)) for job in jobs)
+            for index, arguments in enumerate(self.arguments(job, self.ledger.place(job)) for job in waiting)
         ]
         script = TEMPLATE.format(
             options="\n".join([*lines, "#SBATCH --requeue"]),
@@ -77,7 +75,7 @@ class SlurmLauncher(ProcessLauncher):
         (folder / SCRIPT).write_text(script, encoding="utf-8")
         number = slurm("sbatch", "--parsable", str(folder / SCRIPT)).partition(";")[0]
         (folder / SUBMITTED).write_text(f"{number}\n")
-        print(f"SLURM job {number}: {len(jobs)} jobs; report runs={folder} shows how they stand")
+        print(f"SLURM job {number}: {len(waiting)} jobs; report runs={folder} shows how they stand")
 
 
 def slurm(*command: str, missing: str | None = None) -> str:

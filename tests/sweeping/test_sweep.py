@@ -167,6 +167,28 @@ def test_jobs_of_a_sweep_may_have_several_processes_and_end_by_themselves(
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("sweep.jobs=many", "sweep.jobs='many' must be a whole number from 1 to 1000"),
+        ("sweep.jobs=0", "sweep.jobs=0 must be a whole number from 1 to 1000"),
+        ("sweep.retries=-1", "sweep.retries=-1 must be a whole number of at least 0"),
+    ],
+)
+def test_wrong_numbers_of_a_sweep_are_named_and_leave_nothing(
+    override: str,
+    line: str,
+    options: list[str],
+    tmp_path: Path,
+    call: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        call("train", "-m", *options, "seed=1,2", override)
+    assert capsys.readouterr().err == f"error: {line}\n"
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_name_of_a_job_is_short_stable_and_safe() -> None:
     assert name_of(["optimizer.lr=0.003", "seed=2"]) == name_of(["seed=2", "optimizer.lr=0.003"])
     assert name_of(["optimizer.lr=0.003", "seed=2"]) == "lr=0.003,seed=2"
