@@ -68,7 +68,8 @@ class Interruption:
 
     def stop_listening(self) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) != signal.SIG_IGN:  # after the third Ctrl-C, until the command ends
+                signal.signal(number, handler)
 
     def begin(self, trainer: pl.Trainer) -> None:
         """Replace Lightning's handlers, which would stop in the middle of an optimizer step.
