@@ -28,7 +28,7 @@ from gpt_lightning.training.callbacks.ranks import Ranks
 from gpt_lightning.training.callbacks.samples import Samples
 from gpt_lightning.training.callbacks.stop import rule_reached
 from gpt_lightning.training.intervals import save_interval
-from gpt_lightning.training.loggers import silent_tensorboard_thread
+from gpt_lightning.training.loggers import silent_tensorboard_thread, true_reason
 from gpt_lightning.training.module import LanguageModel
 
 log = logging.getLogger(__name__)
@@ -166,7 +166,8 @@ def _log_hyperparameters(module: LanguageModel, trainer: pl.Trainer, summary: Ru
     results = {f"hparams/{key}": value for key, value in summary.items() if key in keys and value is not None}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and results:
-            logger.log_hyperparams(dict(module.hparams), results, step=trainer.global_step)
+            with true_reason():
+                logger.log_hyperparams(dict(module.hparams), results, step=trainer.global_step)
             logger.save()
 
 

@@ -54,15 +54,22 @@ def log_metrics(trainer: pl.Trainer, metrics: Mapping[str, float], step: int) ->
     """Give the metrics of an optimizer step to every logger.
 
     Raises:
-        OSError: If a file cannot be written; TensorBoard's logger blames the value that was logged.
+        OSError: If a file cannot be written.
     """
     for logger in trainer.loggers:
-        try:
+        with true_reason():
             logger.log_metrics(dict(metrics), step=step)
-        except ValueError as error:
-            if isinstance(error.__cause__, OSError):
-                raise error.__cause__ from None
-            raise
+
+
+@contextmanager
+def true_reason() -> Iterator[None]:
+    """Raise the OSError for which Lightning's TensorBoardLogger blames the value that is logged."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
+        raise
 
 
 @contextmanager

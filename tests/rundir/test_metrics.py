@@ -15,7 +15,7 @@ import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from gpt_lightning.rundir.metrics import read_metrics
-from gpt_lightning.training.loggers import MetricsCSV, log_metrics, silent_tensorboard_thread
+from gpt_lightning.training.loggers import MetricsCSV, log_metrics, silent_tensorboard_thread, true_reason
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -159,6 +159,8 @@ def test_full_disk_of_tensorboard_is_named_as_the_reason(tmp_path: Path) -> None
                 logger.experiment.flush()
             with pytest.raises(OSError, match="File too large"):
                 log_metrics(trainer, {"loss": 3.06}, step=3)
+            with pytest.raises(OSError, match="File too large"), true_reason():
+                logger.log_hyperparams({"lr": 1e-3}, {"hparams/val_loss": 3.06}, step=3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 

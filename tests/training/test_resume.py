@@ -446,6 +446,19 @@ def test_run_without_its_last_checkpoint_goes_on_from_a_snapshot_or_is_refused(
     }
 
 
+def test_snapshot_of_a_step_is_there_before_its_last_checkpoint(
+    start: Start, zygote: Zygote, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    last = run / "checkpoints" / "last.ckpt"
+    process = start("trainer.snapshot_every_steps=10", "trainer.save_every_steps=10", slow={"os:fsync": 0.3})
+    process.wait_for(last.exists)
+    first = last.stat().st_ino  # of step 1
+    process.end_when(lambda: last.stat().st_ino != first)
+    assert "at step 10" in resume(zygote, run)
+    assert (run / "checkpoints" / "step-10.ckpt").is_file()
+
+
 def test_time_limit_ends_a_run_that_goes_on(
     start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
 ) -> None:

@@ -23,6 +23,8 @@ from gpt_lightning.training.callbacks.stop import rule_reached
 from gpt_lightning.training.intervals import save_interval
 from gpt_lightning.training.module import LanguageModel
 
+LAST = "last.ckpt"
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lets Lightning write the package's checkpoint format."""
@@ -176,10 +178,11 @@ class LastCheckpoint(Checkpoint):
     def _after_step(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step
         ends = trainer.should_stop or step >= trainer.max_steps
+        if self.snapshot_every_steps and step % self.snapshot_every_steps == 0:
+            # before last.ckpt, from which a run that is killed in between would not come here again
+            self._save(trainer, f"step-{step}.ckpt")
         if ends or step == 1 or step % self.interval == 0:
             self.save_last(trainer)
-        if self.snapshot_every_steps and step % self.snapshot_every_steps == 0:
-            trainer.save_checkpoint(self.folder / f"step-{step}.ckpt")
         if not ends:
             self._leave_if_asked(trainer)
 
@@ -193,19 +196,22 @@ class LastCheckpoint(Checkpoint):
         if trainer.global_step == self._saved_step:
             return
         started = time.monotonic()
-        for logger in trainer.loggers:
-            logger.save()  # the logs on the disk must not end before the checkpoint
-        if trainer.is_global_zero:
-            self._rotate()
-        trainer.save_checkpoint(self.folder / "last.ckpt")
+        self._save(trainer, LAST)
         self._saved_step = trainer.global_step
         self.after_save()
         if self.interruption is not None:
             self.interruption.saved(time.monotonic() - started)
 
+    def _save(self, trainer: pl.Trainer, name: str) -> None:
+        for logger in trainer.loggers:
+            logger.save()  # the logs on the disk must not end before the checkpoint
+        if name == LAST and trainer.is_global_zero:
+            self._rotate()
+        trainer.save_checkpoint(self.folder / name)
+
     def _rotate(self) -> None:
         """Give last.ckpt the additional name last-1.ckpt, and so on."""
-        names = ["last.ckpt", *(f"last-{age}.ckpt" for age in range(1, self.keep))]
+        names = [LAST, *(f"last-{age}.ckpt" for age in range(1, self.keep))]
         for older, newer in zip(reversed(names[1:]), reversed(names[:-1]), strict=True):
             if not (self.folder / newer).exists():
                 continue
