@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gpt_lightning.data.files import atomic_write
 from gpt_lightning.rundir.directory import leads_out
+from gpt_lightning.rundir.metrics import read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -146,9 +147,10 @@ def read_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
 
 
 def newest_valid_checkpoint(folder: Path) -> Path | None:
-    """The newest undamaged checkpoint that a run can go on from; None if no checkpoint was written yet.
+    """The newest undamaged checkpoint that a run can go on from; None if the run is to begin again.
 
-    These are last.ckpt, last-1.ckpt, … and the snapshots, step-<n>.ckpt.
+    These are last.ckpt, last-1.ckpt, … and the snapshots, step-<n>.ckpt. A run without them begins again if
+    it has no other checkpoint either, or the best.ckpt of its first step alone, after which it was ended.
 
     Raises:
         ValueError: If there are checkpoints and none of them will do, or one is of a newer format.
@@ -164,7 +166,7 @@ def newest_valid_checkpoint(folder: Path) -> Path | None:
             return path
         damaged.append(f"{path} ({problem})")
     others = sorted(str(path) for path in folder.glob("*.ckpt") if path not in names)
-    if damaged or others:
+    if damaged or (others and not _of_first_step(folder, others)):
         reason = (
             f"every checkpoint of the run is damaged: {'; '.join(damaged)}"
             if damaged
@@ -173,6 +175,14 @@ def newest_valid_checkpoint(folder: Path) -> Path | None:
         source = f" with init_from={others[0]}" if others else ""
         raise ValueError(f"{reason}; begin a new run in another directory{source}")
     return None
+
+
+def _of_first_step(folder: Path, others: list[str]) -> bool:
+    """Whether a run has nothing but the best.ckpt of its first step."""
+    best, metrics = folder / "best.ckpt", folder.parent / "metrics.csv"
+    if others != [str(best)] or _damage(best) or read_checkpoint(best)["progress"]["step"] > 1:
+        return False
+    return not metrics.exists() or all(row["step"] <= 1 for row in read_metrics(metrics))
 
 
 def _by_number(folder: Path, kind: str) -> list[Path]:

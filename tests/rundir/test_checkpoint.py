@@ -125,6 +125,23 @@ def test_error_names_all_checkpoints_if_all_are_damaged(two: Path) -> None:
         newest_valid_checkpoint(two)
 
 
+@pytest.mark.parametrize(("step", "rows", "again"), [(1, "1", True), (1, "1 9", False), (2, "1", False)])
+def test_run_begins_again_over_a_best_checkpoint_of_its_first_step_alone(
+    tmp_path: Path, step: int, rows: str, again: bool
+) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    write_checkpoint(content() | {"progress": {"step": step}}, folder / "best.ckpt")
+    if again:
+        assert newest_valid_checkpoint(folder) is None
+    (tmp_path / "metrics.csv").write_text("\r\n".join(["step", *rows.split(), ""]))
+    if again:
+        assert newest_valid_checkpoint(folder) is None
+    else:
+        with pytest.raises(ValueError, match=r"no last\.ckpt to go on from"):
+            newest_valid_checkpoint(folder)
+
+
 def test_candidates_are_taken_from_the_newest_to_the_oldest(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -369,14 +369,17 @@ def test_deleted_cache_does_not_end_a_run(
     assert_same(run, uninterrupted)
 
 
-def test_best_checkpoint_is_never_the_only_one(start: Start, zygote: Zygote, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = start("target_loss=100", slow={"os:fsync": 0.3})  # it ends with a validation at step 1
+def test_run_killed_after_the_best_checkpoint_of_its_first_step_begins_again(
+    start: Start, zygote: Zygote, tmp_path: Path
+) -> None:
+    run, twin = tmp_path / "run", tmp_path / "twin"
+    first = "target_loss=100"  # it ends with a validation at step 1
+    process = start(first, slow={"os:fsync": 0.3})
     process.end_when((run / "checkpoints" / "best.ckpt").exists)
-    resume(zygote, run)
-    summary = json.loads((run / "summary.json").read_text())
-    assert (summary["status"], summary["steps"]) == ("finished", 1)
-    assert (run / "samples.md").read_text().count("## Step 1\n") == 1
+    assert not (run / "checkpoints" / "last.ckpt").exists()
+    assert "it begins again" in resume(zygote, run)
+    assert start(first, f"hydra.run.dir={twin}").wait() == 0
+    assert_same(run, twin)
 
 
 def test_run_killed_before_its_first_checkpoint_begins_again(

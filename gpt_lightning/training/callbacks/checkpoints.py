@@ -86,9 +86,9 @@ class BestCheckpoint(ModelCheckpoint):
 class LastCheckpoint(Checkpoint):
     """Saves last.ckpt after the first step, at regular steps, at the end and on an interruption.
 
-    The first one shows early that there is room, and makes that best.ckpt never is the only one. A checkpoint
-    is written between two optimizer steps. Where a validation is due, it is written after the
-    validation, so that it has the results and a resumed run does not repeat it.
+    The first one shows early that there is room. A checkpoint is written between two optimizer steps. Where
+    a validation is due, it is written after the validation, so that it has the results and a resumed run does
+    not repeat it.
 
     Args:
         folder: Where checkpoints go.
@@ -153,10 +153,6 @@ class LastCheckpoint(Checkpoint):
         trainer.should_stop |= self._stop
         if not validation_is_due(trainer):
             self._after_step(trainer)
-        elif trainer.global_step == 1:
-            self._validating = True  # a run that goes on from here repeats the validation
-            self.save_last(trainer)
-            self._validating, self._saved_step = False, -1
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
