@@ -14,6 +14,7 @@ from gpt_lightning.config.errors import ConfigError
 if TYPE_CHECKING:
     from gpt_lightning.rundir.report import Result
 
+WATCH_SECONDS = 5
 BEGINNINGS = {
     ".csv": "rank,run,status",
     ".md": "| rank | run",
@@ -28,8 +29,9 @@ def show(results: list[Result] | None) -> None:
     if results is None:  # it was shown while it was watched
         return
     print(as_text(*table(results)))
-    if any("seed" in result.overrides for result in results):
-        print(f"\n{as_text(*over_seeds(results))}")
+    columns, rows = over_seeds(results)
+    if rows and any("seed" in result.overrides for result in results):
+        print(f"\n{as_text(columns, rows)}")
     for note in notes(results):
         print(f"note: {note}")
 
@@ -49,19 +51,18 @@ def main(cfg: DictConfig) -> list[Result] | None:
     if not isinstance(cfg.watch, bool):
         raise ConfigError(f"watch={cfg.watch!r} must be true or false")
     check_file(cfg.output)
-    results = read_results(places)
-    if cfg.output is not None:
-        title = ", ".join(Path(place).name for place in places)
-        write(results, Path(cfg.output).expanduser(), title=title)
-    if not cfg.watch:
-        return results
+    title = ", ".join(Path(place).name for place in places)
     while True:
+        results = read_results(places)
+        if cfg.output is not None:
+            write(results, Path(cfg.output).expanduser(), title=title)
+        if not cfg.watch:
+            return results
         print("\x1b[2J\x1b[H", end="")  # clears the terminal
         show(results)
-        if all(result.summary.get("status") == "finished" for result in results):
+        if all(result.status in ("finished", "failed") for result in results):
             return None
-        time.sleep(5)
-        results = read_results(places)
+        time.sleep(WATCH_SECONDS)
 
 
 def check_file(path: str | None) -> None:

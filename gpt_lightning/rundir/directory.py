@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,7 +88,11 @@ def take_lock(folder: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     file = path.open("a")  # a record lock: workers do not inherit it, and it ends with the process
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)  # longer than `is_locked` of another process takes
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise ValueError(f"another process trains in {folder}; wait for it or end it") from None
@@ -103,6 +108,20 @@ def release_lock(folder: Path) -> None:
     """Release the lock if this process holds it."""
     if (file := _locks.pop(folder, None)) is not None:
         file.close()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process, this one or another, holds the lock of a run directory."""
+    if fcntl is None or folder in _locks:
+        return folder in _locks
+    try:
+        with (folder / HYDRA / "lock").open() as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for a moment
+    except BlockingIOError:
+        return True
+    except OSError:  # there is no lock, or the file system has none
+        pass
+    return False
 
 
 @contextmanager

@@ -6,13 +6,15 @@ import csv
 import io
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from gpt_lightning.rundir.directory import runs_below
-from gpt_lightning.rundir.metrics import read_metrics
+from gpt_lightning.rundir.directory import is_locked, runs_below
+from gpt_lightning.rundir.ledger import LEDGER, read_ledger
+from gpt_lightning.rundir.metrics import Row, read_metrics
 from gpt_lightning.rundir.summary import RunSummary, read_summary
 
 COLUMNS = ("best_val_loss", "val_loss", "bits_per_byte", "tokens", "seconds", "tokens_per_second")
@@ -23,52 +25,114 @@ FORMATS: dict[str, Callable[[float], str]] = {
 }
 
 
+class Validation(NamedTuple):
+    """A validation of a run."""
+
+    step: int
+    tokens: int
+    seconds: float  # in training steps, without validation, samples and checkpoints; 0 if unknown
+    loss: float  # nats per token
+
+
 @dataclass(frozen=True)
 class Result:
-    """A run in a report: its folder, its summary, its overrides by key, its validation losses by tokens."""
+    """A run in a report.
+
+    Attributes:
+        folder: The run directory, which a job of a sweep may not have yet.
+        summary: Its summary.json, with the latest values of metrics.csv while it is not finished.
+        overrides: Their values by key.
+        validations: In the order of their steps.
+        status: finished, failed, running, interrupted, or, in a sweep, waiting.
+        error: Why a job of a sweep failed.
+    """
 
     folder: Path
     summary: RunSummary
     overrides: dict[str, str]
-    losses: list[tuple[int, float]]  # tokens seen, nats per token
+    validations: list[Validation]
+    status: str
+    error: str | None = None
+
+    @property
+    def loss(self) -> float | None:
+        """The lowest validation loss."""
+        return self.summary.get("best_val_loss")
 
     def loss_at(self, tokens: int) -> float | None:
         """The last validation loss after at most so many tokens."""
-        before = [loss for seen, loss in self.losses if seen <= tokens]
+        before = [point.loss for point in self.validations if point.tokens <= tokens]
         return before[-1] if before else None
 
 
 def read_results(places: Sequence[str | Path]) -> list[Result]:
     """The runs in folders, at any depth, those with the lowest validation loss first.
 
+    Jobs of a sweep that have not begun, or failed before they trained, are included.
+
     Raises:
-        FileNotFoundError: If a folder has no run.
+        FileNotFoundError: If a folder has neither a run nor a sweep.
     """
     results: dict[Path, Result] = {}
     for place in places:
-        found = runs_below(place)
+        jobs: dict[Path, dict[str, Any]] = {}
+        for ledger in Path(place).expanduser().glob(f"**/{LEDGER}"):
+            sweep = ledger.parent.resolve()
+            jobs |= {sweep / str(job.get("name")): job for job in read_ledger(sweep)}
+        found = dict.fromkeys([*runs_below(place), *jobs])
         if not found:
             raise FileNotFoundError(f"there is no run in {Path(place).expanduser().resolve()}")
-        results |= {folder: _read(folder) for folder in found}
+        results |= {folder: _read(folder, jobs.get(folder, {})) for folder in found}
 
     def rank(result: Result) -> tuple[float, str]:
-        loss = result.summary.get("best_val_loss")
-        return math.inf if loss is None else loss, str(result.folder)
+        return math.inf if result.loss is None else result.loss, str(result.folder)
 
     return sorted(results.values(), key=rank)
 
 
-def _read(folder: Path) -> Result:
+def _read(folder: Path, job: Mapping[str, Any]) -> Result:
     summary = read_summary(folder)
-    pairs = [text.lstrip("+").partition("=") for text in summary.get("overrides", [])]
+    pairs = [text.lstrip("+").partition("=") for text in summary.get("overrides", job.get("overrides", []))]
     try:
         rows = read_metrics(folder / "metrics.csv")
     except OSError:
         rows = []
-    steps, tokens = summary.get("steps") or 0, summary.get("tokens") or 0
-    per_step = tokens / steps if steps else 0.0
-    losses = [(round(row["step"] * per_step), row["val/loss"]) for row in rows if "val/loss" in row]
-    return Result(folder, summary, {key: value for key, _, value in pairs}, losses)
+    validations, status = _validations(rows, summary), _status(folder, summary, job)
+    if status != "finished" and validations:  # its summary is as old as its last checkpoint
+        last = validations[-1]
+        summary |= {"steps": last.step, "tokens": last.tokens, "val_loss": last.loss}
+        finite = [point.loss for point in validations if math.isfinite(point.loss)]
+        summary |= {"best_val_loss": min(finite, default=None)}
+    error = job.get("error") if status == "failed" else None
+    return Result(folder, summary, {key: value for key, _, value in pairs}, validations, status, error)
+
+
+def _status(folder: Path, summary: RunSummary, job: Mapping[str, Any]) -> str:
+    """How a run stands, by its summary, its lock, and the file of its sweep."""
+    if summary.get("status") == "finished":
+        return "finished"
+    if is_locked(folder):
+        return "running"
+    told = str(job.get("status", "?"))
+    if told == "running":  # still importing, unless the sweep was killed
+        return "running" if is_locked(folder.parent) else "interrupted"
+    return told if told == "failed" else str(summary.get("status", told))
+
+
+def _validations(rows: Sequence[Row], summary: RunSummary) -> list[Validation]:
+    """The validations of a metrics.csv; training times are added up from those of the steps."""
+    per_step = next((row["train/tokens"] / row["step"] for row in rows if row.get("train/tokens")), 0.0)
+    per_step = per_step or (summary.get("tokens") or 0) / (summary.get("steps") or 1)
+    found, seconds, timed, per_second = [], 0.0, 0.0, 0.0
+    for row in rows:
+        step = row["step"]
+        if "speed/ms_per_step" in row:  # a mean over the steps since the row before
+            per_second = row["speed/ms_per_step"] / 1000
+            seconds, timed = seconds + (step - timed) * per_second, step
+        if "val/loss" in row:
+            elapsed = seconds + (step - timed) * per_second
+            found.append(Validation(int(step), round(step * per_step), elapsed, row["val/loss"]))
+    return found
 
 
 def differing(results: Sequence[Result]) -> list[str]:
@@ -84,36 +148,46 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for number, result in enumerate(results, 1):
         values: Mapping[str, Any] = result.summary
-        cells = [str(number), result.folder.name, str(values.get("status", "?"))]
+        cells = [str(number), result.folder.name, result.status]
         cells += [result.overrides.get(key, "") for key in keys]
         cells += [_text(column, values.get(column)) for column in COLUMNS]
         rows.append(cells + [_text(name, result.loss_at(common)) for name in at])
     return ["rank", "run", "status", *keys, *COLUMNS, *at], rows
 
 
-def over_seeds(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Finished runs that differ in their seed alone: mean and standard deviation of the best loss."""
+def by_seed(results: Sequence[Result]) -> tuple[list[str], dict[tuple[str, ...], list[float]]]:
+    """Best losses of the finished runs that differ in their seed alone.
+
+    Returns:
+        The other keys that differ; the losses by the values of these keys.
+    """
     keys = [key for key in differing(results) if key != "seed"]
     groups: dict[tuple[str, ...], list[float]] = {}
     for result in results:
-        loss = result.summary.get("best_val_loss")
-        if result.summary.get("status") == "finished" and loss is not None:
+        if result.status == "finished" and result.loss is not None:
             group = tuple(result.overrides.get(key, "") for key in keys)
-            groups.setdefault(group, []).append(loss)
+            groups.setdefault(group, []).append(result.loss)
+    return keys, groups
+
+
+def over_seeds(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """A table of the mean and the standard deviation over seeds, lowest mean first."""
+    keys, groups = by_seed(results)
     rows = [
-        [*group, str(len(losses)), _text("", statistics.mean(losses)), _text("", _deviation(losses))]
+        [*group, str(len(losses)), _text("", statistics.mean(losses)), _text("", deviation(losses))]
         for group, losses in sorted(groups.items(), key=lambda pair: statistics.mean(pair[1]))
     ]
     return [*keys, "n", "mean_best_val_loss", "std"], rows
 
 
-def _deviation(values: Sequence[float]) -> float | None:
+def deviation(values: Sequence[float]) -> float | None:
+    """Standard deviation of a sample; None for a single value."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
 def _common_tokens(results: Sequence[Result]) -> int:
     """The tokens of the shortest run if the runs have different lengths, else 0."""
-    lengths = {result.summary.get("tokens") or 0 for result in results} - {0}
+    lengths = {result.validations[-1].tokens for result in results if result.validations}
     return min(lengths) if len(lengths) > 1 else 0
 
 
@@ -124,16 +198,21 @@ def _text(column: str, value: float | None) -> str:
 def notes(results: Sequence[Result]) -> list[str]:
     """What must be known before the losses are compared."""
     found = []
-    summaries: list[Mapping[str, Any]] = [result.summary for result in results]
-    if len({summary.get("tokenizer_digest") for summary in summaries}) > 1:
+    digests = {
+        key: {digest for result in results if (digest := result.summary.get(key))}
+        for key in ("tokenizer_digest", "corpus_digest")
+    }
+    if len(digests["tokenizer_digest"]) > 1:
         found.append("the runs have different tokenizers: compare bits per byte, not losses per token")
-    if len({summary.get("corpus_digest") for summary in summaries}) > 1:
+    if len(digests["corpus_digest"]) > 1:
         found.append("the runs have different corpora: their losses are not comparable")
     if tokens := _common_tokens(results):
         found.append(f"the runs saw different numbers of tokens: the last column compares them at {tokens:,}")
-    if open_runs := [r for r in results if r.summary.get("status") != "finished"]:
-        found.append(f"{len(open_runs)} of {len(results)} runs are not finished")
-    return found
+    counts = Counter(result.status for result in results if result.status != "finished")
+    if counts:
+        listed = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+        found.append(f"{counts.total()} of {len(results)} runs are not finished: {listed}")
+    return found + [f"{result.folder.name} failed: {result.error}" for result in results if result.error]
 
 
 def as_text(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

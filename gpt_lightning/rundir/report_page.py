@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import html
 import io
+import shlex
 from collections.abc import Sequence
-from typing import Any
 
-from gpt_lightning.rundir.report import Result, differing, notes, over_seeds, table
+from gpt_lightning.rundir.report import Result, notes, over_seeds, table
+from gpt_lightning.rundir.report_figures import FIGURES, label
 
 HEAD = """<!doctype html><!-- gpt_lightning report -->
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -44,24 +45,33 @@ document.querySelectorAll("img").forEach(img => img.onclick = () => img.classLis
 
 def as_html(results: Sequence[Result], title: str) -> str:
     """The whole page."""
-    parts = [HEAD.format(title=html.escape(title))]
+    parts, best = [HEAD.format(title=html.escape(title))], results[0]
+    if best.loss is not None:
+        parts.append(f"<p>Best validation loss: {best.loss:.4f} ({html.escape(label(best, results))})</p>")
     parts += [f"<p>{html.escape(note)}</p>" for note in notes(results)]
-    parts += [
-        "<h2>Runs</h2>",
-        _table(*table(results)),
-        "<h2>Means over seeds</h2>",
-        _table(*over_seeds(results)),
-    ]
-    parts += [f"<h2>{heading}</h2>{_picture(figure)}" for heading, figure in _figures(results)]
-    best = results[0]
-    parts += [
-        "<h2>Best run</h2>",
-        f"<pre>python -m gpt_lightning.train repeat={html.escape(str(best.folder))}</pre>",
-    ]
+    parts += ["<h2>Runs</h2>", _table(*table(results))]
+    if any("seed" in result.overrides for result in results):
+        parts += ["<h2>Means over seeds</h2>", _table(*over_seeds(results))]
+    for draw in FIGURES:
+        for heading, figure in draw(results):
+            out = io.BytesIO()
+            figure.savefig(out, format="png", dpi=120)
+            parts += [f"<h2>{html.escape(heading)}</h2>", _picture(out.getvalue(), heading)]
+    if best.loss is not None:
+        parts += _best(best)
+    return "\n".join([*parts, SCRIPT])
+
+
+def _best(best: Result) -> list[str]:
+    """How the best run is repeated, its curves and its last sample."""
+    command = f"python -m gpt_lightning.train {shlex.quote(f'repeat={best.folder}')}"
+    parts = ["<h2>Best run</h2>", f"<pre>{html.escape(command)}</pre>"]
+    if (best.folder / "curves.png").is_file():
+        parts.append(_picture((best.folder / "curves.png").read_bytes(), "Curves of the best run"))
     if (best.folder / "samples.md").is_file():
         sample = (best.folder / "samples.md").read_text(encoding="utf-8", errors="replace")
         parts.append(f"<pre>{html.escape('## Step' + sample.rpartition('## Step')[2])}</pre>")
-    return "\n".join([*parts, SCRIPT])
+    return parts
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -70,49 +80,6 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _picture(figure: Any) -> str:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=120)
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}">'
-
-
-def _figures(results: Sequence[Result]) -> list[tuple[str, Any]]:
-    """Validation losses over tokens, and the best loss against each key that differs."""
-    figures = []
-    axes, figure = _axes("tokens")
-    for result in results[:20]:
-        if result.losses:
-            axes.plot(*zip(*result.losses, strict=True), marker="o", markersize=3, label=result.folder.name)
-    axes.legend(fontsize="small", ncols=2, frameon=False)
-    figures.append(("Validation loss of the best 20 runs", figure))
-    for key in differing(results):
-        points = [
-            (result.overrides.get(key, "default"), loss)
-            for result in results
-            if (loss := result.summary.get("best_val_loss")) is not None
-        ]
-        if not points or key == "seed":
-            continue
-        axes, figure = _axes(key)
-        try:
-            values: list[Any] = [float(value) for value, _ in points]
-            if min(values) > 0 and max(values) >= 10 * min(values):
-                axes.set_xscale("log")
-        except ValueError:
-            values = [value for value, _ in points]
-        axes.scatter(values, [loss for _, loss in points], alpha=0.7)
-        figures.append((f"Best validation loss and {html.escape(key)}", figure))
-    return figures
-
-
-def _axes(label: str) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_xlabel(label)
-    axes.set_ylabel("validation loss, nats per token")
-    axes.grid(alpha=0.3)
-    return axes, figure
+def _picture(png: bytes, text: str) -> str:
+    data = base64.b64encode(png).decode()
+    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'

@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from gpt_lightning.config.command_line import key_of
 from gpt_lightning.data.files import atomic_write
+from gpt_lightning.rundir.ledger import LEDGER, read_ledger
 from gpt_lightning.rundir.summary import read_summary
 
-LEDGER = "sweep.jsonl"
 LONGEST_NAME = 120  # characters
 ENDED = {124: "time limit", **{128 + number: number.name for number in (signal.SIGINT, signal.SIGTERM)}}
 ENDED |= {128 + number: "SIGHUP" for number in [getattr(signal, "SIGHUP", None)] if number}
@@ -105,15 +105,6 @@ class Ledger:
             for job in ranked
         ]
         return "\n".join([f"{'job':<{width}}  {'status':<11}  best validation loss", *rows])
-
-
-def read_ledger(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a sweep.jsonl; empty if it is missing or damaged."""
-    try:
-        lines = (folder / LEDGER).read_text(encoding="utf-8").splitlines()
-        return [dict(json.loads(line)) for line in lines]
-    except (OSError, TypeError, ValueError):
-        return []
 
 
 def name_of(swept: Sequence[str]) -> str:

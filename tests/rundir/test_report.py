@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
+import json
+import math
 import re
+import shlex
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import sync_playwright
+from support.runs import TINY
 
 from gpt_lightning.data.files import write_json
 from gpt_lightning.rundir.report import as_csv, differing, notes, over_seeds, read_results, table
+from gpt_lightning.rundir.report_figures import losses_by_key, parallel_coordinates
 from gpt_lightning.rundir.report_page import as_html
 
 
@@ -54,6 +63,106 @@ def test_runs_are_ranked_with_the_overrides_that_differ(runs: Path) -> None:
     exact = list(csv.DictReader(io.StringIO(as_csv(results))))
     assert exact[2]["bits_per_byte"] == "1.25"
     assert exact[2]["tokens"] == "300000"
+
+
+def test_tokens_and_training_time_of_validations_come_from_the_metrics(tmp_path: Path) -> None:
+    make(tmp_path / "run", [], [1.0], status="interrupted", tokens=None, steps=None)
+    (tmp_path / "run" / "metrics.csv").write_text(
+        "step,train/tokens,speed/ms_per_step,val/loss\n"
+        "1,64,1000,\n10,640,100,3.0\n15,,,2.5\n20,1280,200,2.0\n25,,,nan\n"
+    )
+    (result,) = read_results([tmp_path])
+    points = [(v.step, v.tokens, pytest.approx(v.seconds)) for v in result.validations]
+    # 1 s, then 9 steps of 0.1 s, then 10 of 0.2 s; between two rows at the speed of the first
+    assert points == [(10, 640, 1.9), (15, 960, 2.4), (20, 1280, 3.9), (25, 1600, 4.9)]
+    # the summary of a run that is not finished is as old as its checkpoint
+    assert (result.summary["tokens"], result.loss) == (1600, 2.0)
+
+
+def test_jobs_that_have_not_trained_are_listed_as_their_sweep_has_them(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    make(sweep / "seed=1", ["seed=1"], [2.0])
+    make(sweep / "seed=2", ["seed=2"], [3.0], status="interrupted")
+    statuses = {1: "finished", 2: "running", 3: "failed", 4: "waiting", 5: "running"}
+    jobs = [
+        {"name": f"seed={n}", "overrides": ["data=text", f"seed={n}"], "status": status}
+        for n, status in statuses.items()
+    ]
+    jobs[2]["error"] = "killed by SIGKILL"
+    (sweep / "sweep.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
+
+    def found() -> list[tuple[str | None, str]]:
+        return [(r.overrides["seed"], r.status) for r in read_results([tmp_path])]
+
+    # nobody holds the locks: the sweep was killed
+    dead = [("1", "finished"), ("2", "interrupted"), ("3", "failed"), ("4", "waiting"), ("5", "interrupted")]
+    assert found() == dead
+    assert notes(read_results([sweep]))[-2:] == [
+        "4 of 5 runs are not finished: 1 failed, 2 interrupted, 1 waiting",
+        "seed=3 failed: killed by SIGKILL",
+    ]
+    code = "import sys, time; from gpt_lightning.rundir.directory import *; from pathlib import Path\n"
+    code += "[take_lock(Path(p)) for p in sys.argv[1:]]; print(); sys.stdout.flush(); time.sleep(600)"
+    command = [sys.executable, "-c", code, str(sweep), str(sweep / "seed=2")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert found() == [(n, "running" if n in "25" else status) for n, status in dead]
+        process.kill()
+
+
+@pytest.mark.slow
+def test_sweep_is_watched_until_all_runs_are_over(
+    small_text: Path,
+    tmp_path: Path,
+    call: Callable[..., Any],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gpt_lightning.report.WATCH_SECONDS", 0.1)
+    sweep = tmp_path / "lr sweep"
+    command = [sys.executable, "-m", "gpt_lightning.train", "-m", *TINY, f"data.path={small_text}"]
+    command += ["logger=none", "seed=1,2,-1", f"hydra.sweep.dir='{sweep}'"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
+        while not (sweep / "sweep.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        call("report", f"runs={sweep}", "watch=true", f"output={tmp_path / 'page.html'}")
+        assert process.wait(60) == 1
+    tables = capfd.readouterr().out.split("\x1b[2J\x1b[H")[1:]
+    assert re.search(r"^\d +seed=2 +waiting ", tables[0], re.M)
+    assert any(re.search(r"^\d +seed=1 +running ", one, re.M) for one in tables)
+    assert re.findall(r"^\d +seed=\S+ +(\w+) ", tables[-1], re.M) == ["finished", "finished", "failed"]
+    assert "note: seed=-1 failed: seed=-1 must be a whole number" in tables[-1]
+    (best,) = re.findall(r"<pre>(python -m .*?)</pre>", (tmp_path / "page.html").read_text())
+    program, *arguments = shlex.split(html.unescape(best))[2:]
+    call(program.rpartition(".")[2], *arguments, f"hydra.run.dir={tmp_path / 'again'}")
+    assert read_results([tmp_path / "again"])[0].loss == read_results([sweep])[0].loss
+
+
+def test_picture_of_a_key_has_means_and_deviations_over_seeds(runs: Path) -> None:
+    make(runs / "e", ["optimizer.lr=0.01", "seed=3"], [2.25])
+    ((heading, figure),) = losses_by_key(read_results([runs]))
+    assert heading == "Best validation loss and optimizer.lr"
+    (axes,) = figure.axes
+    (container,) = axes.containers
+    line, _, (bars,) = container.lines
+    # of lr=0.001: 2.0 and 2.5; of lr=0.01: 1.75 and 2.25; d is interrupted
+    assert line.get_xydata().tolist() == [[-3.0, 2.25], [-2.0, 2.0]]
+    std = 0.5 / math.sqrt(2)
+    found = [[y for _, y in segment] for segment in bars.get_segments()]
+    assert found == [pytest.approx([m - std, m + std]) for m in (2.25, 2.0)]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.001", "0.01"]
+
+
+def test_parallel_coordinates_draw_each_run_through_its_values(runs: Path) -> None:
+    ((_, figure),) = parallel_coordinates(read_results([runs]))
+    axes = figure.axes[0]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["optimizer.lr", "seed", "best validation loss"]
+    lines = [line.get_ydata() for line in axes.lines[:4]]  # worst first: d, b, a, c
+    assert lines == [
+        pytest.approx(line) for line in ([1, 1, 1], [0, 1, 0.75 / 3.25], [0, 0, 0.25 / 3.25], [1, 0, 0])
+    ]
 
 
 def test_seeds_of_finished_runs_are_averaged(runs: Path) -> None:
@@ -133,7 +242,7 @@ def test_page_sorts_its_tables_and_loads_nothing(runs: Path) -> None:
         assert names.all_inner_texts() == ["c", "a", "b", "d"]
         heading.click()
         assert names.all_inner_texts() == ["d", "b", "a", "c"]
-        assert page.locator("img").count() == 2  # over tokens, and against the learning rate
+        assert page.locator("img").count() == 3  # curves, losses by learning rate, all runs
         assert page.locator("img").evaluate_all("all => all.every(one => one.naturalWidth > 500)")
         assert "<b>new" in page.locator("pre").last.inner_text()
         assert "old" not in page.locator("pre").last.inner_text()

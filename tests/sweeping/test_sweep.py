@@ -17,8 +17,9 @@ import torch
 from support.runs import TINY
 
 from gpt_lightning.rundir.checkpoint import read_checkpoint
+from gpt_lightning.rundir.ledger import read_ledger
 from gpt_lightning.rundir.metrics import read_metrics
-from gpt_lightning.sweeping.jobs import jobs_of, name_of, read_ledger
+from gpt_lightning.sweeping.jobs import jobs_of, name_of
 from gpt_lightning.sweeping.launcher import shares
 from gpt_lightning.sweeping.process import job_environment
 

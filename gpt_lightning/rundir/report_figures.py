@@ -1,0 +1,180 @@
+"""The pictures of a report: functions that give headings and figures, none if there is nothing to show."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from gpt_lightning.rundir.report import Result, by_seed, deviation, differing
+
+Figures = Iterator[tuple[str, Any]]  # headings, and figures of matplotlib
+COLOURED = 10  # runs, or lines, with a colour and a name of their own
+LOSS = "validation loss, nats per token"
+
+
+def loss_curves(results: Sequence[Result]) -> Figures:
+    """Validation losses against steps, tokens and training time."""
+    from matplotlib.ticker import EngFormatter
+
+    runs = [result for result in results if result.validations]
+    if not runs:
+        return
+    figure = new_figure(width=13)
+    panels = figure.subplots(1, 3, sharey=True)
+    labels = {"step": "optimizer steps", "tokens": "tokens", "seconds": "seconds of training"}
+    for axes, (field, text) in zip(panels, labels.items(), strict=True):
+        for number, result in reversed(list(enumerate(runs))):  # the best on top
+            points = [(getattr(v, field), v.loss) for v in result.validations if getattr(v, field)]
+            colour = f"C{number}" if number < COLOURED else "lightgrey"
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=2.5, linewidth=1.2, color=colour)
+        decorate(axes, text, LOSS if field == "step" else "")
+        axes.xaxis.set_major_formatter("{x:,.0f}" if field == "step" else EngFormatter())
+        axes.locator_params(axis="x", nbins=5)
+    panels[0].set_ylim(*_loss_limits(runs))
+    names = [label(result, results) for result in runs[:COLOURED]]
+    lines = [panels[0].plot([], [], color=f"C{number}")[0] for number in range(len(names))]
+    if len(runs) > COLOURED:
+        lines, names = [*lines, panels[0].plot([], [], color="lightgrey")[0]], [*names, "other runs"]
+    figure.legend(lines, names, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    yield "Validation loss", figure
+
+
+def _loss_limits(runs: Sequence[Result]) -> tuple[float, float]:
+    """Of what follows the first quarter of each run, whose losses are far above the others."""
+    losses = [[v.loss for v in run.validations if math.isfinite(v.loss)] for run in runs]
+    later = [loss for one in losses for loss in one[len(one) // 4 :]] or [1.0]
+    margin = 0.05 * (max(later) - min(later)) or 0.1
+    return min(later) - margin, max(later) + margin
+
+
+def losses_by_key(results: Sequence[Result]) -> Figures:
+    """The best loss against each key that differs, with the mean and the standard deviation over seeds.
+
+    A line joins runs that differ in that key alone.
+    """
+    keys, groups = by_seed(results)
+    for place, key in enumerate(keys):
+        lines: dict[tuple[str, ...], list[tuple[str, list[float]]]] = {}
+        for group, losses in groups.items():
+            rest = group[:place] + group[place + 1 :]
+            lines.setdefault(rest, []).append((group[place], losses))
+        values = [group[place] for group in groups]
+        if len(set(values)) < 2:
+            continue
+        figure = new_figure()
+        axes, at = figure.add_subplot(), _scale(values)
+        for number, (rest, points) in enumerate(sorted(lines.items())):
+            points.sort(key=lambda point: at[point[0]])
+            others = zip([*keys[:place], *keys[place + 1 :]], rest, strict=True)
+            axes.errorbar(
+                [at[value] for value, _ in points],
+                [statistics.mean(losses) for _, losses in points],
+                yerr=[deviation(losses) or 0.0 for _, losses in points],
+                marker="o",
+                capsize=4,
+                color=f"C{number}" if number < COLOURED else "lightgrey",
+                label=", ".join(f"{_short(k)}={v or 'default'}" for k, v in others) if rest else None,
+            )
+        _label_axis(axes, values)
+        decorate(axes, key, f"best {LOSS}")
+        if 1 < len(lines) <= COLOURED:
+            axes.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        yield f"Best validation loss and {key}", figure
+
+
+def parallel_coordinates(results: Sequence[Result]) -> Figures:
+    """One line per run over all keys that differ and the best loss, which colours it."""
+    from matplotlib import colormaps
+
+    keys, runs = differing(results), [result for result in results if result.loss is not None]
+    columns = {key: [result.overrides.get(key, "") for result in runs] for key in keys}
+    columns = {key: values for key, values in columns.items() if len(set(values)) > 1}
+    if len(columns) < 2 or len(runs) < 3:
+        return
+    columns["best validation loss"] = [f"{run.loss:.4f}" for run in runs]
+    figure = new_figure(width=11)
+    axes = figure.add_subplot()
+    heights = [_heights(values) for values in columns.values()]
+    for number in reversed(range(len(runs))):  # the best on top
+        line = [scale[values[number]] for values, scale in zip(columns.values(), heights, strict=True)]
+        axes.plot(line, color=colormaps["viridis"](0.95 * line[-1]), alpha=0.8)
+    for x, scale in enumerate(heights):
+        axes.axvline(x, color="black", linewidth=0.8)
+        ends = {value: y for value, y in scale.items() if y in (0.0, 1.0)}
+        for value, y in (scale if len(scale) <= COLOURED and x < len(heights) - 1 else ends).items():
+            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+            where = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": "small"}
+            axes.annotate(value or "default", (x, y), **where, bbox=box)
+    axes.set_xticks(range(len(columns)), list(columns))
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    yield "All runs at once: each line is a run, dark where the loss is low", figure
+
+
+def _heights(values: Sequence[str]) -> dict[str, float]:
+    """Where values lie on a vertical axis from 0 to 1."""
+    scale = _scale(values)
+    low, high = min(scale.values()), max(scale.values())
+    return {value: (y - low) / (high - low or 1.0) for value, y in scale.items()}
+
+
+FIGURES = (loss_curves, losses_by_key, parallel_coordinates)
+
+
+# -- parts of figures ---------------------------------------------------------------------------------
+
+
+def new_figure(width: float = 9, height: float = 4.5) -> Any:
+    """An empty figure that is drawn without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def decorate(axes: Any, x: str, y: str) -> None:
+    """Names of the axes, and a grid."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+
+
+def label(result: Result, results: Sequence[Result]) -> str:
+    """A run by what it overrides and others do not, or by its directory if they all do the same."""
+    parts = [f"{_short(key)}={result.overrides.get(key) or 'default'}" for key in differing(results)]
+    return ", ".join(parts) or result.folder.name
+
+
+def _short(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _numbers(values: Sequence[str]) -> list[float] | None:
+    try:
+        return [float(value) for value in values]
+    except ValueError:
+        return None
+
+
+def _is_wide(numbers: Sequence[float]) -> bool:
+    return min(numbers) > 0 and max(numbers) >= 10 * min(numbers)
+
+
+def _scale(values: Sequence[str]) -> dict[str, float]:
+    """Where values lie on an axis: numbers in proportion, or their logarithms; texts one after another."""
+    numbers = _numbers(values)
+    if numbers is None:
+        return {value: float(place) for place, value in enumerate(sorted(set(values)))}
+    return {v: math.log10(x) if _is_wide(numbers) else x for v, x in zip(values, numbers, strict=True)}
+
+
+def _label_axis(axes: Any, values: Sequence[str]) -> None:
+    """The values themselves below a horizontal axis, if they are few."""
+    scale = _scale(values)
+    if len(scale) <= COLOURED:
+        values = sorted(scale, key=lambda value: scale[value])
+        axes.set_xticks([scale[value] for value in values], [value or "default" for value in values])
