@@ -107,8 +107,9 @@ def test_jobs_that_have_not_trained_are_listed_as_their_sweep_has_them(tmp_path:
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        assert found() == [(n, "running" if n in "25" else status) for n, status in dead]
+        seen = found()
         process.kill()
+    assert seen == [(n, "running" if n in "25" else status) for n, status in dead]
 
 
 @pytest.mark.slow
