@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 
 PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}  # what Lightning's loggers need
 MAX_FINETUNE_LR = 1e-3  # a learning rate above which trained weights soon lose what they knew
-BUILDERS = ("gpt_lightning.model.", "gpt_lightning.training.optimizers.", "gpt_lightning.training.schedules.")
+TRAINING = ("optimizers.", "muon.", "schedules.")
+BUILDERS = ("gpt_lightning.model.", *(f"gpt_lightning.training.{name}" for name in TRAINING))
 NO_CALLBACKS = ("nonfinite",)  # keys of `callbacks` that are values for other callbacks
 
 
@@ -155,14 +156,14 @@ def build_parts(cfg: DictConfig) -> Parts:
     Raises:
         ConfigError, ValueError, ModuleNotFoundError: The first thing that is wrong.
     """
-    import torch
-
-    from gpt_lightning.training.optimizers import decay_groups
+    from gpt_lightning.model.gpt import GPT, GPTConfig
+    from gpt_lightning.training.optimizers import by_role, parameter_groups
 
     check_model(cfg)
     optimizer = build(cfg, "optimizer")
     with naming_key("optimizer"):
-        optimizer(decay_groups(torch.nn.Linear(1, 1)))
+        smallest = GPT(GPTConfig(vocab_size=1, block_size=1, n_layer=1, n_head=1, n_embd=1, vocab_multiple=1))
+        optimizer(parameter_groups(smallest, by_role=by_role(optimizer)))
     schedule = build(cfg, "scheduler")
     if cfg.trainer.max_steps is not None or not wants_length(schedule):
         with_length(schedule, cfg.trainer.max_steps)

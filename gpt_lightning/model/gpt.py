@@ -262,6 +262,16 @@ class GPT(nn.Module):
         )
         return loss.view_as(targets) if reduction == "none" else loss
 
+    def parameter_roles(self) -> dict[str, str]:
+        """What each parameter is: hidden matrix, qkv (three of them in one), embedding, head or vector."""
+        roles = {}
+        for name, module in self.named_modules():
+            role = "qkv" if name.endswith("c_attn") else "hidden"
+            role = {nn.Embedding: "embedding", Head: "head", nn.Linear: role}.get(type(module), "vector")
+            for key, _ in module.named_parameters(recurse=False):
+                roles[f"{name}.{key}"] = role if key == "weight" else "vector"
+        return roles
+
     def num_parameters(self, *, embeddings: bool = True) -> int:
         """Number of parameters, tied ones counted once, optionally without position and token embeddings."""
         total = sum(p.numel() for p in self.parameters())

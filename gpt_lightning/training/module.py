@@ -22,7 +22,7 @@ from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.model.gpt import IGNORE
 from gpt_lightning.rundir.checkpoint import Progress
 from gpt_lightning.training.loggers import log_metrics
-from gpt_lightning.training.optimizers import OptimizerFactory, decay_groups, matrix_names
+from gpt_lightning.training.optimizers import OptimizerFactory, by_role, parameter_groups, parameter_roles
 
 log = logging.getLogger(__name__)
 UNTRAINED = 1.05  # largest loss of an untrained model, in multiples of that of guessing every token
@@ -74,7 +74,7 @@ class LanguageModel(pl.LightningModule):
             "token_bytes", torch.from_numpy(np.asarray(tokenizers.token_bytes(tokenizer))), persistent=False
         )
         self.n_parameters = sum(p.numel() for p in net.parameters())
-        self._matrices = matrix_names(net)  # now, because sharding flattens the parameters
+        self._roles = parameter_roles(net)  # now, because sharding flattens the parameters
         self._loss_sum = torch.zeros(())  # not a buffer, so that it stays in 32 bits if the weights do not
         self.train_loss, self.grad_norm = torch.tensor(math.nan), torch.tensor(math.nan)
         self.lr = math.nan
@@ -117,7 +117,7 @@ class LanguageModel(pl.LightningModule):
             nn.utils.clip_grads_with_norm_(self.parameters(), limit, self.grad_norm)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(decay_groups(self.net, self._matrices))
+        optimizer = self.optimizer(parameter_groups(self.net, self._roles, by_role=by_role(self.optimizer)))
         scheduler = LambdaLR(optimizer, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

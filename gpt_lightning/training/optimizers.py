@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,28 +15,49 @@ SHARDED = "_fsdp_wrapped_module."  # what FSDP puts into names
 OptimizerFactory = Callable[[ParamGroups], Optimizer]
 
 
-def matrix_names(module: nn.Module) -> set[str]:
-    """Names of the parameters with two dimensions or more."""
-    return {name for name, parameter in module.named_parameters() if parameter.dim() >= 2}
+def parameter_roles(module: nn.Module) -> dict[str, str]:
+    """The role of each parameter, by its name.
+
+    A network says it itself in `parameter_roles()`: "hidden" for a matrix between hidden layers, "qkv" for
+    three of them in one, "embedding", "head", "vector" for biases and gains. Of others it is known whether
+    they have two dimensions or more: "matrix" or "vector".
+    """
+    declare: Callable[[], dict[str, str]] = getattr(module, "parameter_roles", dict)
+    declared = declare()
+    return {
+        name: declared.get(name) or ("matrix" if parameter.dim() >= 2 else "vector")
+        for name, parameter in module.named_parameters()
+    }
 
 
-def decay_groups(module: nn.Module, matrices: Collection[str] | None = None) -> ParamGroups:
-    """Two parameter groups: matrices, which decay as the optimizer says, and the rest, which never does.
+def parameter_groups(
+    module: nn.Module, roles: Mapping[str, str] | None = None, *, by_role: bool = False
+) -> ParamGroups:
+    """Parameter groups: matrices, which decay as the optimizer says, and vectors, which never do.
 
     Parameters with requires_grad=False are left out.
 
     Args:
         module: The network.
-        matrices: Names of its matrices from before it was sharded, which makes parameters flat; None looks.
+        roles: Of its parameters, from before it was sharded, which makes parameters flat; None looks.
+        by_role: Whether each role is a group of its own, with the key `role`.
     """
-    matrices = matrix_names(module) if matrices is None else matrices
-    decay: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []  # biases and LayerNorm gains
+    roles = parameter_roles(module) if roles is None else roles
+    groups: dict[str, dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (decay if name.replace(SHARDED, "") in matrices else rest).append(parameter)
-    groups: ParamGroups = [{"params": decay}, {"params": rest, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            role = roles.get(name.replace(SHARDED, ""), "matrix")
+            kind = role if by_role or role == "vector" else "matrix"
+            group = groups.setdefault(kind, {"params": []} | ({"role": kind} if by_role else {}))
+            group["params"].append(parameter)
+            if role == "vector":
+                group["weight_decay"] = 0.0
+    return [groups[kind] for kind in sorted(groups)]
+
+
+def by_role(factory: OptimizerFactory) -> bool:
+    """Whether an optimizer wants a parameter group for each role."""
+    return getattr(getattr(factory, "func", factory), "by_role", False)  # of a partial, or itself
 
 
 def adamw(

@@ -34,7 +34,8 @@ from gpt_lightning.training.callbacks.stop import Stop
 from gpt_lightning.training.fit import describe, fit, quiet_lightning
 from gpt_lightning.training.loggers import MetricsCSV
 from gpt_lightning.training.module import LanguageModel
-from gpt_lightning.training.optimizers import adamw
+from gpt_lightning.training.muon import muon
+from gpt_lightning.training.optimizers import OptimizerFactory, adamw
 from gpt_lightning.training.schedules import constant
 
 
@@ -44,6 +45,7 @@ def store(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenSt
 
 
 Run = Callable[..., RunSummary]
+ADAMW = partial(adamw, lr=1e-2)
 
 
 @pytest.fixture
@@ -58,13 +60,14 @@ def run(store: TokenStore) -> Run:
         val_every_steps: int = 4,
         checkpoint: Path | None = None,
         data: type[TextDataModule] = TextDataModule,
+        optimizer: OptimizerFactory = ADAMW,
     ) -> RunSummary:
         quiet_lightning()
         torch.manual_seed(1)
         shape = {"block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16, "dropout": 0.1}
         module = LanguageModel(
             GPT(GPTConfig(vocab_size=store.n_vocab, **shape)),
-            optimizer=partial(adamw, lr=1e-2),
+            optimizer=optimizer,
             schedule=partial(constant, max_steps=max_steps, warmup_steps=2),
             tokenizer=store.tokenizer,
             config={"model": {}, "trainer": {"max_steps": max_steps}},
@@ -194,6 +197,14 @@ def test_extended_run_equals_an_uninterrupted_one(
     run(whole, Stop(), max_steps=12, val_every_steps=val_every_steps)
     assert_same_training(short, whole)
     assert summary["val_loss"] is not None or not stop
+
+
+def test_run_with_muon_goes_on_exactly(run: Run, tmp_path: Path) -> None:
+    short, whole, optimizer = tmp_path / "short", tmp_path / "whole", partial(muon, lr=1e-2)
+    run(short, optimizer=optimizer)
+    run(short, max_steps=12, checkpoint=short / "checkpoints" / "last.ckpt", optimizer=optimizer)
+    run(whole, Stop(), max_steps=12, optimizer=optimizer)
+    assert_same_training(short, whole)
 
 
 def test_checkpoint_of_an_older_release_is_extended(run: Run, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from gpt_lightning.rundir.metrics import read_metrics
 from gpt_lightning.training.fit import quiet_lightning
 from gpt_lightning.training.loggers import MetricsCSV
 from gpt_lightning.training.module import LanguageModel
-from gpt_lightning.training.optimizers import adamw, decay_groups
+from gpt_lightning.training.optimizers import adamw, parameter_groups
 from gpt_lightning.training.schedules import linear
 
 
@@ -91,7 +91,7 @@ def fit(module: LanguageModel, data: TextDataModule, accumulate: int, **options:
 def by_hand(store: TokenStore, clip: float) -> tuple[GPT, Record]:
     """Five steps of a training loop without Lightning, accumulation or schedules' classes."""
     net, record = build(store).net, Record()
-    optimizer = adamw(decay_groups(net), lr=1e-2)
+    optimizer = adamw(parameter_groups(net), lr=1e-2)
     batches = TrainBatches(store, block_size=16, batch_size=8, micro_batch_size=8, steps=5, seed=1)
     for step in range(5):
         rate = 1e-2 * (1 / 3 + (2 / 3) * step / 2 if step < 2 else 1 - (step - 2) / 18)

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from gpt_lightning.model.gpt import GPT, GPTConfig
-from gpt_lightning.training.optimizers import adamw, decay_groups
+from gpt_lightning.training.optimizers import adamw, parameter_groups
 
 
 def test_only_matrices_decay() -> None:
     net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.LayerNorm(3))
-    optimizer = adamw(decay_groups(net), lr=1e-3, weight_decay=0.1)
+    optimizer = adamw(parameter_groups(net), lr=1e-3, weight_decay=0.1)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     found = {name: decay[id(p)] for name, p in net.named_parameters()}
     assert found == {"0.weight": 0.1, "1.weight": 0.1, "1.bias": 0.0, "2.weight": 0.0, "2.bias": 0.0}
@@ -27,7 +27,7 @@ def test_only_matrices_decay() -> None:
 def test_groups_hold_each_parameter_of_a_gpt_once() -> None:
     net = GPT(GPTConfig(vocab_size=10, block_size=8, n_layer=2, n_head=2, n_embd=8))
     names = {id(p): name for name, p in net.named_parameters()}
-    matrices, rest = ([names[id(p)] for p in group["params"]] for group in decay_groups(net))
+    matrices, rest = ([names[id(p)] for p in group["params"]] for group in parameter_groups(net))
     assert sorted(matrices + rest) == sorted(names.values())
     assert set(rest) == {name for name in names.values() if name.endswith("bias") or ".ln_" in name}
 
@@ -35,7 +35,7 @@ def test_groups_hold_each_parameter_of_a_gpt_once() -> None:
 def test_frozen_parameters_are_left_out() -> None:
     net = nn.Linear(2, 2)
     net.bias.requires_grad_(False)
-    assert [len(group["params"]) for group in decay_groups(net)] == [1]
+    assert [len(group["params"]) for group in parameter_groups(net)] == [1]
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -72,18 +72,18 @@ import torch, torch.distributed, torch.multiprocessing
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from gpt_lightning.model.gpt import GPT, Block, GPTConfig
-from gpt_lightning.training.optimizers import decay_groups, matrix_names
+from gpt_lightning.training.optimizers import parameter_groups, parameter_roles
 
 def rank(number):
     file = f"file://{sys.argv[1]}"
     torch.distributed.init_process_group("gloo", init_method=file, rank=number, world_size=2)
     net = GPT(GPTConfig(vocab_size=64, n_layer=2, n_embd=16, n_head=2, block_size=8))
-    names = matrix_names(net)
+    names = parameter_roles(net)
     options = {"use_orig_params": True, "auto_wrap_policy": ModuleWrapPolicy({Block})}
     sharded = FullyShardedDataParallel(net, device_id=torch.device("cpu"), **options)
     assert {p.dim() for p in sharded.parameters()} == {1}
     if number == 0:
-        print([len(group["params"]) for group in decay_groups(net, names)])
+        print([len(group["params"]) for group in parameter_groups(net, names)])
     torch.distributed.destroy_process_group()
 
 if __name__ == "__main__":
