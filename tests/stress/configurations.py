@@ -89,7 +89,7 @@ def _model(draw: random.Random, material: Material, features: list[str]) -> list
 
 
 def _training(draw: random.Random, material: Material, features: list[str]) -> list[str]:
-    optimizer = draw.choice(["adamw", "adamw", "sgd"])
+    optimizer = draw.choice(["adamw", "adamw" if "adapters" in features else "muon", "sgd"])
     scheduler = draw.choice(["wsd", "cosine", "linear", "constant"])
     features += [optimizer, scheduler]
     steps, every = draw.randint(30, 100), draw.randint(3, 30)
