@@ -30,6 +30,7 @@ from gpt_lightning.config.errors import lacks_memory
 from gpt_lightning.config.rules import parse_duration, validate
 from gpt_lightning.config.run_directory import is_first_rank, refuse_to_overwrite
 from gpt_lightning.config.start import (
+    OWN_KEYS,
     check_corpus,
     check_extension,
     record_extension,
@@ -55,7 +56,7 @@ def provenance(cfg: DictConfig, prepared: Prepared) -> RunSummary:
 
     return {
         "name": cfg.name,
-        "overrides": [text for text in HydraConfig.get().overrides.task if key_of(text) != "resume"],
+        "overrides": [text for text in HydraConfig.get().overrides.task if key_of(text) not in OWN_KEYS],
         "seed": cfg.seed,
         "device": cfg.device.accelerator,
         "versions": versions(),

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -16,14 +17,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from support.runs import ROOT, TINY
 
 from gpt_lightning.inference.loading import read_model
 from gpt_lightning.rundir.checkpoint import read_checkpoint
+from gpt_lightning.training.loggers import log_hyperparameters
+from gpt_lightning.training.module import LanguageModel
 
 SUMMARY_KEYS = {
     "status", "parameters", "steps", "tokens", "train_loss", "val_loss", "best_val_loss", "perplexity",
@@ -106,6 +111,58 @@ def test_tensorboard_has_scalars_text_and_hyperparameters(run: Path) -> None:
     assert "sample/text_summary" in tags["tensors"]
     best = json.loads((run / "summary.json").read_text())["best_val_loss"]
     assert events.Scalars("hparams/best_val_loss")[0].value == pytest.approx(best)
+
+
+def hyperparameters(folder: Path) -> list[dict[str, float | str]]:
+    """Every start of a session on the HParams page, in all event files."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    found = []
+    for path in sorted(folder.glob("events.*")):
+        values = (value for event in EventFileLoader(str(path)).Load() for value in event.summary.value)
+        for value in (value for value in values if value.tag == "_hparams_/session_start_info"):
+            data = HParamsPluginData.FromString(value.metadata.plugin_data.content)
+            columns = data.session_start_info.hparams
+            found.append({key: getattr(v, v.WhichOneof("kind")) for key, v in columns.items()})
+    return found
+
+
+def test_hyperparameters_of_an_interrupted_run_are_its_overrides_and_shown_once(
+    tiny: list[str], tmp_path: Path, call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    step = LanguageModel.on_train_batch_start
+
+    def terminated(self: LanguageModel, *batch: Any) -> None:
+        step(self, *batch)
+        if self.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "on_train_batch_start", terminated)
+        with pytest.raises(SystemExit):
+            call("train", *tiny, "seed=7", "optimizer.lr=1e-3", "+trainer.lightning.detect_anomaly=true")
+    run = tmp_path / "run"
+    assert hyperparameters(run / "tensorboard") == []
+    call("train", f"resume={run}")
+    given = dict(text.split("=") for text in tiny[:-1])  # the last one is Hydra's: where the run is
+    numbers = {key: float(value) for key, value in given.items() if value.isdigit()}
+    more = {"seed": 7.0, "optimizer.lr": 0.001, "trainer.lightning.detect_anomaly": "true"}
+    assert hyperparameters(run / "tensorboard") == [{**given, **numbers, **more}]
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    summary = json.loads((run / "summary.json").read_text())
+    for key in ("val_loss", "best_val_loss", "bits_per_byte"):
+        assert [e.value for e in events.Scalars(f"hparams/{key}")] == [pytest.approx(summary[key])]
+
+
+def test_hyperparameters_of_a_run_without_overrides_are_none(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(str(tmp_path), name="", version="")
+    trainer = pl.Trainer(logger=logger, enable_checkpointing=False, accelerator="cpu")
+    log_hyperparameters(trainer, {"val_loss": 2.0, "best_val_loss": None}, [])
+    assert hyperparameters(tmp_path) == [{}]
 
 
 def test_samples_are_sections_by_step(run: Path) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.windows import split_batch
@@ -28,7 +27,7 @@ from gpt_lightning.training.callbacks.ranks import Ranks
 from gpt_lightning.training.callbacks.samples import Samples
 from gpt_lightning.training.callbacks.stop import rule_reached
 from gpt_lightning.training.intervals import save_interval
-from gpt_lightning.training.loggers import silent_tensorboard_thread, true_reason
+from gpt_lightning.training.loggers import log_hyperparameters, silent_tensorboard_thread
 from gpt_lightning.training.module import LanguageModel
 
 log = logging.getLogger(__name__)
@@ -94,7 +93,7 @@ def fit(
             if trainer.is_global_zero:
                 _draw(folder, data)
                 if status == "finished":
-                    _log_hyperparameters(module, trainer, _results(module, data, trainer))
+                    log_hyperparameters(trainer, _results(module, data, trainer), facts.get("overrides", []))
             summary = record(status)  # last, so that a finished run has everything
         except OSError as error:
             if status == "finished":
@@ -158,17 +157,6 @@ def _draw(folder: Path, data: TextDataModule) -> None:
         plot_curves(read_metrics(folder / "metrics.csv"), folder / "curves.png", floor=floor)
     except Exception as error:
         log.debug("no curves: %s", error)
-
-
-def _log_hyperparameters(module: LanguageModel, trainer: pl.Trainer, summary: RunSummary) -> None:
-    """Fill TensorBoard's HParams page with the results of the run."""
-    keys = ("val_loss", "best_val_loss", "bits_per_byte")
-    results = {f"hparams/{key}": value for key, value in summary.items() if key in keys and value is not None}
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and results:
-            with true_reason():
-                logger.log_hyperparams(dict(module.hparams), results, step=trainer.global_step)
-            logger.save()
 
 
 def describe(summary: RunSummary, trainer: pl.Trainer, folder: Path) -> str:

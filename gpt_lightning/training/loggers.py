@@ -1,19 +1,20 @@
-"""Loggers: metrics.csv as one of Lightning's, and errors of TensorBoard's writer."""
+"""Loggers: metrics.csv as one of Lightning's, TensorBoard's HParams page, and errors of its writer."""
 
 from __future__ import annotations
 
 import threading
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from gpt_lightning.rundir.metrics import MetricsFile
+from gpt_lightning.rundir.summary import RunSummary
 
 
 class MetricsCSV(Logger):
@@ -59,6 +60,27 @@ def log_metrics(trainer: pl.Trainer, metrics: Mapping[str, float], step: int) ->
     for logger in trainer.loggers:
         with true_reason():
             logger.log_metrics(dict(metrics), step=step)
+
+
+def log_hyperparameters(trainer: pl.Trainer, results: RunSummary, overrides: Sequence[str]) -> None:
+    """Fill TensorBoard's HParams page: a column for each override of the run and for each of its losses."""
+    keys = ("val_loss", "best_val_loss", "bits_per_byte")
+    metrics = {f"hparams/{key}": value for key, value in results.items() if key in keys and value is not None}
+    pairs = (text.lstrip("+").partition("=") for text in overrides)
+    columns = {key: _number_or_text(value) for key, _, value in pairs}
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and metrics:
+            with true_reason():
+                logger.log_hyperparams(columns, metrics, step=trainer.global_step)
+            logger.save()
+
+
+def _number_or_text(value: str) -> float | str:
+    """Of a number, TensorBoard can sort the column and draw an axis."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 @contextmanager
