@@ -166,6 +166,11 @@ class Command:
 
     def fail(self, error: Exception) -> NoReturn:
         """End with one line for what a user can mend, with the traceback for everything else."""
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, KeyboardInterrupt):  # OmegaConf fails if it is interrupted in an assignment
+                raise SystemExit(130) from None
+            cause = cause.__context__
         if not self.tells(error):
             raise error
         print(f"error: {one_line(error, self.keys())}", file=sys.stderr)

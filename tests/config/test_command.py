@@ -19,6 +19,7 @@ from support.runs import BIGRAM
 from gpt_lightning.config.command_line import readable, verbatim
 from gpt_lightning.config.errors import one_line
 from gpt_lightning.config.resolvers import detect_device
+from gpt_lightning.train import main
 
 
 def error_of(call: Callable[..., Any], capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -48,6 +49,20 @@ def test_full_error_shows_the_traceback(command: Callable[..., Any], tiny: list[
     result = command("train", *tiny, "trainer.max_steps=0", env={**os.environ, "HYDRA_FULL_ERROR": "1"})
     assert result.returncode == 1
     assert "Traceback" in result.stderr
+
+
+def test_ctrl_c_that_a_library_turns_into_an_error_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise ValueError("lost")
+    except ValueError as error:
+        lost = error
+    with pytest.raises(SystemExit) as stop:
+        main.fail(lost)
+    assert stop.value.code == 130
+    assert capsys.readouterr() == ("", "")
 
 
 def test_wrong_job_of_a_sweep_is_told_and_the_others_train(
