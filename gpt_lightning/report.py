@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
 from gpt_lightning.config.command import command
 from gpt_lightning.config.errors import ConfigError
+from gpt_lightning.config.rules import check, number, one_of
 
 if TYPE_CHECKING:
     from gpt_lightning.rundir.report import Result
+    from gpt_lightning.rundir.scaling import ScalingLaw
 
+RULES = {
+    "watch": one_of(True, False),
+    "fit": one_of("scaling", None),
+    "budget": number(float, above=0, optional=True),
+}
 WATCH_SECONDS = 5
 BEGINNINGS = {
     ".csv": "rank,run,status",
@@ -22,44 +29,63 @@ BEGINNINGS = {
 }
 
 
-def show(results: list[Result] | None) -> None:
-    """The ranked table, the means over seeds, and what must be known to compare."""
-    from gpt_lightning.rundir.report import as_text, notes, over_seeds, table
+class Report(NamedTuple):
+    """What a report has: the runs, best first, and the law that was fitted to them, if one was asked for."""
 
-    if results is None:  # it was shown while it was watched
+    results: list[Result]
+    law: ScalingLaw | None = None
+    budget: float | None = None  # FLOPs
+
+
+def show(report: Report | None) -> None:
+    """The ranked table, the means over seeds, the law, and what must be known to compare."""
+    from gpt_lightning.rundir.report import as_text, notes, over_seeds, table
+    from gpt_lightning.rundir.scaling import law_table
+
+    if report is None:  # it was shown while it was watched
         return
+    results = report.results
     print(as_text(*table(results)))
     columns, rows = over_seeds(results)
     if rows and any("seed" in result.overrides for result in results):
         print(f"\n{as_text(columns, rows)}")
+    if report.law is not None:
+        print(f"\n{as_text(*law_table(report.law, report.budget))}")
     for note in notes(results):
         print(f"note: {note}")
 
 
 @command("report", show=show)
-def main(cfg: DictConfig) -> list[Result] | None:
+def main(cfg: DictConfig) -> Report | None:
     """Compares the runs below one or several folders, best first.
 
     Raises:
         ConfigError, FileNotFoundError: If there is no run, or output= is not a file of a report.
+        ValueError: If the runs cannot bear the fit.
     """
     from gpt_lightning.rundir.report import read_results
+    from gpt_lightning.rundir.scaling import fit_runs
 
     if cfg.runs is None:
         raise ConfigError("runs= is missing; give a sweep, a folder of runs, or a list of them")
     places = [str(place) for place in (cfg.runs if OmegaConf.is_list(cfg.runs) else [cfg.runs])]
-    if not isinstance(cfg.watch, bool):
-        raise ConfigError(f"watch={cfg.watch!r} must be true or false")
+    check(cfg, RULES)
+    if cfg.budget is not None and cfg.fit is None:
+        raise ConfigError(f"budget={cfg.budget} belongs to fit=scaling; add it")
+    if cfg.watch and cfg.fit is not None:
+        raise ConfigError(f"fit={cfg.fit} and watch=true exclude each other; fit when the runs are finished")
     check_file(cfg.output)
     title = ", ".join(Path(place).name for place in places)
     while True:
         results = read_results(places)
+        law = fit_runs(results) if cfg.fit is not None else None
+        report = Report(results, law, cfg.budget)
         if cfg.output is not None:
-            write(results, Path(cfg.output).expanduser(), title=title)
+            write(report, Path(cfg.output).expanduser(), title=title)
         if not cfg.watch:
-            return results
+            return report
         print("\x1b[2J\x1b[H", end="")  # clears the terminal
-        show(results)
+        show(report)
         if all(result.status in ("finished", "failed") for result in results):
             return None
         time.sleep(WATCH_SECONDS)
@@ -82,16 +108,18 @@ def check_file(path: str | None) -> None:
         raise ConfigError(f"output={path} holds what this command did not write; name another file")
 
 
-def write(results: list[Result], path: Path, title: str) -> None:
+def write(report: Report, path: Path, title: str) -> None:
     """Write the report in the format of the file's ending."""
     from gpt_lightning.data.files import atomic_write
     from gpt_lightning.rundir.report import as_csv, as_markdown
     from gpt_lightning.rundir.report_page import as_html
+    from gpt_lightning.rundir.scaling import law_table
 
+    law = None if report.law is None else law_table(report.law, report.budget)
     if path.suffix == ".html":
-        text = as_html(results, title)
+        text = as_html(report.results, title, report.law, report.budget)
     else:
-        text = as_csv(results) if path.suffix == ".csv" else as_markdown(results)
+        text = as_csv(report.results) if path.suffix == ".csv" else as_markdown(report.results, law)
     with atomic_write(path, text=True) as file:
         file.write(text)
 

@@ -121,6 +121,18 @@ def test_plan_by_hand(plan: Plan, tmp_path: Path) -> None:
                 "learning rate": "3.3e-03 → 1.0e-02 → 1.0e-02",
             },
         ),
+        # 0.1 * 36,224 tokens are 28.3 steps of 128
+        (
+            "trainer.max_steps=null trainer.tokens_per_parameter=0.1",
+            {"run": "28 steps, 3,584 tokens (0.10 per parameter)"},
+        ),
+        # 6 * 36,224 * 128 FLOPs are a step: 10.06 steps, and 100 of which max_steps allows 20
+        ("trainer.max_steps=null trainer.max_flops=2.8e8", {"run": "10 steps, 1,280 tokens"}),
+        ("trainer.max_steps=20 trainer.max_flops=2.8e9", {"run": "20 steps, 2,560 tokens"}),
+        (
+            "trainer.max_steps=null trainer.max_flops=1 scheduler.warmup_steps=0",
+            {"run": "1 steps, 128 tokens"},
+        ),
     ],
 )
 def test_plan_follows_the_overrides(plan: Plan, overrides: str, expected: dict[str, str]) -> None:

@@ -256,6 +256,8 @@ def data_for(experiment: str, folder: Path, small_text: Path) -> list[str]:
         config = GPT2Config(vocab_size=GPT2_VOCABULARY, n_positions=16, n_embd=16, n_layer=1, n_head=2)
         GPT2LMHeadModel(config).save_pretrained(folder / "gpt2")
         return [f"init_from={folder / 'gpt2'}", f"data.path={small_text}"]
+    if experiment == "scaling":
+        return ["data.stories=200"]
     return [f"data.path={small_text}"]
 
 

@@ -369,18 +369,42 @@ def prepare_data(
         if check_tokenizer := getattr(callback, "check_tokenizer", None):
             check_tokenizer(store.tokenizer)
     count, steps_per_epoch = epoch_size(store, **cut)  # too little text is an error here
-    max_steps = cfg.trainer.max_steps
-    if cfg.trainer.max_epochs is not None:
-        in_epochs = cfg.trainer.max_epochs * steps_per_epoch
-        max_steps = min(in_epochs, max_steps or in_epochs)
     return Prepared(
         store=store,
         vocab_size=vocab_size,
-        max_steps=max_steps,
+        max_steps=run_length(
+            cfg,
+            steps_per_epoch,
+            cut["batch_size"] * cut["block_size"],
+            lambda: count_parameters(cfg, vocab_size, net),
+        ),
         windows=cut,
         windows_per_epoch=count,
         steps_per_epoch=steps_per_epoch,
     )
+
+
+def run_length(
+    cfg: DictConfig, steps_per_epoch: int, tokens_per_step: int, parameters: Callable[[], int]
+) -> int:
+    """Optimizer steps of a run: the least that one of its limits allows, and at least one."""
+    settings, limits = cfg.trainer, [cfg.trainer.max_steps]
+    if settings.max_epochs is not None:
+        limits.append(settings.max_epochs * steps_per_epoch)
+    if settings.tokens_per_parameter is not None:
+        limits.append(settings.tokens_per_parameter * parameters() / tokens_per_step)
+    if settings.max_flops is not None:
+        limits.append(settings.max_flops / (6 * parameters() * tokens_per_step))
+    return max(1, round(min(limit for limit in limits if limit is not None)))
+
+
+def count_parameters(cfg: DictConfig, vocab_size: int, net: Any = None) -> int:
+    """Parameters of the network, tied ones once; a new one is built without memory."""
+    import torch
+
+    with torch.device("meta"):
+        net = build_net(cfg, vocab_size) if net is None else net
+    return sum(p.numel() for p in net.parameters())
 
 
 def windows(cfg: DictConfig, net: Any = None) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def number(
 
 def one_of(*choices: Any) -> Rule:
     """One of some values."""
-    words = [str(choice).lower() if isinstance(choice, bool) else choice for choice in choices]
+    yaml = {True: "true", False: "false", None: "null"}
+    words = [choice if isinstance(choice, str) else yaml[choice] for choice in choices]
 
     def rule(key: str, value: Any) -> str | None:
         good = any(type(value) is type(choice) and value == choice for choice in choices)
@@ -150,6 +151,8 @@ RULES: dict[str, Rule] = {
     "device.matmul_precision": one_of("highest", "high", "medium"),
     "trainer.max_steps": number(int, least=1, optional=True),
     "trainer.max_epochs": number(int, least=1, optional=True),
+    "trainer.tokens_per_parameter": number(float, above=0, optional=True),
+    "trainer.max_flops": number(float, above=0, optional=True),
     "trainer.val_every_steps": number(int, least=1, optional=True),
     "trainer.val_batches": number(int, least=1, optional=True),
     "trainer.log_every_steps": number(int, least=1, optional=True),
@@ -195,6 +198,7 @@ TRAINER_KEYS = {
     "plugins": "trainer.strategy",
     "use_distributed_sampler": "data.shuffle",
 }
+LENGTHS = ("max_steps", "max_epochs", "tokens_per_parameter", "max_flops")  # of a run; the shortest counts
 METRICS = ("val/loss", "val/perplexity", "val/bits_per_byte", "train/loss")  # what a callback can monitor
 
 
@@ -216,8 +220,8 @@ def validate(cfg: DictConfig) -> None:
         ConfigError: The first thing that is wrong, with the remedy.
     """
     check(cfg, RULES)
-    if cfg.trainer.max_steps is None and cfg.trainer.max_epochs is None:
-        raise ConfigError("trainer.max_steps and trainer.max_epochs are both null; set one of them")
+    if all(cfg.trainer[key] is None for key in LENGTHS):
+        raise ConfigError(f"{', '.join(f'trainer.{key}' for key in LENGTHS)} are all null; set one of them")
     lightning = cfg.trainer.lightning
     if not OmegaConf.is_dict(lightning):
         raise ConfigError(

@@ -17,6 +17,7 @@ from gpt_lightning.rundir.ledger import LEDGER, read_ledger
 from gpt_lightning.rundir.metrics import Row, read_metrics
 from gpt_lightning.rundir.summary import RunSummary, read_summary
 
+Table = tuple[list[str], list[list[str]]]  # names of the columns, and the rows
 COLUMNS = ("best_val_loss", "val_loss", "bits_per_byte", "tokens", "seconds", "tokens_per_second")
 FORMATS: dict[str, Callable[[float], str]] = {
     "tokens": "{:,.0f}".format,
@@ -141,7 +142,7 @@ def differing(results: Sequence[Result]) -> list[str]:
     return [key for key in keys if len({result.overrides.get(key) for result in results}) > 1]
 
 
-def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+def table(results: Sequence[Result]) -> Table:
     """Names of the columns and, for each run, its texts."""
     keys, common = differing(results), _common_tokens(results)
     at = [f"loss_at_{common}_tokens"] if common else []
@@ -170,7 +171,7 @@ def by_seed(results: Sequence[Result]) -> tuple[list[str], dict[tuple[str, ...],
     return keys, groups
 
 
-def over_seeds(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+def over_seeds(results: Sequence[Result]) -> Table:
     """A table of the mean and the standard deviation over seeds, lowest mean first."""
     keys, groups = by_seed(results)
     rows = [
@@ -239,11 +240,12 @@ def as_csv(results: Sequence[Result]) -> str:
     return out.getvalue()
 
 
-def as_markdown(results: Sequence[Result]) -> str:
-    """Both tables and the notes."""
+def as_markdown(results: Sequence[Result], law: Table | None = None) -> str:
+    """All tables and the notes."""
 
     def lines(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)]
 
-    parts = [*lines(*table(results)), "", *lines(*over_seeds(results)), ""]
+    tables = [table(results), over_seeds(results), *([law] if law else [])]
+    parts = [line for one in tables for line in [*lines(*one), ""]]
     return "\n".join(parts + [f"- {note}" for note in notes(results)]) + "\n"

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gpt_lightning.rundir.report import Result, by_seed, deviation, differing
+from gpt_lightning.rundir.scaling import ScalingLaw, optimal_parameters
 
 Figures = Iterator[tuple[str, Any]]  # headings, and figures of matplotlib
 COLOURED = 10  # runs, or lines, with a colour and a name of their own
@@ -121,6 +122,37 @@ def _heights(values: Sequence[str]) -> dict[str, float]:
 
 
 FIGURES = (loss_curves, losses_by_key, parallel_coordinates)
+
+
+def scaling_law(law: ScalingLaw) -> Any:
+    """The fitted losses over compute, a curve for each size, beside the measured ones, and the errors."""
+    import numpy as np
+    from matplotlib import colormaps
+
+    figure = new_figure(width=13)
+    losses, errors = figure.subplots(1, 2, width_ratios=(2, 1))
+    sizes = np.unique(law.points[:, 0])
+    for number, size in enumerate(sizes):
+        colour = colormaps["viridis"](number / max(1, len(sizes) - 1) * 0.9)
+        _, tokens, measured = law.points[law.points[:, 0] == size].T
+        line = np.geomspace(tokens.min() / 1.5, tokens.max() * 1.5)
+        losses.plot(6 * size * line, law.loss(size, line), color=colour, linewidth=1)
+        losses.plot(6 * size * tokens, measured, "o", color=colour, label=f"N = {size:,.0f}")
+        errors.plot(tokens, 100 * (measured / law.loss(size, tokens) - 1), "o", color=colour)
+    compute = 6 * law.points[:, 0] * law.points[:, 1]
+    flops = np.geomspace(compute.min(), compute.max())
+    best = np.array([optimal_parameters(law.values, float(c)) for c in flops])
+    losses.plot(flops, law.loss(best, flops / 6 / best), "k--", linewidth=1, label="optimal N")
+    losses.axhline(float(np.exp(law.values[2])), color="grey", linewidth=1, label="E")
+    if law.floor is not None:
+        losses.axhline(law.floor, color="grey", linestyle=":", label="corpus entropy")
+    losses.set_xscale("log")
+    errors.set_xscale("log")
+    decorate(losses, "compute C = 6 N D, FLOPs", LOSS)
+    decorate(errors, "tokens D", "measured loss above the fitted one, %")
+    errors.axhline(0, color="grey", linewidth=1)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize="small")
+    return figure
 
 
 # -- parts of figures ---------------------------------------------------------------------------------

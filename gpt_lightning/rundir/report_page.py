@@ -7,9 +7,11 @@ import html
 import io
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
 from gpt_lightning.rundir.report import Result, notes, over_seeds, table
-from gpt_lightning.rundir.report_figures import FIGURES, label
+from gpt_lightning.rundir.report_figures import FIGURES, label, scaling_law
+from gpt_lightning.rundir.scaling import ScalingLaw, law_table
 
 HEAD = """<!doctype html><!-- gpt_lightning report -->
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -43,8 +45,10 @@ document.querySelectorAll("img").forEach(img => img.onclick = () => img.classLis
 """
 
 
-def as_html(results: Sequence[Result], title: str) -> str:
-    """The whole page."""
+def as_html(
+    results: Sequence[Result], title: str, law: ScalingLaw | None = None, budget: float | None = None
+) -> str:
+    """The whole page; with a law, its table and picture, and the best size for a budget in FLOPs."""
     parts, best = [HEAD.format(title=html.escape(title))], results[0]
     if best.loss is not None:
         parts.append(f"<p>Best validation loss: {best.loss:.4f} ({html.escape(label(best, results))})</p>")
@@ -52,11 +56,11 @@ def as_html(results: Sequence[Result], title: str) -> str:
     parts += ["<h2>Runs</h2>", _table(*table(results))]
     if any("seed" in result.overrides for result in results):
         parts += ["<h2>Means over seeds</h2>", _table(*over_seeds(results))]
+    if law is not None:
+        parts += ["<h2>Scaling law</h2>", _table(*law_table(law, budget)), _drawn(scaling_law(law), "Law")]
     for draw in FIGURES:
         for heading, figure in draw(results):
-            out = io.BytesIO()
-            figure.savefig(out, format="png", dpi=120)
-            parts += [f"<h2>{html.escape(heading)}</h2>", _picture(out.getvalue(), heading)]
+            parts += [f"<h2>{html.escape(heading)}</h2>", _drawn(figure, heading)]
     if best.loss is not None:
         parts += _best(best)
     return "\n".join([*parts, SCRIPT])
@@ -78,6 +82,12 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _drawn(figure: Any, text: str) -> str:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=120)
+    return _picture(out.getvalue(), text)
 
 
 def _picture(png: bytes, text: str) -> str:

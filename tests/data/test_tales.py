@@ -14,10 +14,14 @@ from typing import Any
 import pytest
 from support.runs import ROOT
 
+from gpt_lightning.data.corpus.base import Split
+from gpt_lightning.data.corpus.files import TextFiles
+from gpt_lightning.data.corpus.tales import TalesCorpus
 from gpt_lightning.data.tales import RULES, SEPARATOR, STORIES, Tales, options, tell
 
 TOLD = list(Tales().stories_with_bits())
 TEXTS = [text for text, _ in TOLD]
+SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 def test_text_is_input_txt_byte_for_byte() -> None:
@@ -27,6 +31,19 @@ def test_text_is_input_txt_byte_for_byte() -> None:
 def test_documents_of_the_file_are_the_stories() -> None:
     text = (ROOT / "input.txt").read_text(encoding="utf-8")
     assert [part.strip("\n") for part in text.split(f"\n{SEPARATOR}\n")] == TEXTS
+
+
+def test_corpus_of_tales_has_the_documents_and_floors_of_the_file() -> None:
+    file = TextFiles(str(ROOT / "input.txt"), val_fraction=0.1, floor=Tales())
+    corpus = TalesCorpus(val_fraction=0.1)
+    for split in SPLITS:
+        stories = list(corpus.documents(split))
+        assert stories == list(file.documents(split))
+        assert [corpus.floor_bits(s) for s in stories] == [file.floor_bits(s) for s in stories]
+    longer = TalesCorpus(stories=STORIES + 1)
+    assert corpus.digest() == TalesCorpus(val_fraction=0.1).digest() != longer.digest()
+    with pytest.raises(ValueError, match=r"data\.val_fraction=2 must be above 0"):
+        TalesCorpus(val_fraction=2)
 
 
 SLOT = re.compile(r"\[[^\]]+\]|\{[^}]+\}")
