@@ -1,11 +1,17 @@
-"""What docs/reliability.md says is tested, is."""
+"""What docs/reliability.md says is tested, is, and the commands of docs/report.md can be composed."""
 
 from __future__ import annotations
 
 import re
+import shlex
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from support.runs import ROOT
+
+from gpt_lightning.config.resolvers import CONF
+from gpt_lightning.config.rules import validate
 
 PAGE = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
 ROWS = [re.split(r" \| ", line.strip("| ")) for line in PAGE.splitlines() if line.startswith("| ")][2:]
@@ -23,3 +29,32 @@ def test_every_promise_names_a_test_and_is_made_once() -> None:
     assert len(ROWS) > 20
     assert all(len(row) == 2 and re.fullmatch(r"`[^`]+`(, `[^`]+`)*", row[1]) for row in ROWS)
     assert len({promise for promise, _ in ROWS}) == len(ROWS)
+
+
+REPORT = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", REPORT, re.S) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_of_the_page_on_reports_is_one(command: str) -> None:
+    program, *overrides = shlex.split(command.removeprefix("python -m gpt_lightning."))
+    sweeps = "-m" in overrides
+    given = [text for text in overrides if text != "-m"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose(program, overrides=given, return_hydra_config=True)
+        if not sweeps:
+            assert program == "report"
+            return
+        params = OmegaConf.to_container(cfg.hydra.sweeper.params)
+        assert isinstance(params, dict)
+        jobs = [
+            [f"{key}={value}" for key, value in zip(params, values, strict=True)]
+            for values in zip(*(str(text).split(",")[:3] for text in params.values()), strict=True)
+        ]
+        for job in jobs:
+            cfg = compose(program, overrides=["paths.run=run", *given, *job])
+            validate(cfg)
+            assert cfg.model.n_embd == int(cfg.size[1:])
+            limits = (cfg.trainer.max_steps, cfg.trainer.max_flops or cfg.trainer.tokens_per_parameter)
+            assert limits[0] is None
+            assert limits[1] == float(job[1].partition("=")[2])

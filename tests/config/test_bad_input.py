@@ -195,7 +195,6 @@ TABLE: list[tuple[str, str, str]] = [
     ("report", "runs=run fit=scaling budget=-1", "budget=-1 must be a number above 0 or null"),
     ("report", "runs=run budget=1e9", "budget=.* belongs to fit=scaling; add it"),
     ("report", "runs=run fit=scaling watch=true", "fit=scaling and watch=true exclude each other"),
-    ("report", "runs=run fit=scaling", "fit=scaling needs 6 finished runs .* and there are 1"),
     ("demo", "checkpoint=run port=99999", "port=99999 must be a whole number from 0 to 65535"),
     ("demo", "port=0", "checkpoint= is missing"),
     ("demo", "checkpoint=run port=x", "port='x' must be a whole number from 0 to 65535"),
