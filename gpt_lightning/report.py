@@ -40,7 +40,7 @@ class Report(NamedTuple):
 def show(report: Report | None) -> None:
     """The ranked table, the means over seeds, the law, and what must be known to compare."""
     from gpt_lightning.rundir.report import as_text, notes, over_seeds, table
-    from gpt_lightning.rundir.scaling import law_table
+    from gpt_lightning.rundir.scaling import law_notes, law_table
 
     if report is None:  # it was shown while it was watched
         return
@@ -51,7 +51,7 @@ def show(report: Report | None) -> None:
         print(f"\n{as_text(columns, rows)}")
     if report.law is not None:
         print(f"\n{as_text(*law_table(report.law, report.budget))}")
-    for note in notes(results):
+    for note in [*notes(results), *(law_notes(report.law) if report.law else [])]:
         print(f"note: {note}")
 
 

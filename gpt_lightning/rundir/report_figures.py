@@ -134,11 +134,12 @@ def scaling_law(law: ScalingLaw) -> Any:
     sizes = np.unique(law.points[:, 0])
     for number, size in enumerate(sizes):
         colour = colormaps["viridis"](number / max(1, len(sizes) - 1) * 0.9)
-        _, tokens, measured = law.points[law.points[:, 0] == size].T
+        own = law.points[:, 0] == size
+        _, tokens, measured = law.points[own].T
         line = np.geomspace(tokens.min() / 1.5, tokens.max() * 1.5)
         losses.plot(6 * size * line, law.loss(size, line), color=colour, linewidth=1)
         losses.plot(6 * size * tokens, measured, "o", color=colour, label=f"N = {size:,.0f}")
-        errors.plot(tokens, 100 * (measured / law.loss(size, tokens) - 1), "o", color=colour)
+        errors.plot(tokens, 100 * law.errors()[own], "o", color=colour)
     compute = 6 * law.points[:, 0] * law.points[:, 1]
     flops = np.geomspace(compute.min(), compute.max())
     best = np.array([optimal_parameters(law.values, float(c)) for c in flops])

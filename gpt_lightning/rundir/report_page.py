@@ -11,7 +11,7 @@ from typing import Any
 
 from gpt_lightning.rundir.report import Result, notes, over_seeds, table
 from gpt_lightning.rundir.report_figures import FIGURES, label, scaling_law
-from gpt_lightning.rundir.scaling import ScalingLaw, law_table
+from gpt_lightning.rundir.scaling import ScalingLaw, law_notes, law_table
 
 HEAD = """<!doctype html><!-- gpt_lightning report -->
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -57,7 +57,8 @@ def as_html(
     if any("seed" in result.overrides for result in results):
         parts += ["<h2>Means over seeds</h2>", _table(*over_seeds(results))]
     if law is not None:
-        parts += ["<h2>Scaling law</h2>", _table(*law_table(law, budget)), _drawn(scaling_law(law), "Law")]
+        parts += ["<h2>Scaling law</h2>", *(f"<p>{html.escape(note)}</p>" for note in law_notes(law))]
+        parts += [_table(*law_table(law, budget)), _drawn(scaling_law(law), "Losses and the law")]
     for draw in FIGURES:
         for heading, figure in draw(results):
             parts += [f"<h2>{html.escape(heading)}</h2>", _drawn(figure, heading)]

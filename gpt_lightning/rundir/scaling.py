@@ -23,6 +23,7 @@ from gpt_lightning.rundir.report import Result, Table
 Array = NDArray[np.float64]
 DELTA = 1e-3  # errors of log L above this count linearly
 FEWEST = 6  # different pairs of N and D, for five unknowns
+MOST_ERROR = 0.05  # of a loss, above which a note says so
 RESAMPLES = 1000
 LEVELS = (2.5, 97.5)  # percentiles of an interval of 95 %
 
@@ -48,6 +49,11 @@ class ScalingLaw:
         a, b, e, alpha, beta = self.values
         n, d = np.log(parameters), np.log(tokens)
         return np.asarray(np.exp(e) + np.exp(a - alpha * n) + np.exp(b - beta * d))
+
+    def errors(self) -> Array:
+        """How far the measured losses are above the law, as shares of it, (R,)."""
+        parameters, tokens, measured = self.points.T
+        return measured / self.loss(parameters, tokens) - 1
 
     def with_interval(self, function: Callable[[Array], Array]) -> tuple[float, float, float]:
         """A function of `values`, and the bounds of its interval of 95 %; values may be (5,) or (5, P)."""
@@ -186,6 +192,8 @@ def law_table(law: ScalingLaw, budget: float | None = None) -> Table:
         row("beta", ".3f", lambda v: v[4]),
         row("a of optimal N ~ C^a", ".3f", lambda v: v[4] / (v[3] + v[4])),
     ]
+    errors = np.abs(law.errors())
+    rows.append(["errors of the runs", f"median {np.median(errors):.1%}", f"largest {errors.max():.1%}"])
     if law.floor is not None:
         rows.append(["corpus entropy, for comparison with E", f"{law.floor:.4f}", "known"])
     if budget is not None:
@@ -197,3 +205,18 @@ def law_table(law: ScalingLaw, budget: float | None = None) -> Table:
             ["loss there", f"{float(law.loss(best, tokens)):.4f}", ""],
         ]
     return ["L = E + A / N^alpha + B / D^beta", "value", "95 % interval"], rows
+
+
+def law_notes(law: ScalingLaw) -> list[str]:
+    """What must be known before the law is used."""
+    notes, (value, low, high) = [], law.with_interval(lambda v: np.exp(v[2]))
+    if (largest := np.abs(law.errors()).max()) > MOST_ERROR:
+        notes.append(f"the law misses a loss by {largest:.1%}: these runs do not follow it closely")
+    if value < 1e-6:
+        notes.append(
+            "the losses show no irreducible loss (E = 0), so that the law must not be extrapolated: "
+            "train larger models, or longer"
+        )
+    elif law.floor is not None and not low <= law.floor <= high:
+        notes.append(f"the interval of E does not contain the corpus entropy of {law.floor:.4f}")
+    return notes

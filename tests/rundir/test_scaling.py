@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gpt_lightning.data.files import write_json
-from gpt_lightning.rundir.scaling import RESAMPLES, Array, fit, optimal_parameters
+from gpt_lightning.rundir.scaling import RESAMPLES, Array, fit, law_notes, optimal_parameters
 
 # as Hoffmann et al. 2022 report them: log A, log B, log E, alpha, beta
 TRUE = np.array([np.log(406.4), np.log(410.7), np.log(1.69), 0.34, 0.28])
@@ -47,6 +47,19 @@ def test_intervals_contain_the_constants_of_noisy_losses() -> None:
         inside += (low <= TRUE) & (high >= TRUE)
         assert law.values[3:] == pytest.approx(TRUE[3:], abs=0.06)
     assert (inside >= 6).all(), inside
+
+
+def test_law_without_an_irreducible_loss_or_with_another_one_says_so() -> None:
+    points = made(noise=1e-3)
+    assert law_notes(fit(points, floor=1.69)) == []
+    assert law_notes(fit(points, floor=3.0)) == [
+        "the interval of E does not contain the corpus entropy of 3.0000"
+    ]
+    points[:, 2] = 406.4 / N**0.34 + 410.7 / D**0.28
+    (note,) = law_notes(fit(points, floor=3.0))
+    points[3, 2] *= 1.2
+    assert law_notes(fit(points))[0].startswith("the law misses a loss by 1")
+    assert note.startswith("the losses show no irreducible loss (E = 0)")
 
 
 @pytest.mark.parametrize("flops", [1e12, 1e18])
