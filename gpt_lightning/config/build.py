@@ -183,16 +183,15 @@ def build_parts(cfg: DictConfig) -> Parts:
 
 def check_model(cfg: DictConfig) -> None:
     """Check the model's arguments without allocating it; a class of the user's own is only looked at."""
-    from gpt_lightning.inference.loading import GPT_TARGET
-    from gpt_lightning.model.gpt import GPTConfig
     from gpt_lightning.model.lora import LoRAConfig
+    from gpt_lightning.model.weights import CONFIGS
 
     if cfg.model.get("vocab_size", 0) is None:  # the tokenizer tells later
         cfg = cast(DictConfig, OmegaConf.merge(cfg, {"model": {"vocab_size": 1}}))
     inspect_node(cfg, "model", without=("recommended",))
-    if cfg.model._target_ == GPT_TARGET:
-        check_arguments(GPTConfig, cfg, "model", without=("recommended",))
-        GPTConfig(**model_options(cfg))
+    if kind := CONFIGS.get(cfg.model._target_):
+        check_arguments(kind, cfg, "model", without=("recommended",))
+        kind(**model_options(cfg))
     if cfg.lora.r:
         LoRAConfig(**plain(cfg.lora))
 
@@ -486,11 +485,13 @@ def build_module(cfg: DictConfig, parts: Parts, prepared: Prepared, net: Any = N
 
 def final_config(cfg: DictConfig, prepared: Prepared, net: Any) -> dict[str, Any]:
     """What a checkpoint keeps: the resolved configuration with the numbers that the data decided."""
+    from gpt_lightning.model.weights import target_of
+
     config = plain(cfg)
     config["model"] = without_recommendations(cfg)
     if "vocab_size" in config["model"]:
         config["model"]["vocab_size"] = prepared.vocab_size
     if cfg.init_from is not None and hasattr(net, "config"):
-        config["model"] |= asdict(net.config)
+        config["model"] = {"_target_": target_of(net.config), **asdict(net.config)}
     config["trainer"]["max_steps"] = prepared.max_steps
     return config

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.inference.text import TextGenerator
-from gpt_lightning.model.gpt import GPT
+from gpt_lightning.model.gpt import CausalLM
 
 LOGITS = 1 << 24  # computed at once, 64 MB
 FORWARD = 8192  # tokens in a forward, by default
@@ -48,7 +48,7 @@ class Evaluation(Scores):
 
 @torch.inference_mode()
 def token_losses(
-    net: GPT,
+    net: CausalLM,
     tokens: np.ndarray,
     *,
     stride: int,
@@ -83,7 +83,7 @@ def token_losses(
         raise ValueError(f"the text has {len(tokens)} tokens; two are the least to measure a loss")
     windows = windows[np.argsort(-windows[:, 1], kind="stable")]  # windows of equal length together
     batch_size = batch_size or max(1, FORWARD // T)
-    device = net.transformer.wte.weight.device
+    device = net.embedding.weight.device
     losses = np.full(len(tokens), np.nan, dtype=np.float32)
     was_training = net.training
     net.eval()
@@ -94,7 +94,7 @@ def token_losses(
             inputs = starts + np.minimum(offsets, lengths - 1)  # (B, T), filled up at the end
             scored = (offsets >= seen) & (offsets < lengths)
             targets = (starts + offsets)[scored] + 1
-            x = net.transformer(torch.from_numpy(tokens[inputs].astype(np.int64)).to(device))
+            x = net.hidden(torch.from_numpy(tokens[inputs].astype(np.int64)).to(device))
             x = x[torch.from_numpy(scored).to(device)]  # (scored, C)
             y = torch.from_numpy(tokens[targets].astype(np.int64)).to(device)
             rows = max(1, LOGITS // net.config.padded_vocab_size)

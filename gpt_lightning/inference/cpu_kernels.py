@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from gpt_lightning.model.gpt import GPT, Head
+from gpt_lightning.model.gpt import CausalLM, Head
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def check_packed_linear(dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def pack(net: GPT, dtype: str = "float32") -> GPT:
+def pack(net: CausalLM, dtype: str = "float32") -> CausalLM:
     """Make a model fast at generation on a CPU, in place; it can no longer be trained or saved.
 
     The layers are unchanged on other devices, and where oneDNN is missing or gives wrong results. The
@@ -139,10 +139,10 @@ def pack(net: GPT, dtype: str = "float32") -> GPT:
     kind = Int8Linear if dtype == "int8" else PackedLinear
     layers = [(parent, name, child) for parent in net.modules() for name, child in parent.named_children()]
     try:
-        if net.transformer.wte.weight.device.type != "cpu":
+        if net.embedding.weight.device.type != "cpu":
             raise RuntimeError("only CPUs have them")
         if dtype != "int8":
-            check_packed_linear(net.transformer.wte.weight.dtype)
+            check_packed_linear(net.embedding.weight.dtype)
         for parent, name, child in layers:
             if isinstance(child, nn.Linear):
                 setattr(parent, name, kind(child, child.padding if isinstance(child, Head) else child.bias))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gpt_lightning.inference.sampling import SamplingSettings, choose
-from gpt_lightning.model.gpt import GPT, KVCache
+from gpt_lightning.model.gpt import CausalLM, KVCache
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def window_length(length: int, block_size: int) -> int:
 
 @torch.inference_mode()
 def stream(
-    net: GPT,
+    net: CausalLM,
     prompts: Sequence[Sequence[int]],
     settings: SamplingSettings,
     *,
@@ -63,7 +63,7 @@ def stream(
     Raises:
         ValueError: If a prompt is empty or has an id outside the vocabulary.
     """
-    device, vocab_size = net.transformer.wte.weight.device, net.config.vocab_size
+    device, vocab_size = net.embedding.weight.device, net.config.vocab_size
     for prompt in prompts:
         if not prompt or not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise ValueError(
@@ -101,7 +101,7 @@ def stream(
 
 
 def generate(
-    net: GPT, prompts: Sequence[Sequence[int]], settings: SamplingSettings, **options: Any
+    net: CausalLM, prompts: Sequence[Sequence[int]], settings: SamplingSettings, **options: Any
 ) -> list[list[int]]:
     """The new tokens of every prompt; options and errors as `stream`."""
     new: list[list[int]] = [[] for _ in prompts]
@@ -115,21 +115,21 @@ def generate(
 class _Uncached:
     """Logits (B, V) after each text, from a forward of its whole window."""
 
-    def __init__(self, net: GPT):
+    def __init__(self, net: CausalLM):
         self.net = net
 
     def __call__(self, texts: list[list[int]]) -> Tensor:
-        device, block_size = self.net.transformer.wte.weight.device, self.net.config.block_size
+        device, block_size = self.net.embedding.weight.device, self.net.config.block_size
         windows = [text[-window_length(len(text), block_size) :] for text in texts]
-        last = [self.net.transformer(torch.tensor([window], device=device))[:, -1] for window in windows]
+        last = [self.net.hidden(torch.tensor([window], device=device))[:, -1] for window in windows]
         return self.net.lm_head(torch.cat(last)).float()
 
 
 class _Cached:
     """The same from one new position per text, while its window only grows."""
 
-    def __init__(self, net: GPT, batch_size: int, longest: int, static_shapes: bool):
-        weight = net.transformer.wte.weight
+    def __init__(self, net: CausalLM, batch_size: int, longest: int, static_shapes: bool):
+        weight = net.embedding.weight
         device, dtype = weight.device, weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
@@ -157,7 +157,7 @@ class _Cached:
         idx = torch.tensor([window + [0] * (T - len(window)) for window in windows], device=self.device)
         positions = torch.arange(T, device=self.device).expand(len(rows), T)
         self.cache.seek(self.rows[rows], positions)
-        x = self.net.transformer(idx, self.cache)  # (B, T, C)
+        x = self.net.hidden(idx, self.cache)  # (B, T, C)
         last = torch.tensor([len(window) - 1 for window in windows], device=self.device)
         return self.net.lm_head(x[self.rows[: len(rows)], last])
 
@@ -174,7 +174,7 @@ class _Cached:
                 log.warning("generation continues without a CUDA graph: %s", error)
                 self.static_shapes, self.recorded = False, None
                 self.cache.seek(self.rows, positions)
-        return self.net.lm_head(self.net.transformer(idx, self.cache)[:, -1])
+        return self.net.lm_head(self.net.hidden(idx, self.cache)[:, -1])
 
 
 class _Recorded:
@@ -184,20 +184,20 @@ class _Recorded:
         RuntimeError: If the step cannot be recorded, or its first replay gives other logits.
     """
 
-    def __init__(self, net: GPT, idx: Tensor, cache: KVCache):
+    def __init__(self, net: CausalLM, idx: Tensor, cache: KVCache):
         self.inputs = self._inputs(idx, cache)
         with torch.cuda.device(idx.device):
             self._record(net, idx, cache)
 
-    def _record(self, net: GPT, idx: Tensor, cache: KVCache) -> None:
+    def _record(self, net: CausalLM, idx: Tensor, cache: KVCache) -> None:
         aside = torch.cuda.Stream()  # for the warm-up, in which kernels choose algorithms
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
-            expected = net.lm_head(net.transformer(idx, cache)[:, -1])
+            expected = net.lm_head(net.hidden(idx, cache)[:, -1])
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.logits = net.lm_head(net.transformer(idx, cache)[:, -1])
+            self.logits = net.lm_head(net.hidden(idx, cache)[:, -1])
         self.logits.zero_()  # detects an empty recording
         self.graph.replay()
         if not torch.allclose(self.logits, expected, rtol=0.05, atol=0.05):

@@ -17,14 +17,12 @@ from gpt_lightning.inference.cpu_kernels import DTYPES, pack
 from gpt_lightning.inference.text import TextGenerator
 from gpt_lightning.interop.folder import ModelCard, known_values, read_folder
 from gpt_lightning.interop.gpt2 import download
-from gpt_lightning.model.gpt import GPT
+from gpt_lightning.model.gpt import CausalLM
 from gpt_lightning.model.lora import LoRAConfig, merge_adapters
 from gpt_lightning.model.weights import build_with_weights, read_config
 from gpt_lightning.rundir.checkpoint import find_checkpoint, read_checkpoint
 
 log = logging.getLogger(__name__)
-
-GPT_TARGET = "gpt_lightning.model.gpt.build_gpt"
 
 
 def load(
@@ -72,12 +70,12 @@ def read_model(path: str | Path, *, merge: bool = True) -> TextGenerator:
     return TextGenerator(net.eval(), tokenizer, {"tokenizer": tokenizer.name, **card, **_shape(net)})
 
 
-def start_from(source: str, **asked: Any) -> tuple[GPT, tiktoken.Encoding | None]:
+def start_from(source: str, **asked: Any) -> tuple[CausalLM, tiktoken.Encoding | None]:
     """A network to train further, and the tokenizer that its weights were trained with.
 
     Args:
         source: A checkpoint or run directory, a folder with a config.json, or `hf:` and a name on the hub.
-        asked: Fields of GPTConfig that the user asked for, as in `apply_overrides`.
+        asked: Fields of the configuration that the user asked for, as in `apply_overrides`.
 
     Returns:
         The network in training mode, and the tokenizer, None where the source has none.
@@ -122,7 +120,7 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def describe(net: GPT, checkpoint: Mapping[str, Any]) -> ModelCard:
+def describe(net: CausalLM, checkpoint: Mapping[str, Any]) -> ModelCard:
     """The card of a checkpoint's model."""
     config, progress = checkpoint["hyper_parameters"], _mapping(checkpoint.get("progress"))
     metrics, data = _mapping(progress.get("metrics")), _mapping(config.get("data"))
@@ -149,40 +147,36 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _shape(net: GPT) -> ModelCard:
+def _shape(net: CausalLM) -> ModelCard:
     return cast(ModelCard, {"parameters": net.num_parameters(), **asdict(net.config)})
 
 
-def _check_ids(net: GPT, tokenizer: tiktoken.Encoding, source: object) -> None:
+def _check_ids(net: CausalLM, tokenizer: tiktoken.Encoding, source: object) -> None:
     if tokenizer.n_vocab > (size := net.config.vocab_size):
         raise ValueError(f"{source}: the tokenizer has {tokenizer.n_vocab} ids and the model only {size}")
 
 
 def _read_checkpoint(
     path: str | Path, *, merge: bool = True, **asked: Any
-) -> tuple[GPT, tiktoken.Encoding, ModelCard]:
+) -> tuple[CausalLM, tiktoken.Encoding, ModelCard]:
     """The network of a checkpoint with its weights, in evaluation mode, its tokenizer and card.
 
     Args:
         path: As in `find_checkpoint`.
-        merge: Whether adapters are merged into the weights, which gives a plain GPT.
-        asked: Fields of GPTConfig, as in `apply_overrides`.
+        merge: Whether adapters are merged into the weights, which gives a plain network.
+        asked: Fields of the configuration, as in `apply_overrides`.
 
     Raises:
-        ValueError: If the weights do not fit, disagree with a field, or are of a class other than GPT,
+        ValueError: If the weights do not fit, disagree with a field, or are of a class of others,
             which would run code that the checkpoint names.
     """
     checkpoint = read_checkpoint(path)
     config = checkpoint["hyper_parameters"]
     with reading(path, "is damaged or not a model of gpt_lightning"):
-        options = dict(config["model"])
-        target = options.pop("_target_", GPT_TARGET)
-        if target != GPT_TARGET:
-            raise ValueError(f"its model is a {target}; build that yourself and load the state_dict")
         lora = _mapping(config.get("lora"))
         adapters = LoRAConfig(**lora) if lora.get("r") else None
         weights = {k[4:]: v for k, v in checkpoint["state_dict"].items() if str(k).startswith("net.")}
-        shape, tokenizer = read_config(options, path), tokenizers.from_state(checkpoint["tokenizer"])
+        shape, tokenizer = read_config(config["model"], path), tokenizers.from_state(checkpoint["tokenizer"])
     net = build_with_weights(shape, weights, asked, source=path, lora=adapters)
     _check_ids(net, tokenizer, path)
     net = (merge_adapters(net) if adapters and merge else net).eval()

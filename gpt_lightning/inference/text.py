@@ -16,7 +16,7 @@ from gpt_lightning.data.corpus.base import END_OF_TEXT
 from gpt_lightning.inference.decoding import stream
 from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.interop.folder import ModelCard
-from gpt_lightning.model.gpt import GPT
+from gpt_lightning.model.gpt import CausalLM
 
 BATCH = 16  # sequences generated at once; the cache of more would not fit small machines
 
@@ -51,7 +51,7 @@ class TextGenerator:
         cuda_graph: Whether to record the step of one token as a CUDA graph, on CUDA devices. Experimental.
     """
 
-    net: GPT
+    net: CausalLM
     tokenizer: tiktoken.Encoding
     info: ModelCard = field(default_factory=ModelCard)
     cuda_graph: bool = False
@@ -139,7 +139,7 @@ class TextGenerator:
     def _pieces(self, ids: list[list[int]], settings: SamplingSettings) -> Iterator[list[Piece]]:
         texts = [_Text(self.tokenizer, settings.stops, settings.max_new_tokens) for _ in ids]
         end = self.tokenizer.eot_token
-        graph = self.cuda_graph and self.net.transformer.wte.weight.device.type == "cuda"
+        graph = self.cuda_graph and self.net.embedding.weight.device.type == "cuda"
         for new in stream(self.net, ids, settings, stop_ids=(end,), static_shapes=graph):
             yield [text.add(token) for text, token in zip(texts, new, strict=True)]
             if all(text.finish for text in texts):

@@ -17,9 +17,12 @@ from gpt_lightning.data.corpus.base import file_sha256
 from gpt_lightning.data.files import json_object, sealed, unsealed, write_json
 from gpt_lightning.interop.folder import CARD_FILE, WEIGHTS_FORMAT, ModelCard
 from gpt_lightning.interop.gpt2 import save_gpt2, write_safetensors
+from gpt_lightning.interop.qwen3 import save_qwen3
 from gpt_lightning.interop.tokenizer import save_tokenizer
-from gpt_lightning.model.gpt import GPT
+from gpt_lightning.model.gpt import GPT, CausalLM
 from gpt_lightning.model.lora import LoRALinear
+from gpt_lightning.model.qwen3 import Qwen3
+from gpt_lightning.model.weights import target_of
 
 README = "README.md"
 
@@ -27,7 +30,7 @@ README = "README.md"
 class Model(Protocol):
     """Anything with these attributes, such as `gpt_lightning.TextGenerator`."""
 
-    net: GPT
+    net: CausalLM
     tokenizer: tiktoken.Encoding
     info: ModelCard
 
@@ -44,14 +47,16 @@ def write_huggingface(model: Model, folder: Path) -> None:
             f"model.vocab_size={model.net.config.vocab_size} has {spare} ids that the tokenizer lacks, so "
             "transformers could produce what it cannot decode; export format=weights instead"
         )
-    save_gpt2(model.net, folder, end_of_text=model.tokenizer.eot_token)
+    save: Callable[..., None] = save_qwen3 if isinstance(model.net, Qwen3) else save_gpt2
+    save(model.net, folder, end_of_text=model.tokenizer.eot_token)
     save_tokenizer(model.tokenizer, folder, block_size=model.net.config.block_size)
     (folder / README).write_text(readme(model), encoding="utf-8")
 
 
 def write_weights(model: Model, folder: Path) -> None:
-    """The parameters, the fields of GPTConfig and the tokenizer, for `gpt_lightning.load`."""
-    write_json(folder / "config.json", {**WEIGHTS_FORMAT, "model": asdict(model.net.config)})
+    """The parameters, the fields of the configuration and the tokenizer, for `gpt_lightning.load`."""
+    config = {"_target_": target_of(model.net.config), **asdict(model.net.config)}
+    write_json(folder / "config.json", {**WEIGHTS_FORMAT, "model": config})
     weights = {name: parameter.detach().contiguous() for name, parameter in model.net.named_parameters()}
     write_safetensors(weights, folder / "model.safetensors")  # a tied head is the token table, once
     tokenizers.save(model.tokenizer, folder / "tokenizer.json")
@@ -75,7 +80,7 @@ def write_peft(model: Model, folder: Path) -> None:
         "lora_alpha": first.scaling * first.lora_A.out_features,
         "lora_dropout": first.lora_dropout.p,
         "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
-        "fan_in_fan_out": True,  # transformers' GPT-2 keeps its weights transposed
+        "fan_in_fan_out": isinstance(model.net, GPT),  # transformers' GPT-2 keeps its weights transposed
         "bias": "none",
         "inference_mode": True,
     }
@@ -182,13 +187,14 @@ def readme(model: Model) -> str:
     """The model card for the hub, as Markdown."""
     info = {key: value for key, value in model.info.items() if value is not None}
     rows = "\n".join(f"| {key} | {value} |" for key, value in info.items())
+    architecture = "GPT-2's" if isinstance(model.net, GPT) else "Qwen3's"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 ---
 # {info.get("name", "model")}
 
-A language model with GPT-2's architecture, trained with gpt_lightning. Losses are in nats per token.
+A language model with {architecture} architecture, trained with gpt_lightning. Losses are in nats per token.
 
 | | |
 | --- | --- |

@@ -10,8 +10,9 @@ import tiktoken
 from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.data.files import json_object, reading
 from gpt_lightning.interop.gpt2 import load_gpt2, read_safetensors
+from gpt_lightning.interop.qwen3 import KINDS, load_qwen3
 from gpt_lightning.interop.tokenizer import load_tokenizer
-from gpt_lightning.model.gpt import GPT
+from gpt_lightning.model.gpt import CausalLM
 from gpt_lightning.model.weights import build_with_weights, read_config
 
 CARD_FILE = "card.json"  # in every exported folder
@@ -23,7 +24,7 @@ GPT2_VOCABULARY = 50257  # a GPT-2 folder of this size without a tokenizer has G
 class ModelCard(TypedDict, total=False):
     """What is known about a model; losses in nats per token, None where the run did not measure them.
 
-    The fields of GPTConfig are in it as well.
+    The fields of the model's configuration are in it as well.
     """
 
     name: str | None
@@ -39,12 +40,12 @@ class ModelCard(TypedDict, total=False):
     bits_per_byte: float | None
 
 
-def read_folder(folder: Path, **asked: Any) -> tuple[GPT, tiktoken.Encoding | None, ModelCard]:
+def read_folder(folder: Path, **asked: Any) -> tuple[CausalLM, tiktoken.Encoding | None, ModelCard]:
     """The network, the tokenizer (None if there is none) and the card of a folder with a config.json.
 
     Args:
         folder: In Hugging Face's layout, or with bare weights.
-        asked: Fields of GPTConfig, as in `apply_overrides`.
+        asked: Fields of the configuration, as in `apply_overrides`.
 
     Raises:
         OSError: If a file is missing.
@@ -60,7 +61,7 @@ def read_folder(folder: Path, **asked: Any) -> tuple[GPT, tiktoken.Encoding | No
         weights = read_safetensors(folder / "model.safetensors")
         net = build_with_weights(ours, weights, asked, source=folder)
         return net, tokenizers.load(folder / "tokenizer.json"), known
-    net = load_gpt2(folder, **asked)
+    net = (load_qwen3 if config.get("model_type") in KINDS else load_gpt2)(folder, **asked)
     tokenizer = load_tokenizer(folder)
     if tokenizer is None and net.config.vocab_size == GPT2_VOCABULARY:
         tokenizer = tokenizers.GPT2().build(lambda split: iter(()))

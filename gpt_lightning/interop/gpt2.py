@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt_lightning.data.files import json_object, reading, write_json
-from gpt_lightning.model.gpt import GPT, GPTConfig
+from gpt_lightning.model.gpt import GPT, CausalLM, GPTConfig
 from gpt_lightning.model.weights import build_with_weights
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -33,7 +33,7 @@ EXPRESSIBLE = {"vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_inn
 EXPRESSIBLE |= {"bias", "qkv_bias", "tie_weights", "vocab_multiple"}
 
 
-def load_gpt2(source: str | Path, **asked: Any) -> GPT:
+def load_gpt2(source: str | Path, **asked: Any) -> CausalLM:
     """A GPT in float32 with the weights of a Hugging Face GPT-2.
 
     Args:
@@ -47,7 +47,7 @@ def load_gpt2(source: str | Path, **asked: Any) -> GPT:
     folder = Path(source) if Path(source).is_dir() else download(str(source))
     config = _read_config(folder)
     padding = {"vocab_multiple": GPTConfig.vocab_multiple}
-    return build_with_weights(config, _read_weights(folder), padding | asked, source=folder)
+    return build_with_weights(config, _names_of_gpt(read_weights(folder)), padding | asked, source=folder)
 
 
 def to_gpt2(net: GPT, *, end_of_text: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -169,8 +169,8 @@ def _read_config(folder: Path) -> GPTConfig:
         )
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """Tensors by GPT's names, linear layers as nn.Linear has them."""
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of model.safetensors, or of the files that its index names."""
     index = folder / "model.safetensors.index.json"
     files = {"model.safetensors"}
     if index.is_file():
@@ -179,6 +179,11 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for file in sorted(files):
         weights |= read_safetensors(folder / file)
+    return weights
+
+
+def _names_of_gpt(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by GPT's names, linear layers as nn.Linear has them."""
     weights = {
         # old files have no prefix
         name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": weight

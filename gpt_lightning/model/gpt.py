@@ -6,7 +6,7 @@ B batch, T time (positions in one forward), C n_embd, H heads, D head size, V pa
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -18,19 +18,17 @@ IGNORE = -100  # a target with this id does not count in the loss (F.cross_entro
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPTConfig:
-    """The configuration of a GPT.
+class ModelConfig:
+    """What the configurations of all networks have.
 
     Args:
         vocab_size: Ids that the tokenizer can produce.
         block_size: Longest sequence the model sees at once, in tokens.
         n_layer: Transformer blocks.
-        n_head: Attention heads in each block; divides n_embd.
+        n_head: Attention heads in each block.
         n_embd: Width of the residual stream.
-        n_inner: Width of the feed-forward layer; None is 4 * n_embd, as in GPT-2.
+        n_inner: Width of the feed-forward layer; None follows n_embd.
         dropout: Probability that an activation is dropped in training.
-        bias: Whether linear layers and LayerNorms have a bias, as in GPT-2.
-        qkv_bias: The same for the query, key and value projection alone; None follows `bias`.
         tie_weights: Whether the output head shares the token embedding's matrix.
         vocab_multiple: The embedding is padded to a multiple of this many rows, for faster matrix
             products; padded ids have probability zero.
@@ -46,34 +44,70 @@ class GPTConfig:
     n_embd: int = 768
     n_inner: int | None = None
     dropout: float = 0.0
-    bias: bool = True
-    qkv_bias: bool | None = None
     tie_weights: bool = True
     vocab_multiple: int = 64
 
     def __post_init__(self) -> None:
-        for key in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_inner", "vocab_multiple"):
-            value = getattr(self, key)
-            if (type(value) is not int or value < 1) and not (key == "n_inner" and value is None):
-                raise ValueError(f"model.{key}={value!r} must be a whole number of at least 1")
-        for key in ("bias", "qkv_bias", "tie_weights"):
-            value = getattr(self, key)
-            if not isinstance(value, bool) and not (key == "qkv_bias" and value is None):
-                raise ValueError(f"model.{key}={value!r} must be true or false")
+        for field in fields(self):
+            value, kind = getattr(self, field.name), str(field.type)
+            if value is None and kind.endswith("| None"):
+                continue
+            if kind.startswith("int") and (type(value) is not int or value < 1):
+                raise ValueError(f"model.{field.name}={value!r} must be a whole number of at least 1")
+            if kind.startswith("bool") and not isinstance(value, bool):
+                raise ValueError(f"model.{field.name}={value!r} must be true or false")
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)):
             raise ValueError(f"model.dropout={self.dropout!r} must be a number in [0, 1)")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout={self.dropout} must lie in [0, 1)")
+
+    def values(self) -> dict[str, Any]:
+        """The fields, with what None stands for."""
+        return asdict(self) | {"n_inner": self.inner_width}
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: vocab_size rounded up to a multiple of vocab_multiple."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_head
+
+    @property
+    def head_width(self) -> int:
+        """Dimensions of a head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def inner_width(self) -> int:
+        """Width of the feed-forward layer."""
+        return self.n_inner or 4 * self.n_embd
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig(ModelConfig):
+    """The configuration of a GPT; n_head divides n_embd, and n_inner is 4 * n_embd unless given.
+
+    Args:
+        bias: Whether linear layers and LayerNorms have a bias, as in GPT-2.
+        qkv_bias: The same for the query, key and value projection alone; None follows `bias`.
+    """
+
+    bias: bool = True
+    qkv_bias: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; "
                 f"choose model.n_embd={self.n_head * max(1, round(self.n_embd / self.n_head))}"
             )
 
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding: vocab_size rounded up to a multiple of vocab_multiple."""
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+    def values(self) -> dict[str, Any]:
+        return super().values() | {"qkv_bias": self.bias if self.qkv_bias is None else self.qkv_bias}
 
 
 class KVCache:
@@ -83,7 +117,7 @@ class KVCache:
     forward's tokens: several per row fill it from position 0, one per row continues it.
 
     Args:
-        config: Shape of the model.
+        config: ModelConfig of the model.
         batch_size: Rows, B.
         size: Positions of a row, at most config.block_size.
         device: Of the buffer.
@@ -91,10 +125,10 @@ class KVCache:
     """
 
     def __init__(
-        self, config: GPTConfig, batch_size: int, *, size: int, device: torch.device, dtype: torch.dtype
+        self, config: ModelConfig, batch_size: int, *, size: int, device: torch.device, dtype: torch.dtype
     ):
         size = min(size, config.block_size)
-        shape = (config.n_layer, batch_size, 2, config.n_head, size, config.n_embd // config.n_head)
+        shape = (config.n_layer, batch_size, 2, config.kv_heads, size, config.head_width)
         self.buffer = torch.zeros(shape, device=device, dtype=dtype)
 
     def seek(self, rows: Tensor, positions: Tensor, *, whole: bool = False) -> None:
@@ -148,10 +182,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        n_inner = config.n_inner or 4 * config.n_embd
         self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, n_inner, bias=config.bias)
-        self.c_proj = nn.Linear(n_inner, config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, config.inner_width, bias=config.bias)
+        self.c_proj = nn.Linear(config.inner_width, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -198,7 +231,7 @@ class Head(nn.Linear):
 
     padding: Tensor | None
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__(config.n_embd, config.padded_vocab_size, bias=False)
         padding = None
         if config.padded_vocab_size > config.vocab_size:
@@ -210,30 +243,30 @@ class Head(nn.Linear):
         return F.linear(x, self.weight, self.padding)
 
 
-class GPT(nn.Module):
-    """A decoder-only transformer with GPT-2's architecture and parameter names.
+class CausalLM(nn.Module):
+    """What training, evaluation and generation use of a network; GPT and others derive from it.
 
-    Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
+    Attributes:
+        config: Its configuration.
+        lm_head: From the outputs of `hidden` to logits.
     """
 
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.config = config
-        self.transformer = Transformer(config)
-        self.lm_head = Head(config)
-        if config.tie_weights:
-            self.lm_head.weight = self.transformer.wte.weight
-        self.apply(self._init_weights)
-        for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # residual init, GPT-2 paper section 2.3
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+    config: Any
+    lm_head: Head
 
-    @staticmethod
-    def _init_weights(module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)  # GPT-2's initializer_range
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) ids to the inputs (B, T, C) of the head, at positions 0 to T - 1 or those of the cache."""
+        raise NotImplementedError
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The token embedding."""
+        raise NotImplementedError
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks."""
+        raise NotImplementedError
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
         """Logits of the next token at every position, or the loss against `targets`.
@@ -254,7 +287,7 @@ class GPT(nn.Module):
                 f"the input has {idx.size(1)} tokens but block_size={self.config.block_size}; "
                 "crop it or train with a larger model.block_size"
             )
-        logits = self.lm_head(self.transformer(idx))  # (B, T, V)
+        logits = self.lm_head(self.hidden(idx))  # (B, T, V)
         if targets is None:
             return logits
         loss = F.cross_entropy(
@@ -276,20 +309,60 @@ class GPT(nn.Module):
         """Number of parameters, tied ones counted once, optionally without position and token embeddings."""
         total = sum(p.numel() for p in self.parameters())
         if not embeddings:
-            total -= self.transformer.wpe.weight.numel()
-            total -= 0 if self.config.tie_weights else self.transformer.wte.weight.numel()
+            tables = {id(m.weight): m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding)}
+            total -= sum(size for key, size in tables.items() if key != id(self.lm_head.weight))
         return total
 
     def flops_per_token(self, length: int | None = None) -> int:
         """Floating-point operations per token of a training step, forward and backward.
 
-        6 for each parameter in a matrix product (the head among them) and 12 * C * T per layer for
-        attention's scores, counted without the causal half, as in the PaLM paper, appendix B. T is
-        `length`, in tokens; None takes block_size.
+        6 for each parameter in a matrix product (the head among them) and 12 * T per layer and dimension of
+        the heads for attention's scores, counted without the causal half, as in the PaLM paper, appendix B.
+        T is `length`, in tokens; None takes block_size.
         """
         config = self.config
-        attention = 12 * config.n_layer * config.n_embd * (length or config.block_size)
+        heads = config.n_head * config.head_width
+        attention = 12 * config.n_layer * heads * (length or config.block_size)
         return 6 * self.num_parameters(embeddings=False) + attention
+
+
+class GPT(CausalLM):
+    """A decoder-only transformer with GPT-2's architecture and parameter names.
+
+    Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
+    """
+
+    config: GPTConfig
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.lm_head = Head(config)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+        self.apply(self._init_weights)
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # residual init, GPT-2 paper section 2.3
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)  # GPT-2's initializer_range
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        return self.transformer(idx, cache)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.transformer.wte
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer.h
 
 
 def build_gpt(**options: Any) -> GPT:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gpt_lightning.model.gpt import GPT
+from gpt_lightning.model.gpt import CausalLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,8 @@ class LoRAConfig:
         r: Rank: the inner width of an adapter.
         lora_alpha: An adapter's output is multiplied by lora_alpha / r.
         lora_dropout: Probability that an input of an adapter is dropped in training.
-        target_modules: Names of linear layers: c_attn, c_fc, c_proj (of attention and feed-forward).
+        target_modules: Names of linear layers: c_attn, c_fc, c_proj (of attention and feed-forward) of a
+            GPT; q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj of a Qwen3.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -42,6 +43,7 @@ class LoRAConfig:
         if type(self.lora_dropout) not in (int, float) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora.lora_dropout={self.lora_dropout!r} must be a number in [0, 1)")
         known = {"c_attn", "c_proj", "c_fc"}
+        known |= {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
         names = self.target_modules
         if isinstance(names, str) or not names or not set(names) <= known:
             raise ValueError(f"lora.target_modules={names!r} must be a list of {', '.join(sorted(known))}")
@@ -72,17 +74,26 @@ class LoRALinear(nn.Module):
         return self.base_layer
 
 
-def add_adapters(net: GPT, config: LoRAConfig) -> GPT:
-    """Freeze a model and add adapters to it, in place."""
+def add_adapters(net: CausalLM, config: LoRAConfig) -> CausalLM:
+    """Freeze a model and add adapters to it, in place.
+
+    Raises:
+        ValueError: If the model lacks one of the layers.
+    """
+    layers = [(p, name, c) for p in net.blocks.modules() for name, c in p.named_children()]
+    linear = {name for _, name, child in layers if isinstance(child, nn.Linear)}
+    if missing := set(config.target_modules) - linear:
+        raise ValueError(
+            f"lora.target_modules: the model has no {min(missing)}, but {', '.join(sorted(linear))}"
+        )
     net.requires_grad_(False)
-    for parent in list(net.transformer.h.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and name in config.target_modules:
-                setattr(parent, name, LoRALinear(child, config))
+    for parent, name, child in layers:
+        if isinstance(child, nn.Linear) and name in config.target_modules:
+            setattr(parent, name, LoRALinear(child, config))
     return net
 
 
-def merge_adapters(net: GPT) -> GPT:
+def merge_adapters(net: CausalLM) -> CausalLM:
     """Merge adapters into the weights, in place, which gives a plain model with the same logits."""
     for parent in list(net.modules()):
         for name, child in list(parent.named_children()):

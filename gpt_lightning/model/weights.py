@@ -1,17 +1,26 @@
-"""A GPT with given weights."""
+"""A network with given weights."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gpt_lightning.model.gpt import GPT, GPTConfig
+from gpt_lightning.model.gpt import GPT, CausalLM, GPTConfig, ModelConfig
 from gpt_lightning.model.lora import LoRAConfig, add_adapters
+from gpt_lightning.model.qwen3 import Qwen3, Qwen3Config
+
+# The networks of this package, by the _target_ that a checkpoint has; of no others a class is imported.
+CONFIGS: dict[str, type[ModelConfig]] = {
+    "gpt_lightning.model.gpt.build_gpt": GPTConfig,
+    "gpt_lightning.model.qwen3.build_qwen3": Qwen3Config,
+}
+NETWORKS: dict[type[ModelConfig], Callable[[Any], CausalLM]] = {GPTConfig: GPT, Qwen3Config: Qwen3}
 
 
 class EmptyInit(TorchFunctionMode):
@@ -29,25 +38,34 @@ class EmptyInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def read_config(options: Mapping[str, Any], source: object) -> GPTConfig:
-    """The GPTConfig of stored fields.
+def target_of(config: ModelConfig) -> str:
+    """The _target_ that stands for a configuration's class."""
+    return next(target for target, kind in CONFIGS.items() if kind is type(config))
+
+
+def read_config(options: Mapping[str, Any], source: object) -> ModelConfig:
+    """The configuration of stored fields, of which `_target_` says the class; without it, GPTConfig.
 
     Raises:
-        ValueError: If there is a field that this version does not know, or a value is out of range.
+        ValueError: If the class or a field is unknown to this version, or a value is out of range.
     """
-    if unknown := options.keys() - {field.name for field in fields(GPTConfig)}:
+    options = dict(options)
+    kind = CONFIGS.get(target := options.pop("_target_", target_of(GPTConfig(vocab_size=1))))
+    if kind is None:
+        raise ValueError(f"its model is a {target}; build that yourself and load the state_dict")
+    if unknown := options.keys() - {field.name for field in fields(kind)}:
         raise ValueError(f"the model in {source} has {min(map(str, unknown))}, unknown to this version")
     if "vocab_size" not in options:
         raise ValueError(f"the model in {source} has no vocab_size")
-    return GPTConfig(**options)
+    return kind(**options)
 
 
-def apply_overrides(config: GPTConfig, asked: Mapping[str, Any], source: object) -> GPTConfig:
+def apply_overrides(config: ModelConfig, asked: Mapping[str, Any], source: object) -> ModelConfig:
     """The configuration of trained weights with the fields that a user asked for.
 
     Args:
         config: The configuration of the weights.
-        asked: Fields of GPTConfig. `dropout` and `vocab_multiple` are free, `block_size` may be smaller
+        asked: Fields of a configuration. `dropout` and `vocab_multiple` are free, `block_size` may be smaller
             than the source's (the first positions are kept), others must agree; None asks for nothing.
         source: Where the weights are from, for messages.
 
@@ -55,11 +73,10 @@ def apply_overrides(config: GPTConfig, asked: Mapping[str, Any], source: object)
         ValueError: If a field disagrees; names the key, the value and the source's value.
     """
     asked = {key: value for key, value in asked.items() if value is not None}
-    known = asdict(config) | {
-        "n_inner": config.n_inner or 4 * config.n_embd,
-        "qkv_bias": config.bias if config.qkv_bias is None else config.qkv_bias,
-    }
+    known = config.values()
     for key, value in asked.items():
+        if key not in known:
+            raise ValueError(f"model.{key} is no option of the weights in {source}; leave the key out")
         smaller_block = key == "block_size" and type(value) is int and value < config.block_size
         if key not in ("dropout", "vocab_multiple") and value != known[key] and not smaller_block:
             raise ValueError(
@@ -70,14 +87,14 @@ def apply_overrides(config: GPTConfig, asked: Mapping[str, Any], source: object)
 
 @torch.no_grad()
 def build_with_weights(
-    config: GPTConfig,
+    config: ModelConfig,
     weights: Mapping[str, Tensor],
     asked: Mapping[str, Any],
     *,
     source: object,
     lora: LoRAConfig | None = None,
-) -> GPT:
-    """A GPT in float32 with the given weights.
+) -> CausalLM:
+    """A network in float32 with the given weights.
 
     Args:
         config: The configuration of the weights.
@@ -91,7 +108,7 @@ def build_with_weights(
     """
     _check_weights(config, weights, source, lora)
     with EmptyInit():
-        net = GPT(apply_overrides(config, asked, source))
+        net = NETWORKS[type(config)](apply_overrides(config, asked, source))
     if lora:
         add_adapters(net, lora)
     for name, parameter in net.named_parameters():
@@ -104,7 +121,7 @@ def build_with_weights(
 
 
 def _check_weights(
-    config: GPTConfig, weights: Mapping[str, Any], source: object, lora: LoRAConfig | None
+    config: ModelConfig, weights: Mapping[str, Any], source: object, lora: LoRAConfig | None
 ) -> None:
     """Compares weights with a configuration before anything of the size that it says is built.
 
@@ -133,15 +150,16 @@ def _check_weights(
         raise ValueError(f"{source} has weights that the model does not, such as {min(left)!r}")
 
 
-def _shapes(config: GPTConfig, lora: LoRAConfig | None, source: object) -> Iterator[tuple[str, torch.Size]]:
+def _shapes(config: ModelConfig, lora: LoRAConfig | None, source: object) -> Iterator[tuple[str, torch.Size]]:
     """Names and shapes of a model's parameters, from one layer without memory: a file can say any number."""
     try:
         with torch.device("meta"), EmptyInit():
-            net = GPT(replace(config, n_layer=1))
+            net = NETWORKS[type(config)](replace(config, n_layer=1))
             if lora:
                 add_adapters(net, lora)
     except (OverflowError, RuntimeError, TypeError) as error:
         raise ValueError(f"{source} has a configuration of impossible size; use another one") from error
     for name, parameter in net.named_parameters():
-        for layer in range(config.n_layer if ".h.0." in name else 1):
-            yield name.replace(".h.0.", f".h.{layer}."), parameter.shape
+        in_block = re.fullmatch(r"(.+\.(?:h|layers)\.)0(\..+)", name)
+        for layer in range(config.n_layer if in_block else 1):
+            yield f"{in_block[1]}{layer}{in_block[2]}" if in_block else name, parameter.shape

@@ -10,20 +10,24 @@ from hypothesis import strategies as st
 from gpt_lightning.inference import decoding
 from gpt_lightning.inference.decoding import stream, window_length
 from gpt_lightning.inference.sampling import SamplingSettings
-from gpt_lightning.model.gpt import GPT, GPTConfig
+from gpt_lightning.model.gpt import GPTConfig
+from gpt_lightning.model.qwen3 import Qwen3Config
+from gpt_lightning.model.weights import NETWORKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def net():
-    return build()
+@pytest.fixture(scope="module", params=[GPTConfig, Qwen3Config], ids=["GPT", "Qwen3"])
+def net(request):
+    return build(kind=request.param)
 
 
-def build(block_size=16, **values):
+def build(block_size=16, kind=GPTConfig, **values):
     """A random model in float64, where rounding does not decide between two tokens."""
     torch.manual_seed(0)
-    net = GPT(GPTConfig(vocab_size=61, block_size=block_size, n_layer=2, n_head=2, n_embd=16, **values))
+    values |= {"n_kv_head": 1} if kind is Qwen3Config else {}
+    shape = {"vocab_size": 61, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    net = NETWORKS[kind](kind(block_size=block_size, **shape, **values))
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return net.double()

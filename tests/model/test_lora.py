@@ -83,7 +83,7 @@ def test_logits_equal_peft_with_the_same_adapters(tmp_path: Path) -> None:
         ({"r": 2, "lora_alpha": 0}, "lora.lora_alpha=0 must be a number above 0"),
         ({"r": 2, "lora_dropout": 1}, r"lora.lora_dropout=1 must be a number in \[0, 1\)"),
         ({"r": 2, "target_modules": "c_attn"}, "lora.target_modules='c_attn' must be a list of c_attn, c_fc"),
-        ({"r": 2, "target_modules": ["q_proj"]}, "lora.target_modules="),
+        ({"r": 2, "target_modules": ["query"]}, "lora.target_modules="),
     ],
 )
 def test_bad_values_are_refused(options: dict, message: str) -> None:

@@ -13,15 +13,18 @@ import torch
 from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.inference.text import TextGenerator
 from gpt_lightning.model.gpt import GPT, GPTConfig
+from gpt_lightning.model.weights import NETWORKS
 
 BYTES = tokenizers.Byte().build(lambda split: iter(()))
 SHAPE = {"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16}
 
 
-def random_net(encoding: tiktoken.Encoding = BYTES, *, seed: int = 0, **options: Any) -> GPT:
+def random_net(
+    encoding: tiktoken.Encoding = BYTES, *, seed: int = 0, kind: type = GPTConfig, **options: Any
+) -> Any:
     """A model whose weights are large enough to show in its logits."""
     torch.manual_seed(seed)
-    net = GPT(GPTConfig(**{"vocab_size": encoding.n_vocab, **SHAPE, **options}))
+    net = NETWORKS[kind](kind(**{"vocab_size": encoding.n_vocab, **SHAPE, **options}))
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return net.eval()

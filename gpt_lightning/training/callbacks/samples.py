@@ -18,7 +18,7 @@ from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.data.files import atomic_write
 from gpt_lightning.inference.decoding import generate
 from gpt_lightning.inference.sampling import SamplingSettings
-from gpt_lightning.model.gpt import GPT
+from gpt_lightning.model.gpt import CausalLM
 from gpt_lightning.training.module import LanguageModel
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Samples(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
         net = pl_module.net
-        if not trainer.is_global_zero or not isinstance(net, GPT):  # other models may not generate
+        if not trainer.is_global_zero or not isinstance(net, CausalLM):  # other models may not generate
             return
         step, loss = trainer.global_step, pl_module.metrics["val/loss"]
         try:
@@ -87,7 +87,7 @@ class Samples(Callback):
         except Exception as error:  # nothing that only looks may end a run
             log.warning("step %d has no sample: %s", step, error)
 
-    def _sample(self, trainer: pl.Trainer, net: GPT, encoding: tiktoken.Encoding) -> None:
+    def _sample(self, trainer: pl.Trainer, net: CausalLM, encoding: tiktoken.Encoding) -> None:
         end = encoding.eot_token
         ids = tokenizers.encode_array(encoding, self.prompt).tolist() if self.prompt else []
         new = generate(net, [[end, *ids]], self.settings, stop_ids=(end,))[0]

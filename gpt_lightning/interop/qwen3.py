@@ -1,0 +1,100 @@
+"""Reads and writes Qwen3 and Llama weights in the Hugging Face layout, with the names of `model.qwen3`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gpt_lightning.data.files import json_object, reading, write_json
+from gpt_lightning.interop.gpt2 import read_weights, write_safetensors
+from gpt_lightning.model.gpt import CausalLM
+from gpt_lightning.model.qwen3 import EPS, Qwen3, Qwen3Config
+from gpt_lightning.model.weights import build_with_weights
+
+KINDS = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}  # by model_type
+# Settings of config.json that change the computation, with the value that Qwen3 implements
+COMPUTATION: dict[str, object] = {
+    "hidden_act": "silu",
+    "rms_norm_eps": EPS,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "rope_scaling": None,
+}
+
+
+def load_qwen3(folder: Path, **asked: Any) -> CausalLM:
+    """A Qwen3 in float32 with the weights of a folder.
+
+    Raises:
+        OSError: If the folder is incomplete.
+        ValueError: If it has an option that is not supported, or disagrees with a field that was asked for.
+    """
+    config = _read_config(folder / "config.json")
+    padding = {"vocab_multiple": Qwen3Config.vocab_multiple}
+    return build_with_weights(config, read_weights(folder), padding | asked, source=folder)
+
+
+def save_qwen3(net: Qwen3, folder: Path, *, end_of_text: int | None = None) -> None:
+    """Write config.json and model.safetensors without padding of the vocabulary, for `transformers`.
+
+    Args:
+        net: The model; without QK-norm it is a Llama.
+        folder: For the files.
+        end_of_text: Id with which `transformers` begins and ends texts.
+    """
+    config = net.config
+    kind = "qwen3" if config.qk_norm else "llama"
+    weights = {name: parameter.detach().float().cpu() for name, parameter in net.named_parameters()}
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & weights.keys():
+        weights[name] = weights[name][: config.vocab_size].contiguous()
+    write_safetensors(weights, folder / "model.safetensors")
+    settings = {
+        "architectures": [KINDS[kind]],
+        "model_type": kind,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.block_size,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.inner_width,
+        "rope_theta": config.rope_theta,
+        "attention_dropout": config.dropout,
+        "tie_word_embeddings": config.tie_weights,
+        **COMPUTATION,
+        "initializer_range": 0.02,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "dtype": "float32",
+    }
+    write_json(folder / "config.json", settings)
+
+
+def _read_config(path: Path) -> Qwen3Config:
+    with reading(
+        path, "is not the configuration of a Qwen3 or Llama that is supported", "load another model"
+    ):
+        source = json_object(path)
+        rope = source.get("rope_parameters") or {"rope_theta": source.get("rope_theta", 10000.0)}
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"rope_type={rope['rope_type']!r} is not supported, only 'default'")
+        for key, value in COMPUTATION.items():
+            if source.get(key, value) != value:
+                raise ValueError(f"{key}={source[key]!r} is not supported, only {value!r}")
+        return Qwen3Config(
+            vocab_size=source["vocab_size"],
+            block_size=source["max_position_embeddings"],
+            n_layer=source["num_hidden_layers"],
+            n_head=source["num_attention_heads"],
+            n_kv_head=source.get("num_key_value_heads"),
+            n_embd=source["hidden_size"],
+            n_inner=source["intermediate_size"],
+            head_dim=source.get("head_dim"),
+            rope_theta=float(rope["rope_theta"]),
+            qk_norm=source["model_type"] == "qwen3",
+            dropout=source.get("attention_dropout", 0.0),
+            tie_weights=source.get("tie_word_embeddings", False),
+            vocab_multiple=1,
+        )

@@ -1,0 +1,212 @@
+"""Qwen3 in one file, beside what it shares with GPT-2: rotary positions, RMSNorm, SwiGLU and QK-norm.
+
+B batch, T time (positions in one forward), C n_embd, H heads, G heads of keys and values, D head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn import functional as F
+
+from gpt_lightning.model.gpt import CausalLM, Head, KVCache, ModelConfig
+
+EPS = 1e-6  # added to the mean square, as in Qwen3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen3Config(ModelConfig):
+    """The configuration of a Qwen3, or of a Llama if `qk_norm` is off.
+
+    Args:
+        n_inner: None is 8/3 * n_embd, which gives as many parameters as GPT-2 has, in multiples of 8.
+        n_kv_head: Heads of keys and values, each for a group of query heads; divides n_head; None is n_head.
+        head_dim: Dimensions of a head, even; None is n_embd / n_head.
+        rope_theta: Base of the wavelengths of the rotary positions.
+        qk_norm: Whether queries and keys are normalized, as in Qwen3.
+    """
+
+    n_kv_head: int | None = None
+    head_dim: int | None = None
+    rope_theta: float = 10000.0
+    qk_norm: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.rope_theta) not in (int, float) or not 1 < self.rope_theta < math.inf:
+            raise ValueError(f"model.rope_theta={self.rope_theta!r} must be a finite number above 1")
+        if self.n_head % self.kv_heads:
+            raise ValueError(f"model.n_kv_head={self.n_kv_head} must divide model.n_head={self.n_head}")
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise ValueError(
+                f"model.n_head={self.n_head} does not divide model.n_embd={self.n_embd}; give model.head_dim"
+            )
+        if self.head_width % 2:
+            raise ValueError(f"a head of {self.head_width} dimensions has no pairs to rotate; make it even")
+
+    def values(self) -> dict[str, Any]:
+        return super().values() | {"n_kv_head": self.kv_heads, "head_dim": self.head_width}
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self) -> int:
+        """Dimensions of a head."""
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def inner_width(self) -> int:
+        """Width of the feed-forward layer."""
+        return self.n_inner or 8 * math.ceil(self.n_embd / 3)
+
+
+class Attention(nn.Module):
+    """Attention of each position to itself and earlier ones, whose scores depend on distances alone."""
+
+    def __init__(self, config: Qwen3Config, layer: int):
+        super().__init__()
+        C, D = config.n_embd, config.head_width
+        self.layer, self.n_head, self.n_kv_head, self.head_dim = layer, config.n_head, config.kv_heads, D
+        self.dropout = config.dropout
+        self.q_proj = nn.Linear(C, config.n_head * D, bias=False)
+        self.k_proj = nn.Linear(C, config.kv_heads * D, bias=False)
+        self.v_proj = nn.Linear(C, config.kv_heads * D, bias=False)
+        self.o_proj = nn.Linear(config.n_head * D, C, bias=False)
+        self.q_norm = nn.RMSNorm(D, eps=EPS) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(D, eps=EPS) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, rotation: Tensor, cache: KVCache | None = None) -> Tensor:
+        B, T, _ = x.shape
+        q = rotate(self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)), rotation)  # (B, T, H, D)
+        k = rotate(self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)), rotation)  # (B, T, G, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, G, D)
+        mask = None
+        keys, values = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, T, D)
+        if cache is not None:
+            stored = cache.update(self.layer, torch.stack([k, v], dim=2))
+            if T == 1:  # otherwise the row begins here, and has only the keys of this forward
+                (keys, values), mask = stored, cache.mask
+        if self.n_kv_head < self.n_head:  # each head of keys and values serves a group of queries
+            keys, values = (t.repeat_interleave(self.n_head // self.n_kv_head, 1) for t in (keys, values))
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            *(keys, values, mask),
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=T > 1,
+        )
+        return F.dropout(self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), self.dropout, self.training)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn each pair of dimensions (i, i + D/2) of a head by the angle of its position.
+
+    Args:
+        x: (B, T, heads, D).
+        rotation: Cosines and sines, (2, T, 1, D) or (2, B, T, 1, D).
+
+    Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021).
+    """
+    cos, sin = rotation.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class MLP(nn.Module):
+    """SwiGLU: Shazeer, "GLU Variants Improve Transformer" (2020)."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.gate_proj = nn.Linear(config.n_embd, config.inner_width, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.inner_width, bias=False)
+        self.down_proj = nn.Linear(config.inner_width, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each normalized before and added to the residual stream."""
+
+    def __init__(self, config: Qwen3Config, layer: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.n_embd, eps=EPS)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=EPS)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotation: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the final norm: from token ids to the inputs of the head."""
+
+    rotation: Tensor
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.embed_tokens = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        self.norm = nn.RMSNorm(config.n_embd, eps=EPS)
+        D = config.head_width
+        speeds = config.rope_theta ** (-torch.arange(0, D, 2).float() / D)  # radians per position, (D / 2,)
+        angles = torch.outer(torch.arange(config.block_size).float(), speeds).repeat(1, 2)  # (block_size, D)
+        self.register_buffer("rotation", torch.stack([angles.cos(), angles.sin()]), persistent=False)
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) ids to (B, T, C), at positions 0 to T - 1 or those of the cache."""
+        rotation = self.rotation[:, : idx.size(1)] if cache is None else self.rotation[:, cache.positions]
+        x = F.dropout(self.embed_tokens(idx), self.dropout, self.training)
+        for block in self.layers:
+            x = block(x, rotation.unsqueeze(-2), cache)
+        return self.norm(x)
+
+
+class Qwen3(CausalLM):
+    """A decoder-only transformer with Qwen3's architecture and parameter names.
+
+    Source: Qwen Team, "Qwen3 Technical Report" (2025), section 2.
+    """
+
+    config: Qwen3Config
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = Head(config)
+        if config.tie_weights:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        residual = 0.02 / math.sqrt(2 * config.n_layer)  # as in GPT-2
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=residual if is_residual else 0.02)
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        return self.model(idx, cache)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.layers
+
+
+def build_qwen3(**options: Any) -> Qwen3:
+    """A Qwen3 from the fields of `Qwen3Config` as keywords, for configuration files."""
+    return Qwen3(Qwen3Config(**options))

@@ -1,0 +1,148 @@
+"""Qwen3 and Llama against transformers, and from training to text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpt_lightning.inference.loading import load
+from gpt_lightning.interop.folder import read_folder
+from gpt_lightning.model.qwen3 import Qwen3, Qwen3Config
+
+transformers = pytest.importorskip("transformers")
+IDX = torch.randint(0, 61, (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+def theirs(kind: str, **options: Any) -> Any:
+    shape = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 24,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.2,
+        "head_dim": 16 if kind == "Qwen3" else 8,
+    }
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**shape | options)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["Qwen3", "Llama"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_folder_of_transformers_gives_the_same_logits(kind: str, tied: bool, tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    model = theirs(kind, tie_word_embeddings=tied, rope_parameters=rope)
+    model.save_pretrained(tmp_path)
+    net, tokenizer, _ = read_folder(tmp_path)
+    assert tokenizer is None
+    assert isinstance(net, Qwen3)
+    assert (net.config.qk_norm, net.config.rope_theta) == (kind == "Qwen3", 500.0)
+    with torch.no_grad():
+        logits = net.eval()(IDX)
+        torch.testing.assert_close(logits[..., :61], model(IDX).logits, atol=1e-4, rtol=1e-4)
+        assert bool((logits[..., 61:] == -torch.inf).all())
+        loss = model(IDX, labels=IDX).loss
+        torch.testing.assert_close(net(IDX[:, :-1], IDX[:, 1:]), loss, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 5e5}),
+        ("attention_bias", True),
+        ("hidden_act", "gelu"),
+        ("rms_norm_eps", 1e-5),
+        ("num_key_value_heads", 3),
+        ("num_hidden_layers", 10**9),
+        ("hidden_size", None),
+    ],
+)
+def test_folder_that_is_not_supported_is_refused(key: str, value: object, tmp_path: Path) -> None:
+    theirs("Llama").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        read_folder(tmp_path)
+
+
+def test_parameters_and_operations_are_those_counted_by_hand() -> None:
+    shape = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 30, "head_dim": 6, "block_size": 8}
+    net = Qwen3(Qwen3Config(vocab_size=100, **shape))
+    assert net.config.inner_width == 80  # 8/3 of 30
+    layer = 30 * 24 + 2 * 30 * 12 + 24 * 30 + 3 * 30 * 80 + 2 * 30 + 2 * 6
+    assert net.num_parameters() == 128 * 30 + 2 * layer + 30
+    assert net.flops_per_token() == 6 * net.num_parameters() + 12 * 2 * 24 * 8
+    untied = Qwen3(Qwen3Config(vocab_size=128, n_layer=1, n_embd=24, n_head=2, tie_weights=False))
+    assert untied.num_parameters() - untied.num_parameters(embeddings=False) == 128 * 24
+
+
+def test_roles_tell_matrices_of_blocks_from_the_rest() -> None:
+    net = Qwen3(Qwen3Config(vocab_size=64, n_layer=1, n_embd=24, n_head=2, tie_weights=False))
+    roles = net.parameter_roles()
+    hidden = {name.rsplit(".", 2)[1] for name, role in roles.items() if role == "hidden"}
+    assert hidden == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert roles["model.embed_tokens.weight"] == "embedding"
+    assert roles["lm_head.weight"] == "head"
+    assert {role for name, role in roles.items() if "norm" in name} == {"vector"}
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    net = Qwen3(Qwen3Config(vocab_size=61, n_layer=1, n_embd=24, n_head=2, dropout=0.5, block_size=24))
+    torch.manual_seed(0)
+    assert not torch.equal(net(IDX), net(IDX))
+    net.eval()
+    assert torch.equal(net(IDX), net(IDX))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_head": 5}, "model.n_head=5 does not divide model.n_embd=32; give model.head_dim"),
+        ({"n_kv_head": 3}, "model.n_kv_head=3 must divide model.n_head=4"),
+        ({"head_dim": 5}, "a head of 5 dimensions has no pairs"),
+        ({"rope_theta": 0.5}, "model.rope_theta=0.5 must be a finite number above 1"),
+        ({"qk_norm": 1}, "model.qk_norm=1 must be true or false"),
+        ({"head_dim": 0}, "model.head_dim=0 must be a whole number of at least 1"),
+        ({"dropout": 1}, r"model.dropout=1 must lie in \[0, 1\)"),
+    ],
+)
+def test_bad_values_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Qwen3Config(**{"vocab_size": 61, "n_head": 4, "n_embd": 32, **options})
+
+
+@pytest.mark.slow
+def test_run_is_trained_evaluated_fine_tuned_and_exported(
+    call: Callable[..., Any], tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [text for text in tiny if not text.startswith(("model", "hydra.run.dir"))]
+    shape = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_kv_head": 2, "block_size": 32}
+    model = ["model=modern_tiny", *(f"model.{key}={value}" for key, value in shape.items())]
+    run = tmp_path / "first"
+    call("train", *options, *model, "optimizer=muon", f"hydra.run.dir={run}")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["parameters"] == load(run).info["parameters"]
+    call("evaluate", f"checkpoint={run}", f"output={tmp_path / 'found.json'}")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["loss"] == pytest.approx(summary["val_loss"], rel=0.05)
+    assert len(load(run, dtype="int8").generate("The", max_new_tokens=8, temperature=0.0)) > 0
+    layers = "lora.target_modules=[q_proj,v_proj,down_proj]"
+    tuned = tmp_path / "tuned"
+    call("train", *options, f"init_from={run}", "lora.r=2", layers, f"hydra.run.dir={tuned}")
+    call("export", f"checkpoint={tuned}", f"output={tmp_path / 'out'}")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(exported).__name__ == "Qwen3ForCausalLM"
+    ids = torch.tensor([load(tuned).encode("The cat")])
+    with torch.no_grad():
+        expected = load(tuned).net(ids)[..., : exported.config.vocab_size]
+        torch.testing.assert_close(exported(ids).logits, expected, atol=1e-4, rtol=1e-4)
