@@ -86,7 +86,7 @@ def main(cfg: DictConfig) -> Report | None:
             return report
         print("\x1b[2J\x1b[H", end="")  # clears the terminal
         show(report)
-        if all(result.status in ("finished", "failed") for result in results):
+        if all(result.status in ("finished", "failed", "pruned") for result in results):
             return None
         time.sleep(WATCH_SECONDS)
 

@@ -1,4 +1,4 @@
-"""What docs/reliability.md says is tested, is, and the commands of docs/report.md can be composed."""
+"""What docs/reliability.md says is tested, is; the commands of docs/report.md and docs/sweeps.md compose."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import shlex
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from support.runs import ROOT
 
 from gpt_lightning.config.resolvers import CONF
 from gpt_lightning.config.rules import validate
+from gpt_lightning.sweeping.space import read_space
 
 PAGE = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
 ROWS = [re.split(r" \| ", line.strip("| ")) for line in PAGE.splitlines() if line.startswith("| ")][2:]
@@ -58,3 +60,29 @@ def test_command_of_the_page_on_reports_is_one(command: str) -> None:
             limits = (cfg.trainer.max_steps, cfg.trainer.max_flops or cfg.trainer.tokens_per_parameter)
             assert limits[0] is None
             assert limits[1] == float(job[1].partition("=")[2])
+
+
+SWEEPS = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
+SHOWN = [line for block in re.findall(r"```bash\n(.*?)```", SWEEPS, re.S) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_command_of_the_page_on_sweeps_can_be_composed(command: str) -> None:
+    _, _, module, *arguments = shlex.split(command)
+    name = module.removeprefix("gpt_lightning.")
+    given = [text for text in arguments if text != "-m"]
+    parsed = OverridesParser.create().parse_overrides(given)
+    fixed = [text for text, override in zip(given, parsed, strict=True) if not override.is_sweep_override()]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        params = compose(name, fixed, return_hydra_config=True).hydra.sweeper.params or {}
+        if params or len(fixed) < len(given):
+            space, _ = read_space(params, given, OverridesParser.create())
+            compose(name, fixed + [text for one in space for text in one.overrides(one.first)])
+
+
+def test_spaces_and_launchers_that_exist_are_described() -> None:
+    files = {path.stem for path in (CONF / "sweep").glob("optuna*.yaml")}
+    assert {name for name in re.findall(r"sweep=(\w+)", SWEEPS) if name != "learning_rate"} == files
+    launchers = {path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml")}
+    rows = SWEEPS.partition("| `hydra/launcher=` |")[2].partition("\n\n")[0]
+    assert launchers < set(re.findall(r"`(\w+)`", rows))

@@ -29,6 +29,7 @@ FRAMEWORKS = {
     ("gradio", "fastapi", "starlette", "uvicorn", "pydantic"): {"serving"},
     ("safetensors", "transformers", "huggingface_hub", "peft"): {"interop"},
     ("matplotlib",): {"rundir"},
+    ("optuna",): {"sweeping", "rundir/report_study.py"},
 }
 TORCH_IN_DATA = {"datamodule.py", "windows.py"}  # the rest of data/ works on numpy arrays
 

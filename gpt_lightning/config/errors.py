@@ -44,7 +44,8 @@ REMEDIES = {
     errno.EISDIR: "name a file",
 }
 EXTRAS = {"datasets": "hf", "transformers": "hf", "huggingface_hub": "hf", "sacrebleu": "eval"}
-EXTRAS |= dict.fromkeys(("fastapi", "gradio", "uvicorn"), "demo") | {"wandb": "wandb", "mlflow": "mlflow"}
+EXTRAS |= dict.fromkeys(("fastapi", "gradio", "uvicorn"), "demo")
+EXTRAS |= {name: name for name in ("wandb", "mlflow", "optuna")}
 SYNONYMS = {  # what other trainers call a key
     "learning_rate": "lr",
     "epochs": "max_epochs",

@@ -55,11 +55,17 @@ def recommended(key: str, default: Any, *, _root_: DictConfig) -> Any:
     return default if value is None else value
 
 
-def sweep_digest(*, _root_: DictConfig) -> str:
-    """Identifies what the jobs of a sweep have in common: the same sweep finds its directory again."""
+def sweep_digest(*also: str, _root_: DictConfig) -> str:
+    """Identifies what the jobs of a sweep have in common: the same sweep finds its directory again.
+
+    Keys below `hydra` and `sweep` count only if they are among `also`.
+    """
     values = OmegaConf.to_container(_root_, resolve=False)
     assert isinstance(values, dict)
     common = {key: value for key, value in values.items() if key not in ("hydra", "sweep")}
+    for key in also:
+        node = OmegaConf.select(_root_, key)
+        common[key] = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
     return hashlib.blake2b(json.dumps(common, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 

@@ -65,7 +65,9 @@ def newest_run(root: str | Path, *, prefer_unfinished: bool = False, with_checkp
 
     def rank(run: Path) -> tuple[bool, float]:
         status = read_json(run / "summary.json").get("status")
-        unfinished = status != "finished" and (status != "failed" or any(run.glob("checkpoints/*.ckpt")))
+        unfinished = status not in ("finished", "pruned") and (
+            status != "failed" or any(run.glob("checkpoints/*.ckpt"))
+        )
         return prefer_unfinished and unfinished, (run / "summary.json").stat().st_mtime
 
     runs = [run for run in runs_below(root) if not with_checkpoint or any(run.glob("checkpoints/*.ckpt"))]

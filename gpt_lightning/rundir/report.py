@@ -44,7 +44,7 @@ class Result:
         summary: Its summary.json, with the latest values of metrics.csv while it is not finished.
         overrides: Their values by key.
         validations: In the order of their steps.
-        status: finished, failed, running, interrupted, or, in a sweep, waiting.
+        status: finished, pruned, failed, running, interrupted, or, in a sweep, waiting.
         error: Why a job of a sweep failed.
     """
 
@@ -110,8 +110,8 @@ def _read(folder: Path, job: Mapping[str, Any]) -> Result:
 
 def _status(folder: Path, summary: RunSummary, job: Mapping[str, Any]) -> str:
     """How a run stands, by its summary, its lock, and the file of its sweep."""
-    if summary.get("status") == "finished":
-        return "finished"
+    if (over := summary.get("status")) in ("finished", "pruned"):
+        return over
     if is_locked(folder):
         return "running"
     told = str(job.get("status", "?"))

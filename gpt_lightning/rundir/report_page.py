@@ -11,6 +11,7 @@ from typing import Any
 
 from gpt_lightning.rundir.report import Result, notes, over_seeds, table
 from gpt_lightning.rundir.report_figures import FIGURES, label, scaling_law
+from gpt_lightning.rundir.report_study import study_figures
 from gpt_lightning.rundir.scaling import ScalingLaw, law_notes, law_table
 
 HEAD = """<!doctype html><!-- gpt_lightning report -->
@@ -59,7 +60,7 @@ def as_html(
     if law is not None:
         parts += ["<h2>Scaling law</h2>", *(f"<p>{html.escape(note)}</p>" for note in law_notes(law))]
         parts += [_table(*law_table(law, budget)), _drawn(scaling_law(law), "Losses and the law")]
-    for draw in FIGURES:
+    for draw in (*FIGURES, study_figures):
         for heading, figure in draw(results):
             parts += [f"<h2>{html.escape(heading)}</h2>", _drawn(figure, heading)]
     if best.loss is not None:

@@ -7,7 +7,7 @@ from typing import Literal, TypedDict, cast
 
 from gpt_lightning.data.files import read_json, write_json
 
-Status = Literal["finished", "interrupted", "failed"]
+Status = Literal["finished", "interrupted", "failed", "pruned"]  # pruned: by a sweep that searches
 
 
 class RunSummary(TypedDict, total=False):

@@ -16,7 +16,7 @@ from typing import Literal
 from gpt_lightning.config.command_line import key_of
 from gpt_lightning.data.files import atomic_write
 from gpt_lightning.rundir.ledger import LEDGER, read_ledger
-from gpt_lightning.rundir.summary import read_summary
+from gpt_lightning.rundir.summary import read_summary, write_summary
 
 LONGEST_NAME = 120  # characters
 ENDED = {124: "time limit", **{128 + number: number.name for number in (signal.SIGINT, signal.SIGTERM)}}
@@ -30,6 +30,7 @@ class Job:
     Attributes:
         name: What it overrides; also the name of its directory.
         overrides: Its command line.
+        number: Of the trial, in a search.
         status: How it stands.
         attempts: How often it was started.
         pid: Of the process that runs it.
@@ -41,7 +42,8 @@ class Job:
 
     name: str
     overrides: list[str]
-    status: Literal["waiting", "running", "finished", "interrupted", "failed"] = "waiting"
+    number: int | None = None
+    status: Literal["waiting", "running", "finished", "interrupted", "failed", "pruned"] = "waiting"
     attempts: int = 0
     pid: int | None = None
     started: str | None = None  # local time
@@ -59,13 +61,18 @@ class Job:
         summary = read_summary(folder)
         self.exit_code, self.seconds, self.pid = exit_code, round(seconds, 1), None
         self.result = summary.get("best_val_loss")
-        if exit_code == 0:
+        if exit_code == 0 or summary.get("status") == "finished":  # a signal came when all was written
             self.status = "finished"
         elif exit_code in ENDED:
             self.status, self.error = "interrupted", ENDED[exit_code]
         else:
             killed = f"killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else ""
             self.status, self.error = "failed", killed or last_line.removeprefix("error: ")
+
+    def prune(self, folder: Path) -> None:
+        """Note, also in its summary.json, that a search has stopped the run, which is not to be resumed."""
+        self.status, self.error = "pruned", None
+        write_summary(folder, {**read_summary(folder), "status": "pruned"})
 
 
 class Ledger:
@@ -84,8 +91,8 @@ class Ledger:
             earlier, summary = known.pop(job.name, {}), read_summary(self.place(job))
             for key in ("attempts", "started", "seconds", "exit_code", "error"):
                 setattr(job, key, earlier.get(key) or getattr(job, key))
-            if summary.get("status") == "finished":
-                job.status, job.result = "finished", summary.get("best_val_loss")
+            if (status := summary.get("status")) in ("finished", "pruned"):
+                job.status, job.result = status, summary.get("best_val_loss")
         self._others = list(known.values())  # of an earlier, larger sweep
 
     def place(self, job: Job) -> Path:

@@ -7,12 +7,12 @@ import os
 import signal
 import statistics
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
@@ -45,6 +45,9 @@ class ProcessLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config, self.stopped = config, 0
         self.running: dict[str, BaseProcess] = {}
+        self.guard = threading.RLock()  # of the ledger and its jobs
+        self.on_end: Callable[[Job], None] = lambda job: None
+        self.total: int | None = None  # jobs there will be, if they are not all in the ledger yet
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs.
@@ -53,19 +56,15 @@ class ProcessLauncher(Launcher):
             ConfigError: After all have run, if one failed, or if two are the same.
             SystemExit: If the sweep was told to end; its jobs have written checkpoints.
         """
-        setup_globals()
-        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         fixed: Any = OmegaConf.to_container(self.config.hydra.overrides.task, resolve=False)
-        folder = Path(str(self.config.hydra.sweep.dir)).resolve()
-        with locked(folder), self._signals():
+        with self.sweep() as folder:
             self.ledger = Ledger(folder, jobs_of(job_overrides, fixed))
             self.ledger.write()
-            self._run_all([job for job in self.ledger.jobs if job.status != "finished"])
+            waiting = [job for job in self.ledger.jobs if job.status != "finished"]
+            count = len(self.ledger.jobs)
+            log.info("sweep: %d jobs, %d of them finished before", count, count - len(waiting))
+            self.run_all(waiting)
         jobs = self.ledger.jobs
-        print(f"\n{self.ledger.table()}\nsweep: {folder}", flush=True)
-        if self.stopped:
-            log.info("the sweep was interrupted; the same command goes on with it")
-            raise SystemExit(128 + self.stopped)
         if failed := [job.name for job in jobs if job.status == "failed"]:
             raise ConfigError(
                 f"{len(failed)} of {len(jobs)} jobs failed: {' '.join(failed)}; their last lines are in "
@@ -73,40 +72,64 @@ class ProcessLauncher(Launcher):
             )
         return [_result(job) for job in jobs]
 
-    def _run_all(self, waiting: list[Job]) -> None:
-        at_once = self.config.sweep.jobs
-        self.pool, self.guard = Pool(), threading.RLock()
-        self.slots: SimpleQueue[dict[str, str]] = SimpleQueue()
-        for variables in shares(at_once):
-            self.slots.put(variables)
-        count = len(self.ledger.jobs)
-        log.info("sweep: %d jobs, %d of them finished before", count, count - len(waiting))
-        with ThreadPoolExecutor(at_once) as threads:
-            list(threads.map(self._run, waiting))
+    @contextmanager
+    def sweep(self) -> Iterator[Path]:
+        """The directory of the sweep, locked; shows its table at the end, and ends the command if told to.
 
-    def _run(self, job: Job) -> None:
-        """Run a job, again if it fails and there are retries left."""
-        folder, variables = self.ledger.place(job), self.slots.get()
-        try:
-            for _ in range(1 + self.config.sweep.retries):
-                if self.stopped:
-                    return
-                job.begin()
-                ended = self.pool.run(
-                    self.arguments(job, folder),
-                    variables=variables,
-                    show=lambda line: print(f"[{job.name}] {line}", flush=True),
-                    started=lambda process: self._started(job, process),
-                )
+        Raises:
+            SystemExit: If a signal came.
+        """
+        setup_globals()
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        folder = Path(str(self.config.hydra.sweep.dir)).resolve()
+        with locked(folder), self._signals():
+            yield folder
+        print(f"\n{self.ledger.table()}\nsweep: {folder}", flush=True)
+        if self.stopped:
+            log.info("the sweep was interrupted; the same command goes on with it")
+            raise SystemExit(128 + self.stopped)
+
+    def run_all(self, jobs: Iterable[Job]) -> None:
+        """Run jobs, `sweep.jobs` at once; a job is taken from the iterable when it can start."""
+        self.pool, iterator = Pool(), iter(jobs)
+
+        def work(variables: dict[str, str]) -> None:
+            while not self.stopped:
                 with self.guard:
-                    self.running.pop(job.name)
-                    job.end(folder, *ended)
-                    self.ledger.write()
-                    print(self._progress(job), flush=True)
-                if job.status != "failed":
+                    job = next(iterator, None)
+                if job is None:
                     return
-        finally:
-            self.slots.put(variables)
+                self._run(job, variables)
+
+        with ThreadPoolExecutor(self.config.sweep.jobs) as threads:
+            list(threads.map(work, shares(self.config.sweep.jobs)))
+
+    def _run(self, job: Job, variables: dict[str, str]) -> None:
+        """Run a job, again if it fails and there are retries left."""
+        folder = self.ledger.place(job)
+        for left in reversed(range(1 + self.config.sweep.retries)):
+            wait_for_lock(folder)
+            if self.stopped:
+                return
+            job.begin()
+            ended = self.pool.run(
+                self.arguments(job, folder),
+                variables=variables,
+                show=lambda line: print(f"[{job.name}] {line}", flush=True),
+                started=lambda process: self._started(job, process),
+            )
+            with self.guard:
+                self.running.pop(job.name)
+                job.end(folder, *ended)
+                if self.stopped and job.status == "failed":  # the signal may have come while it was starting
+                    job.status = "interrupted"
+                again = job.status == "failed" and left > 0
+                if not again:
+                    self.on_end(job)
+                self.ledger.write()
+                print(self._progress(job), flush=True)
+            if not again:
+                return
 
     def _started(self, job: Job, process: BaseProcess) -> None:
         with self.guard:
@@ -130,9 +153,9 @@ class ProcessLauncher(Launcher):
 
     def _progress(self, job: Job) -> str:
         """The line of a job that ended."""
-        jobs = self.ledger.jobs
+        jobs, total = self.ledger.jobs, self.total or len(self.ledger.jobs)
         over = [one for one in jobs if one.status not in ("waiting", "running")]
-        text = f"[{len(over)}/{len(jobs)}] {job.name}: {job.status}"
+        text = f"[{len(over)}/{total}] {job.name}: {job.status}"
         if job.status == "finished" and job.result is not None:
             text += f", best validation loss {job.result:.4f}"
         if job.error:
@@ -141,9 +164,9 @@ class ProcessLauncher(Launcher):
         if results:
             text += " | best so far {:.4f} of {}".format(*min(results))
         seconds = [one.seconds for one in over if one.seconds and one.status == "finished"]
-        if seconds and len(over) < len(jobs):
+        if seconds and len(over) < total:
             at_once = max(1, len(self.running) + 1)
-            left = statistics.median(seconds) * (len(jobs) - len(over)) / at_once
+            left = statistics.median(seconds) * (total - len(over)) / at_once
             text += f" | about {left / 60:.0f} min left" if left >= 60 else f" | about {left:.0f} s left"
         return text
 
@@ -163,6 +186,17 @@ class ProcessLauncher(Launcher):
         finally:
             for number, action in before.items():
                 signal.signal(number, action)
+
+
+def wait_for_lock(folder: Path, seconds: float = 60) -> None:
+    """Wait for the job of a sweep that was killed, which writes a checkpoint before it ends."""
+    end = time.monotonic() + seconds
+    while folder.exists() and time.monotonic() < end:
+        try:
+            with locked(folder):
+                return
+        except ValueError:
+            time.sleep(0.1)
 
 
 def shares(at_once: int) -> list[dict[str, str]]:

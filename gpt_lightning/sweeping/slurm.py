@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from gpt_lightning.config.errors import ConfigError
@@ -46,8 +46,8 @@ class SlurmLauncher(ProcessLauncher):
     def __init__(self, sbatch: Mapping[str, str | int] | None = None):
         self.sbatch = dict(sbatch or {})
 
-    def _run_all(self, waiting: list[Job]) -> None:
-        folder, at_once = self.ledger.folder, self.config.sweep.jobs
+    def run_all(self, jobs: Iterable[Job]) -> None:
+        folder, at_once, waiting = self.ledger.folder, self.config.sweep.jobs, list(jobs)
         if (folder / SUBMITTED).is_file():
             number = (folder / SUBMITTED).read_text().strip()
             if slurm("squeue", "--noheader", f"--jobs={number}", missing=""):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,63 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from support.runs import TINY
+from support.sweeps import OPTIONS, end, is_running, ledger, reached, start, wait_for
 
 from gpt_lightning.rundir.checkpoint import read_checkpoint
-from gpt_lightning.rundir.ledger import read_ledger
 from gpt_lightning.rundir.metrics import read_metrics
 from gpt_lightning.sweeping.jobs import jobs_of, name_of
 from gpt_lightning.sweeping.launcher import shares
 from gpt_lightning.sweeping.process import job_environment
 
-OPTIONS = [*TINY, "logger=none", "callbacks.samples=null", "callbacks.layers=null"]
 LONG = ["trainer.max_steps=600", "trainer.save_every_steps=20", "trainer.val_every_steps=100"]
 
 
 @pytest.fixture
 def options(small_text: Path, tmp_path: Path) -> list[str]:
     return [*OPTIONS, f"data.path={small_text}", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
-
-
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "gpt_lightning.train", *arguments],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def end(process: subprocess.Popen[str], code: int) -> str:
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode == code, out
-    return out
-
-
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def ledger(folder: Path) -> dict[str, dict[str, Any]]:
-    return {job["name"]: job for job in read_ledger(folder)}
-
-
-def reached(run: Path, step: int) -> Callable[[], bool]:
-    path = run / "metrics.csv"
-    return lambda: path.exists() and any(row["step"] >= step for row in read_metrics(path))
-
-
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @pytest.mark.slow
