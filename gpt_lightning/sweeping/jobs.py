@@ -90,7 +90,7 @@ class Ledger:
         for job in self.jobs:
             earlier, summary = known.pop(job.name, {}), read_summary(self.place(job))
             for key in ("attempts", "started", "seconds", "exit_code", "error"):
-                setattr(job, key, earlier.get(key) or getattr(job, key))
+                setattr(job, key, earlier.get(key, getattr(job, key)))
             if (status := summary.get("status")) in ("finished", "pruned"):
                 job.status, job.result = status, summary.get("best_val_loss")
         self._others = list(known.values())  # of an earlier, larger sweep

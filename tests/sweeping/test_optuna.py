@@ -263,6 +263,7 @@ def test_directories_that_share_a_study_never_have_the_same_trial(storage: str, 
 def test_end_that_the_command_did_not_live_to_tell_is_told_by_the_next_one(tmp_path: Path) -> None:
     search = opened(tmp_path / "a")
     jobs = [search.ledger.jobs[-1] for _ in zip(range(3), search.jobs(), strict=False)]
+    jobs[0].exit_code = 0
     search.ledger.write()
     for job, status in zip(jobs, ("finished", "pruned", "interrupted"), strict=True):
         run = search.ledger.place(job)
@@ -272,6 +273,7 @@ def test_end_that_the_command_did_not_live_to_tell_is_told_by_the_next_one(tmp_p
         journal.write('{"op_code":')  # a disk was full
     (tmp_path / "a" / f"{JOURNAL}.lock").touch()
     again = opened(tmp_path / "a")
+    assert again.ledger.jobs[0].exit_code == 0
     assert [job.number for job in again.jobs()] == [2, 3]
     assert [trial.state.name for trial in again.study.trials] == ["COMPLETE", "PRUNED", "RUNNING", "RUNNING"]
     assert "1 finished, 1 pruned, 2 running\nbest trial: 0, validation loss 2.5000" in again.best()
