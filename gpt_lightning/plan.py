@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from gpt_lightning.config.build import (
     build_net,
     build_parts,
+    device_count,
     memory_needs,
     prepare_data,
     starting_point,
@@ -69,19 +70,6 @@ def notes_on(cfg: DictConfig, *, tokens: int, parameters: int, epochs: float, ma
     if (cfg.trainer.save_every_steps or 0) > max_steps:
         notes.append("trainer.save_every_steps exceeds trainer.max_steps; a crash would lose everything")
     return notes
-
-
-def device_count(cfg: DictConfig) -> int:
-    """How many devices share a batch, over all nodes."""
-    import torch
-
-    devices, accelerator = cfg.device.devices, cfg.device.accelerator
-    if devices == "auto":
-        on_cuda = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
-        devices = max(1, torch.cuda.device_count()) if on_cuda else 1
-    elif not isinstance(devices, int):
-        devices = len(devices)
-    return int(devices * cfg.trainer.num_nodes)
 
 
 def sampled(schedule: Callable[[int], float], max_steps: int, *, points: int = 48) -> list[float]:

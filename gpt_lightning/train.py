@@ -28,13 +28,15 @@ from gpt_lightning.config.command import command
 from gpt_lightning.config.command_line import key_of
 from gpt_lightning.config.errors import lacks_memory
 from gpt_lightning.config.rules import parse_duration, validate
-from gpt_lightning.config.run_directory import is_first_rank, refuse_to_overwrite
+from gpt_lightning.config.run_directory import refuse_to_overwrite
 from gpt_lightning.config.start import (
     OWN_KEYS,
     check_corpus,
     check_extension,
+    is_first_rank,
     record_extension,
     start_arguments,
+    tell_other_ranks,
     warn_of_versions,
     with_recorded_values,
 )
@@ -128,14 +130,16 @@ def train(cfg: DictConfig, folder: Path, deadline: float) -> None:
     from gpt_lightning.training.fit import describe, fit, quiet_lightning
 
     quiet_lightning()
-    end_with_parent()
+    end_with_parent(folder)
     parts, before = build_parts(cfg), read_summary(folder)
     if cfg.resume and before.get("status") == "finished" and not check_extension(cfg, before["steps"]):
         log.info("the run in %s is finished; there is nothing to resume", folder)
+        tell_other_ranks(None, cfg.trainer.timeout_seconds)
         return
     trainer = build_trainer(cfg, parts.callbacks, loggers=[])
     overrides = [f"resume={folder}"] if cfg.resume else HydraConfig.get().overrides.task
     log.info("run: %s\ncommand: python -m gpt_lightning.train %s", folder, shlex.join(map(str, overrides)))
+    tell_other_ranks(folder, cfg.trainer.timeout_seconds)
     checkpoint, step, net, prepared = starting_state(cfg, parts, folder)
     pl.seed_everything(cfg.seed, verbose=False)
     torch.set_float32_matmul_precision(cfg.device.matmul_precision)

@@ -245,6 +245,19 @@ def build_loggers(cfg: DictConfig, resume_step: int | None) -> list[Any]:
     return loggers
 
 
+def device_count(cfg: DictConfig) -> int:
+    """How many devices share a batch, over all machines."""
+    devices, accelerator = cfg.device.devices, cfg.device.accelerator
+    if devices == "auto":
+        import torch
+
+        on_cuda = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
+        devices = max(1, torch.cuda.device_count()) if on_cuda else 1
+    elif not isinstance(devices, int):
+        devices = len(devices)
+    return int(devices * cfg.trainer.num_nodes)
+
+
 def build_trainer(cfg: DictConfig, callbacks: list[Any], loggers: list[Any]) -> pl.Trainer:
     """Lightning's Trainer as the configuration has it."""
     import lightning.pytorch as pl
@@ -253,20 +266,22 @@ def build_trainer(cfg: DictConfig, callbacks: list[Any], loggers: list[Any]) -> 
 
     from gpt_lightning.data.windows import split_batch
     from gpt_lightning.training.callbacks.checkpoints import AtomicCheckpointIO
+    from gpt_lightning.training.strategies import strategy
 
     if cfg.device.accelerator == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device.accelerator=cuda: torch finds no NVIDIA GPU here; use device=cpu")
     settings = cfg.trainer
-    strategy = settings.strategy
+    named = settings.strategy
     ours: dict[str, Any] = {
         "accelerator": cfg.device.accelerator,
         "devices": cfg.device.devices,
         "num_nodes": settings.num_nodes,
-        "strategy": strategy if isinstance(strategy, str) else build(cfg, "trainer.strategy"),
+        "strategy": strategy(named, devices=device_count(cfg), timeout=settings.timeout_seconds)
+        if isinstance(named, str)
+        else build(cfg, "trainer.strategy"),
         "precision": cfg.device.precision,
         "max_steps": settings.max_steps or -1,  # the data tells how many an epoch has
         "max_epochs": -1,  # the loader runs through the epochs by itself
-        "limit_val_batches": settings.val_batches or 1.0,
         "check_val_every_n_epoch": None,
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 1,  # this package's callbacks decide when to log
@@ -426,6 +441,7 @@ def build_data(cfg: DictConfig, prepared: Prepared) -> TextDataModule:
         **prepared.windows,
         micro_batch_size=cfg.device.micro_batch_size,
         max_steps=prepared.max_steps,
+        val_batches=cfg.trainer.val_batches,
         seed=cfg.seed,
         shuffle=cfg.data.shuffle,
         num_workers=cfg.data.num_workers,
@@ -468,10 +484,15 @@ def without_recommendations(cfg: DictConfig) -> dict[str, Any]:
 def build_module(cfg: DictConfig, parts: Parts, prepared: Prepared, net: Any = None) -> LanguageModel:
     """The network, new unless given, in its LightningModule."""
     from gpt_lightning.training.module import LanguageModel
+    from gpt_lightning.training.strategies import blocks, recompute
 
     net = build_net(cfg, prepared.vocab_size, net)
+    if cfg.trainer.activation_checkpointing:
+        for block in blocks(net):
+            recompute(block)
     if cfg.device.compile:
-        net.compile()  # in place: the names of the parameters stay
+        for part in blocks(net) if cfg.trainer.strategy == "fsdp" else [net]:  # what is sharded as a whole
+            part.compile()  # in place: the names of the parameters stay
     return LanguageModel(
         net,
         optimizer=parts.optimizer,

@@ -168,6 +168,8 @@ RULES: dict[str, Rule] = {
     "trainer.snapshot_every_steps": number(int, least=1, optional=True),
     "trainer.clip_norm": number(float, above=0, optional=True),
     "trainer.num_nodes": number(int, least=1),
+    "trainer.activation_checkpointing": one_of(True, False),
+    "trainer.timeout_seconds": number(int, least=1, most=86_400),
     "trainer.deterministic": one_of(True, False, "warn"),
 }
 # arguments of Lightning's Trainer that have a key of their own here

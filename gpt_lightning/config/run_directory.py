@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from gpt_lightning.config.errors import ConfigError, Refusal
 from gpt_lightning.config.rules import check, number
-from gpt_lightning.config.start import flat, read_yaml
+from gpt_lightning.config.start import check_processes, flat, is_first_rank, read_yaml
 from gpt_lightning.rundir.directory import holds_run, release_lock, take_lock
 
 OURS = "hydra_plugins.gpt_lightning_sweeps."  # launchers that go on with a sweep
 SWEEP = {"sweep.jobs": number(int, least=1, most=1000), "sweep.retries": number(int, least=0)}
-RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # not 0 in all processes of a run but one
 
 
 class RunDirectory(Callback):
@@ -31,6 +29,7 @@ class RunDirectory(Callback):
         if not is_first_rank():
             return  # the first rank judges; it may have begun already
         with refusing():
+            check_processes(config)
             paths: Any = OmegaConf.to_container(config.paths, resolve=False)
             if paths["run"] != "${hydra:runtime.output_dir}":
                 raise ConfigError(f"paths.run={paths['run']} would separate a run; set hydra.run.dir instead")
@@ -80,11 +79,6 @@ def check_same_sweep(folder: Path, config: DictConfig) -> None:
         raise ConfigError(
             f"{folder} holds another sweep: {'; '.join(differing)}; name another hydra.sweep.dir="
         )
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the first of those that train a run, as the environment has it."""
-    return all(os.environ.get(rank, "0") == "0" for rank in RANKS)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from gpt_lightning.config.build import build, is_defined_in, targets, with_length
+from gpt_lightning.config.build import build, device_count, is_defined_in, targets, with_length
 from gpt_lightning.config.command_line import (
     begins_a_run,
     key_of,
@@ -63,7 +63,14 @@ HARMLESS = (
     "trainer.save_every_steps",
     "trainer.keep_last",
     "trainer.snapshot_every_steps",
+    "trainer.timeout_seconds",
     "time_limit",
+)
+ELASTIC = (  # what may differ, too: it changes the weights by rounding alone
+    "device.devices",
+    "device.micro_batch_size",
+    "trainer.num_nodes",
+    "trainer.strategy",
 )
 VALIDATION = ("trainer.val_every_steps", "trainer.val_batches")  # determine when early stopping ends a run
 RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")  # of SLURM's jobs, and of torchrun's
@@ -78,6 +85,12 @@ SAFE = (
 )
 SWEEP = "multirun.yaml"  # that Hydra leaves in the directory of a sweep
 OTHER_RANK = "hydra.output_subdir=null"  # in the command line of a process that the first rank started
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # not 0 in all processes of a run but one
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the first of those that train a run, as the environment has it."""
+    return all(os.environ.get(rank, "0") == "0" for rank in RANKS)
 
 
 def start_arguments(arguments: list[str]) -> list[str]:
@@ -95,8 +108,8 @@ def start_arguments(arguments: list[str]) -> list[str]:
     found, flags, given = split_arguments(arguments)
     given = readable(given) if not found.multirun else readable([*flags, *given])[len(flags) :]
     arguments = [*flags, *given]
-    if OTHER_RANK in given:
-        return arguments
+    if not is_first_rank() and begins_a_run(arguments):
+        return _arguments_of_other_rank(arguments)
     directory = value_of(given, "hydra.run.dir")
     restarted = any(os.environ.get(count, "0") != "0" for count in RESTARTS)
     if value_of(given, "resume") is None and restarted and begins_a_run(arguments):
@@ -123,6 +136,81 @@ def start_arguments(arguments: list[str]) -> list[str]:
         )
     place = verbatim("hydra.run.dir")([f"hydra.run.dir={resume}"])
     return [*_with_recorded(flags, given, "resume", resume), *place, OTHER_RANK]
+
+
+def _arguments_of_other_rank(arguments: list[str]) -> list[str]:
+    """The command line of a process that is not the first one of its run: it joins the run of the first one.
+
+    Lightning starts such a process with the command line of the first one. One that torchrun or srun started
+    waits for it, so that all agree on the run directory and on what is resumed.
+
+    Raises:
+        SystemExit: If there is nothing to do.
+    """
+    if OTHER_RANK not in arguments:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported; see `QUIET`
+        from gpt_lightning.training.processes import TIMEOUT, await_start, starter
+
+        _check_srun()
+        if (place := starter()) is None:
+            return arguments
+        limit = value_of(arguments, "trainer.timeout_seconds") or ""
+        start = await_start(place, float(limit) if limit.isdecimal() else TIMEOUT)
+        if start is None:
+            raise SystemExit(0)
+        go_to(start["cwd"])
+        arguments = start["arguments"]
+    return [*arguments, "hydra/job_logging=rank"]
+
+
+def tell_other_ranks(folder: Path | None, timeout: float) -> None:
+    """Let the processes that torchrun or srun started join the run in a folder; None ends them."""
+    if is_first_rank() and os.environ.keys() & {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS"}:
+        from gpt_lightning.training.processes import tell_start
+
+        place = verbatim("hydra.run.dir")([f"hydra.run.dir={folder}"])
+        arguments = [*sys.argv[1:], *place, OTHER_RANK]
+        start = {"arguments": arguments, "cwd": str(Path.cwd())}
+        tell_start(None if folder is None else start, timeout)
+
+
+def check_processes(cfg: DictConfig) -> None:
+    """Refuse a number of started processes that is not the one that the configuration asks for.
+
+    Raises:
+        ConfigError: With the values that fit.
+    """
+    _check_srun()
+    asked, environment = device_count(cfg), os.environ
+    what = f"device.devices={cfg.device.devices} trainer.num_nodes={cfg.trainer.num_nodes}"
+    variable = "WORLD_SIZE" if "WORLD_SIZE" in environment or not _srun_used() else "SLURM_NTASKS"
+    size = environment.get(variable)
+    if size is None or not size.isdecimal():
+        if cfg.trainer.num_nodes > 1:
+            raise ConfigError(
+                f"trainer.num_nodes={cfg.trainer.num_nodes}: nothing has started processes on other "
+                "machines; start the command with torchrun or srun on each of them"
+            )
+    elif int(size) != asked:
+        local = environment.get("LOCAL_WORLD_SIZE", "")
+        nodes = environment.get("SLURM_NNODES", "1") if variable == "SLURM_NTASKS" else ""
+        each = int(local) if local.isdecimal() else int(size) // int(nodes or 1)
+        raise ConfigError(
+            f"{what} is {asked} process{'es' * (asked > 1)}, but {variable}={size} in the environment: "
+            f"set device.devices={each} trainer.num_nodes={int(size) // each}, or start as many"
+        )
+
+
+def _srun_used() -> bool:
+    """Whether srun started this process, as Lightning has it."""
+    return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+
+
+def _check_srun() -> None:
+    """Refuse tasks that SLURM may spread over the machines as it likes, which Lightning does not support."""
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if _srun_used() and tasks != "1" and "SLURM_NTASKS_PER_NODE" not in os.environ:
+        raise ConfigError(f"SLURM_NTASKS={tasks}: give srun --ntasks-per-node= instead of --ntasks=")
 
 
 def plan_arguments(arguments: list[str]) -> list[str]:
@@ -360,7 +448,7 @@ def _covered(key: str, overridden: list[str]) -> bool:
 
 def _check_unchanged(cfg: DictConfig, keys: list[str], before: dict[str, Any], now: dict[str, Any]) -> None:
     stops_early = _stops_early(cfg)
-    allowed = [rule for rule in HARMLESS if not (stops_early and rule in VALIDATION)]
+    allowed = [rule for rule in HARMLESS + ELASTIC if not (stops_early and rule in VALIDATION)]
     differing = [
         key
         for key in sorted(before.keys() | now.keys())

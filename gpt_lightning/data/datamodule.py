@@ -79,6 +79,7 @@ class TextDataModule(pl.LightningDataModule):
         batch_size: Sequences per optimizer step over all devices.
         micro_batch_size: Maximum of sequences per device per forward; None is no limit.
         max_steps: Optimizer steps of the run.
+        val_batches: Micro-batches of a validation, as a single process has them; None reads the whole split.
         num_workers, pin_memory: As in `PositionedLoader`.
         order: The other arguments of `TrainBatches`: seed, stride, shuffle, drop_last, random_offset.
 
@@ -94,6 +95,7 @@ class TextDataModule(pl.LightningDataModule):
         batch_size: int,
         micro_batch_size: int | None,
         max_steps: int,
+        val_batches: int | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
         **order: Any,
@@ -102,6 +104,7 @@ class TextDataModule(pl.LightningDataModule):
         EvalBatches(store, block_size=block_size, micro_batch_size=1)  # raises if there is too little text
         self.store, self.block_size, self.batch_size = store, block_size, batch_size
         self.micro_batch_size, self.max_steps, self.order = micro_batch_size, max_steps, order
+        self.val_batches = val_batches
         self.loading: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
 
     @property
@@ -130,7 +133,9 @@ class TextDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> PositionedLoader:
         place = self._place()
-        dataset = EvalBatches(self.store, block_size=self.block_size, **place)
+        alone, _ = split_batch(self.batch_size, self.micro_batch_size, 1)  # so that all read the same text
+        most = self.val_batches * alone if self.val_batches else None
+        dataset = EvalBatches(self.store, block_size=self.block_size, most=most, **place)
         return self._loader(dataset, place, resumable=False)
 
     def _loader(self, dataset: Dataset[Batch], place: dict[str, Any], *, resumable: bool) -> PositionedLoader:

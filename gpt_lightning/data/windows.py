@@ -189,12 +189,20 @@ class EvalBatches(_Batches):
     """Windows end to end: every token of a split except the first is a target exactly once.
 
     The last window is padded with ignored targets, and so are micro-batches to give all ranks as many.
+
+    Args:
+        store, split: The tokens.
+        block_size: Tokens of a window, T.
+        micro_batch_size: Sequences per device per forward, B.
+        most: Windows to read, the first ones; None reads all.
+        rank, world_size: This process and the number of processes.
     """
 
     split: Split = "val"
     _: KW_ONLY
     block_size: int
     micro_batch_size: int
+    most: int | None = None
     rank: int = 0
     world_size: int = 1
 
@@ -205,15 +213,21 @@ class EvalBatches(_Batches):
                 "use more text or raise data.val_fraction"
             )
 
+    @cached_property
+    def targets(self) -> int:
+        """Tokens that are targets."""
+        everything = len(self.tokens) - 1
+        return everything if self.most is None else min(everything, self.most * self.block_size)
+
     def __len__(self) -> int:
-        windows = -(-(len(self.tokens) - 1) // self.block_size)
+        windows = -(-self.targets // self.block_size)
         return -(-windows // (self.micro_batch_size * self.world_size))
 
     def __getitem__(self, b: int) -> Batch:
         first = (b * self.world_size + self.rank) * self.micro_batch_size
         starts = np.arange(first, first + self.micro_batch_size) * self.block_size
         position = starts[:, None] + np.arange(self.block_size)
-        last = len(self.tokens) - 1
+        last = self.targets
         x = self.tokens[np.minimum(position, last)].astype(np.int64)
         y = self.tokens[np.minimum(position + 1, last)].astype(np.int64)
         y[position + 1 > last] = IGNORE

@@ -190,5 +190,7 @@ def quiet_lightning() -> None:
         logger.handlers.clear()  # else every line is printed twice
     # Lightning 2.6 calls a function that torch 2.12 deprecates
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*", category=FutureWarning)
+    # the module reduces what it measures itself
+    warnings.filterwarnings("ignore", message=r"It is recommended to use .*sync_dist=True")
     # which is expected when a run is resumed
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")

@@ -22,7 +22,8 @@ from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.model.gpt import IGNORE
 from gpt_lightning.rundir.checkpoint import Progress
 from gpt_lightning.training.loggers import log_metrics
-from gpt_lightning.training.optimizers import OptimizerFactory, by_role, parameter_groups, parameter_roles
+from gpt_lightning.training.optimizers import OptimizerFactory, by_role, parameter_groups
+from gpt_lightning.training.strategies import shard, whole
 
 log = logging.getLogger(__name__)
 UNTRAINED = 1.05  # largest loss of an untrained model, in multiples of that of guessing every token
@@ -74,7 +75,6 @@ class LanguageModel(pl.LightningModule):
             "token_bytes", torch.from_numpy(np.asarray(tokenizers.token_bytes(tokenizer))), persistent=False
         )
         self.n_parameters = sum(p.numel() for p in net.parameters())
-        self._roles = parameter_roles(net)  # now, because sharding flattens the parameters
         self._loss_sum = torch.zeros(())  # not a buffer, so that it stays in 32 bits if the weights do not
         self.train_loss, self.grad_norm = torch.tensor(math.nan), torch.tensor(math.nan)
         self.lr = math.nan
@@ -85,6 +85,10 @@ class LanguageModel(pl.LightningModule):
         self._sums: Tensor | None = None
 
     token_bytes: Tensor
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:  # which trainer=fsdp has
+            shard(self.net, self.device_mesh["data_parallel"], precision=self.trainer.precision)
 
     def on_train_start(self) -> None:
         self._loss_sum = torch.zeros((), device=self.device)
@@ -106,18 +110,14 @@ class LanguageModel(pl.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
         limit = math.inf if self.clip_norm is None else self.clip_norm
-        root: Any = self.trainer.strategy.model
-        if hasattr(root, "clip_grad_norm_"):  # FSDP clips the shards itself
-            self.grad_norm = root.clip_grad_norm_(limit)
-            self.before_step()
-            return
-        self.grad_norm = nn.utils.get_total_norm(p.grad for p in self.parameters() if p.grad is not None)
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        self.grad_norm = whole(nn.utils.get_total_norm(gradients))
         self.before_step()
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters(), limit, self.grad_norm)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(parameter_groups(self.net, self._roles, by_role=by_role(self.optimizer)))
+        optimizer = self.optimizer(parameter_groups(self.net, by_role=by_role(self.optimizer)))
         scheduler = LambdaLR(optimizer, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

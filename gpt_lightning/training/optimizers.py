@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 ParamGroups = list[dict[str, Any]]
-SHARDED = "_fsdp_wrapped_module."  # what FSDP puts into names
 OptimizerFactory = Callable[[ParamGroups], Optimizer]
 
 
@@ -30,23 +29,20 @@ def parameter_roles(module: nn.Module) -> dict[str, str]:
     }
 
 
-def parameter_groups(
-    module: nn.Module, roles: Mapping[str, str] | None = None, *, by_role: bool = False
-) -> ParamGroups:
+def parameter_groups(module: nn.Module, *, by_role: bool = False) -> ParamGroups:
     """Parameter groups: matrices, which decay as the optimizer says, and vectors, which never do.
 
     Parameters with requires_grad=False are left out.
 
     Args:
         module: The network.
-        roles: Of its parameters, from before it was sharded, which makes parameters flat; None looks.
         by_role: Whether each role is a group of its own, with the key `role`.
     """
-    roles = parameter_roles(module) if roles is None else roles
+    roles = parameter_roles(module)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            role = roles.get(name.replace(SHARDED, ""), "matrix")
+            role = roles[name]
             kind = role if by_role or role == "vector" else "matrix"
             group = groups.setdefault(kind, {"params": []} | ({"role": kind} if by_role else {}))
             group["params"].append(parameter)

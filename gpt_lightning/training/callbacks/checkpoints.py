@@ -235,6 +235,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._relocate(trainer, checkpoint["callbacks"])
+        self._count_as_here(trainer, checkpoint)
         states = checkpoint["random_states"]
         # with another number of devices, each rank keeps the state of its seed
         if trainer.world_size == len(states):
@@ -248,6 +249,14 @@ class LastCheckpoint(Checkpoint):
         self._max_steps = trainer.max_steps
         if self._validation_pending and checkpoint["global_step"] >= self._max_steps:
             trainer.fit_loop.epoch_loop.max_steps += 1  # else Lightning would not even begin
+
+    @staticmethod
+    def _count_as_here(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+        """Lightning counts micro-batches, of which another number of processes has others in a step."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        shift = checkpoint["global_step"] * trainer.accumulate_grad_batches - progress["total"]["ready"]
+        for counts in (progress["total"], progress["current"]):
+            counts.update({key: count + shift for key, count in counts.items()})
 
     @staticmethod
     def _relocate(trainer: pl.Trainer, states: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from gpt_lightning.data.files import write_json
 from gpt_lightning.data.windows import TrainBatches
 from gpt_lightning.training.loggers import log_metrics
 from gpt_lightning.training.module import LanguageModel
+from gpt_lightning.training.strategies import local
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ def gradient_norms(net: torch.nn.Module) -> dict[str, float | str]:
     for name, parameter in net.named_parameters():
         if parameter.grad is not None:
             layer = name.rpartition(".")[0]
-            squares[layer] = squares[layer] + parameter.grad.detach().float().square().sum().cpu()
+            squares[layer] = squares[layer] + local(parameter.grad).float().square().sum().cpu()
     return {layer: _number(square.sqrt()) for layer, square in squares.items()}
 
 

@@ -46,7 +46,8 @@ class Layers(Callback):
             others = sorted(owner for owner in owners if not f"{owner}.".startswith(prefix))
             note = f"  (shared with {', '.join(others)})" if others else ""
             count = f"{sum(p.numel() for p in layer.parameters()):,}"
-            rows.append((name or "model", type(layer).__name__, count, note))
+            kind = type(layer).__name__.removeprefix("FSDP")  # which sharding adds
+            rows.append((name or "model", kind, count, note))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         for name, kind, count, note in rows:
             columns = name.ljust(widths[0]), kind.ljust(widths[1]), count.rjust(widths[2])

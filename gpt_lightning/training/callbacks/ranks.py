@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
+import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -18,19 +18,21 @@ from torch.distributed import DistError
 
 log = logging.getLogger(__name__)
 FIRST_RANK = "GPT_LIGHTNING_FIRST_RANK"  # environment variable with its process id
+QUIET = "TORCH_CPP_LOG_LEVEL", "ERROR"  # else torch shows its stack for each connection that is lost
 
 
 class Ranks(Callback, AbstractContextManager):
-    """Ends the first rank in one line if another rank that it started dies.
+    """Ends a process in one line if another one of the run dies or cannot be reached.
 
-    A collective operation may wait forever for the other rank, and Lightning kills this process without a
-    word. As a context manager around the training, it also replaces the errors of a broken connection.
+    A collective operation may wait long for the other rank, and Lightning kills the first one without a word
+    if another rank that it started dies. As a context manager around the training, it also replaces the
+    errors of a broken connection.
 
     Args:
         remedy: End of the line.
 
     Raises:
-        ChildProcessError: With the line.
+        ChildProcessError, ConnectionError: With the line.
     """
 
     def __init__(self, remedy: str):
@@ -40,10 +42,18 @@ class Ranks(Callback, AbstractContextManager):
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._ended.set()
-        if isinstance(error, RuntimeError) and (line := self._death(patience=2)):
+        if not isinstance(error, RuntimeError):
+            return
+        if line := self._death(patience=2):
+            self._end_others()
             raise ChildProcessError(line) from error
-        if _started_by_another_rank() and ("gloo" in str(error) or isinstance(error, DistError)):
+        if not isinstance(error, DistError) and not re.search("gloo|NCCL", str(error)):
+            return
+        if _started_by_another_rank():
             time.sleep(30)  # the first rank has the reason; its end is that of this process
+        late = re.search("[Tt]imed? ?out", str(error))
+        how = "did not answer within trainer.timeout_seconds=" if late else "ended or cannot be reached"
+        raise ConnectionError(f"another process of the run {how}; {self.remedy}") from error
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         started = getattr(trainer.strategy.launcher, "procs", [])
@@ -56,7 +66,12 @@ class Ranks(Callback, AbstractContextManager):
         while not self._ended.wait(0.5):
             if (line := self._death()) and not self._ended.wait(3):  # else the main thread found an error
                 log.error(line)
+                self._end_others()
                 os._exit(1)
+
+    def _end_others(self) -> None:
+        for process in self._processes:
+            process.kill()
 
     def _death(self, patience: float = 0.0) -> str | None:
         """The line about a process that died, if one does within `patience` seconds."""
@@ -72,18 +87,32 @@ class Ranks(Callback, AbstractContextManager):
 
 
 def _started_by_another_rank() -> bool:
-    return "PL_GLOBAL_SEED" in os.environ and int(os.environ.get("LOCAL_RANK", 0)) > 0
+    """Whether Lightning started this process; torchrun sets RANK, and srun sets no LOCAL_RANK."""
+    lightning = "PL_GLOBAL_SEED" in os.environ and "RANK" not in os.environ
+    return lightning and int(os.environ.get("LOCAL_RANK", 0)) > 0
 
 
-def end_with_parent() -> None:
-    """Let the kernel kill a rank that Lightning started when the first rank dies, to free its GPU.
+def end_with_parent(folder: Path) -> None:
+    """Let a rank that Lightning started end, with a line, soon after the first rank, to free its GPU.
+
+    Args:
+        folder: The run directory.
 
     Raises:
         SystemExit: If the first rank is dead already.
     """
     if not _started_by_another_rank():
         os.environ[FIRST_RANK] = str(os.getpid())  # for the ranks that this one starts
-    elif sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, see prctl(2)
-        if os.environ.get(FIRST_RANK, str(os.getppid())) != str(os.getppid()):
-            raise SystemExit(1)
+        os.environ.setdefault(*QUIET)
+        return
+    first = int(os.environ.get(FIRST_RANK, os.getppid()))
+    if os.getppid() != first:
+        raise SystemExit(1)
+
+    def watch() -> None:
+        while os.getppid() == first:
+            time.sleep(0.5)
+        log.error("the first process (%d) was ended; go on with resume=%s", first, folder)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import tiktoken
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from tqdm import tqdm
@@ -19,7 +20,9 @@ from gpt_lightning.data.files import atomic_write
 from gpt_lightning.inference.decoding import generate
 from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.model.gpt import CausalLM
+from gpt_lightning.model.weights import NETWORKS
 from gpt_lightning.training.module import LanguageModel
+from gpt_lightning.training.strategies import Sharded, whole_state
 
 log = logging.getLogger(__name__)
 SECTION = re.compile(rb"(?m)^(?=## Step (\d+)$)")  # beginning of a sample in samples.md
@@ -77,12 +80,20 @@ class Samples(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
         net = pl_module.net
-        if not trainer.is_global_zero or not isinstance(net, CausalLM):  # other models may not generate
+        if not isinstance(net, CausalLM):  # other models may not generate
+            return
+        state = whole_state(net) if isinstance(trainer.strategy, Sharded) else None
+        if not trainer.is_global_zero:
             return
         step, loss = trainer.global_step, pl_module.metrics["val/loss"]
         try:
             if not math.isfinite(loss):  # on CUDA, sampling from NaN would break the whole process
                 raise ValueError(f"the validation loss is {loss}")
+            if state is not None:
+                with torch.random.fork_rng():  # new weights are drawn first
+                    net = NETWORKS[type(net.config)](net.config)
+                net.load_state_dict(state)
+                net.eval().to(pl_module.device)
             self._sample(trainer, net, pl_module.tokenizer)
         except Exception as error:  # nothing that only looks may end a run
             log.warning("step %d has no sample: %s", step, error)
