@@ -315,24 +315,6 @@ def test_ranks_differ_in_their_dropout_only(store: TokenStore, monkeypatch: pyte
     assert torch.initial_seed() == 6
 
 
-def test_sharded_model_clips_its_gradients_itself(store: TokenStore) -> None:
-    class Sharded(torch.nn.Module):
-        limits: tuple[float, ...] = ()
-
-        def clip_grad_norm_(self, limit: float) -> torch.Tensor:
-            self.limits = (*self.limits, limit)
-            return torch.tensor(3.0)
-
-    sharded, seen = Sharded(), []
-    for clip_norm in (0.5, None):
-        module = build(store, clip_norm=clip_norm)
-        module.trainer = SimpleNamespace(strategy=SimpleNamespace(model=sharded))  # type: ignore[assignment]
-        module.before_step = lambda module=module: seen.append(float(module.grad_norm))
-        module.configure_gradient_clipping(None)  # type: ignore[arg-type]
-    assert sharded.limits == (0.5, math.inf)
-    assert seen == [3.0, 3.0]
-
-
 def test_matrices_decay_though_sharding_makes_them_flat(store: TokenStore) -> None:
     module = build(store)
     flat = module.net.transformer.wpe.weight = torch.nn.Parameter(
