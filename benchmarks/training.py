@@ -34,7 +34,7 @@ from gpt_lightning.config.build import (
 from gpt_lightning.config.resolvers import CONF
 from gpt_lightning.training.callbacks.metrics import StepMetrics
 from gpt_lightning.training.fit import fit, quiet_lightning
-from gpt_lightning.training.optimizers import decay_groups
+from gpt_lightning.training.optimizers import parameter_groups
 
 
 def framework(cfg: DictConfig, prepared: Prepared, folder: Path) -> float:
@@ -56,7 +56,7 @@ def plain(cfg: DictConfig, parts: Parts, prepared: Prepared) -> float:
     torch.manual_seed(cfg.seed)
     data, device = build_data(cfg, prepared), torch.device(cfg.device.accelerator)
     net = build_net(cfg, prepared.vocab_size).to(device)
-    optimizer = parts.optimizer(decay_groups(net))
+    optimizer = parts.optimizer(parameter_groups(net))
     loader = data.train_dataloader()
     accumulation = data.tokens_per_step // (loader.dataset[0][0].numel())
     bf16 = str(cfg.device.precision).startswith("bf16")

@@ -86,3 +86,13 @@ def test_spaces_and_launchers_that_exist_are_described() -> None:
     launchers = {path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml")}
     rows = SWEEPS.partition("| `hydra/launcher=` |")[2].partition("\n\n")[0]
     assert launchers < set(re.findall(r"`(\w+)`", rows))
+
+
+SCALING = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").replace("\\\n", " ")
+STARTS = re.findall(r"^.*-m gpt_lightning\.(train|plan) (.*)$", SCALING, re.M)
+
+
+@pytest.mark.parametrize(("name", "settings"), STARTS, ids=[settings for _, settings in STARTS])
+def test_settings_of_a_command_on_several_devices_are_valid_together(name: str, settings: str) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        validate(compose(name, [*settings.split(), "paths.run=x"]))

@@ -464,6 +464,8 @@ def memory_needs(
         n_layer=getattr(config, "n_layer", 0),
         vocab_size=prepared.vocab_size,
         precision=str(cfg.device.precision),
+        shards=device_count(cfg) if cfg.trainer.strategy == "fsdp" else 1,
+        recomputed=cfg.trainer.activation_checkpointing,
     )
 
 

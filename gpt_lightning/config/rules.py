@@ -102,8 +102,10 @@ def _devices(key: str, value: Any) -> str | None:
 
 
 def _strategy(key: str, value: Any) -> str | None:
-    good = not isinstance(value, str) or "spawn" not in value
-    return None if good else f"{key}={value} cannot hand a run to the processes that it starts; use ddp"
+    if isinstance(value, str) and "spawn" in value:
+        return f"{key}={value} cannot hand a run to the processes that it starts; use ddp"
+    other = value.startswith("fsdp_") if isinstance(value, str) else "FSDPStrategy" in str(value)
+    return f"{key}={value} is another FSDP; use trainer=fsdp" if other else None
 
 
 def _name(key: str, value: Any) -> str | None:
@@ -240,6 +242,8 @@ def validate(cfg: DictConfig) -> None:
         raise ConfigError(f"lora.r={cfg.lora.r} trains beside frozen weights; give these with init_from=")
     _check_monitors(cfg.callbacks)
     _check_device(cfg)
+    if cfg.trainer.strategy == "fsdp":
+        _check_sharding(cfg)
 
 
 def _check_monitors(callbacks: DictConfig) -> None:
@@ -251,6 +255,20 @@ def _check_monitors(callbacks: DictConfig) -> None:
         monitor = node.get("monitor")
         if monitor is not None and monitor not in METRICS:
             raise ConfigError(f"callbacks.{key}.monitor={monitor!r} must be one of {', '.join(METRICS)}")
+
+
+def _check_sharding(cfg: DictConfig) -> None:
+    if cfg.lora.r:
+        raise ConfigError("trainer.strategy=fsdp does not train adapters; use lora.r=0 or trainer=ddp")
+    if "muon" in str(cfg.optimizer.get("_target_")).lower():
+        raise ConfigError(
+            "trainer.strategy=fsdp has shards of a matrix, which Muon needs as a whole; "
+            "use optimizer=adamw or trainer=ddp"
+        )
+    if cfg.device.precision == "16-mixed":
+        raise ConfigError("trainer.strategy=fsdp needs another device.precision than 16-mixed: bf16-mixed")
+    if cfg.device.accelerator == "mps":
+        raise ConfigError("trainer.strategy=fsdp: mps is one device; use trainer=default")
 
 
 def _check_device(cfg: DictConfig) -> None:

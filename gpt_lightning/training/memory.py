@@ -15,6 +15,8 @@ def memory_estimate(
     n_layer: int,
     vocab_size: int,
     precision: str,
+    shards: int = 1,
+    recomputed: bool = False,
 ) -> dict[str, float]:
     """Bytes that training needs, by what needs them.
 
@@ -28,13 +30,16 @@ def memory_estimate(
         tokens: Of one forward on one device.
         n_embd, n_layer, vocab_size: Shape of the network; 0 where it has none.
         precision: As Lightning names it.
+        shards: Devices that share weights, gradients and optimizer state.
+        recomputed: Whether only the inputs of the blocks are kept, in 32 bits, and those of one block whole.
     """
     size = 2 if "16" in precision else 4
+    kept = 17 * size + 4 * n_layer if recomputed and n_layer else 17 * size * n_layer
     return {
-        "weights": 4 * parameters,
-        "gradients": 4 * trained,
-        "optimizer": 8 * trained,
-        "activations": 17 * size * tokens * n_embd * n_layer,
+        "weights": 4 * parameters / shards,
+        "gradients": 4 * trained / shards,
+        "optimizer": 8 * trained / shards,
+        "activations": kept * tokens * n_embd,
         "logits": (size + 4) * tokens * vocab_size,
     }
 

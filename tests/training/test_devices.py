@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.models import random_net
 from support.ranks import start
 from support.runs import TINY
 from support.zygote import Zygote
@@ -17,6 +18,7 @@ from gpt_lightning.inference.loading import load
 from gpt_lightning.rundir.checkpoint import read_checkpoint
 from gpt_lightning.rundir.metrics import read_metrics
 from gpt_lightning.rundir.summary import read_summary
+from gpt_lightning.training.strategies import blocks, recompute
 
 CLOSE = 1e-5  # of losses, in nats
 STEPS = 12
@@ -37,7 +39,7 @@ def train(zygote: Zygote, small_text: Path, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("runs")
 
     def run(name: str, *overrides: str, size: int = 1, stop: bool = False, copy: str = "") -> Path:
-        """With `stop`, the run gets a signal after its third step; with `copy`, a copy of that run goes on."""
+        """With `stop`, it gets a signal after its third step; with `copy`, a copy of that run goes on."""
         if copy:
             shutil.copytree(folder / copy, folder / name)
         options = [f"resume={folder / name}", *overrides]
@@ -139,6 +141,20 @@ def test_run_goes_on_with_another_number_of_processes(
     run = train(f"{before} to {size} {strategy}", f"trainer.strategy={strategy}", size=size, copy=before)
     assert read_summary(run)["processes"] == size
     assert largest_difference(single, run) < CLOSE
+
+
+def test_recomputed_blocks_run_twice_in_training_only() -> None:
+    net = random_net()
+    calls: list[int] = []
+    for number, block in enumerate(blocks(net)):
+        recompute(block)
+        block.mlp.register_forward_hook(lambda *_, number=number: calls.append(number))
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    net(ids, ids).backward()
+    assert calls == [0, 1, 1, 0]
+    with torch.no_grad():
+        net(ids)
+    assert calls == [0, 1, 1, 0, 0, 1]
 
 
 def test_recomputed_blocks_change_no_bit(train: Train, single: Path) -> None:

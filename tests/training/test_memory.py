@@ -102,3 +102,14 @@ def test_plan_shares_the_batch_among_listed_gpus(
 def test_preview_draws_a_schedule_beyond_its_bounds() -> None:
     line = preview([2e-3, 1e-3, 0.0, -1e-3], 2e-3)
     assert line == "█▅▁▁  2.0e-03 → 2.0e-03 → -1.0e-03"
+
+
+def test_estimate_of_shards_and_of_recomputed_blocks() -> None:
+    shape = {"parameters": 1000, "trained": 1000, "tokens": 10, "n_embd": 8, "n_layer": 3, "vocab_size": 5}
+    whole = memory_estimate(**shape, precision="32-true")  # type: ignore[arg-type]
+    parts = memory_estimate(**shape, precision="32-true", shards=4, recomputed=True)  # type: ignore[arg-type]
+    for name in ("weights", "gradients", "optimizer"):
+        assert parts[name] == whole[name] / 4
+    assert whole["activations"] == 3 * 17 * 4 * 10 * 8
+    assert parts["activations"] == (17 * 4 + 3 * 4) * 10 * 8  # one block, and the inputs of three
+    assert parts["logits"] == whole["logits"]

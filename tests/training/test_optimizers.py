@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -64,39 +60,3 @@ def test_first_step_of_adamw(fused: bool) -> None:
 def test_bad_values_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         adamw([nn.Parameter(torch.ones(1))], **options)
-
-
-SHARDED = """
-import sys
-import torch, torch.distributed, torch.multiprocessing
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from gpt_lightning.model.gpt import GPT, Block, GPTConfig
-from gpt_lightning.training.optimizers import parameter_groups, parameter_roles
-
-def rank(number):
-    file = f"file://{sys.argv[1]}"
-    torch.distributed.init_process_group("gloo", init_method=file, rank=number, world_size=2)
-    net = GPT(GPTConfig(vocab_size=64, n_layer=2, n_embd=16, n_head=2, block_size=8))
-    names = parameter_roles(net)
-    options = {"use_orig_params": True, "auto_wrap_policy": ModuleWrapPolicy({Block})}
-    sharded = FullyShardedDataParallel(net, device_id=torch.device("cpu"), **options)
-    assert {p.dim() for p in sharded.parameters()} == {1}
-    if number == 0:
-        print([len(group["params"]) for group in parameter_groups(net, names)])
-    torch.distributed.destroy_process_group()
-
-if __name__ == "__main__":
-    torch.multiprocessing.spawn(rank, nprocs=2)
-"""
-
-
-@pytest.mark.slow
-def test_matrices_of_a_sharded_model_decay_too(tmp_path: Path) -> None:
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    command = [sys.executable, "-W", "ignore", str(script), str(tmp_path / "meeting")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    # two tables and four matrices in each of two blocks; two gains and two biases of norms, four biases, in
-    # each block, and those of the last norm
-    assert done.stdout == "[10, 18]\n", done.stderr
