@@ -148,7 +148,7 @@ def test_recomputed_blocks_run_twice_in_training_only() -> None:
     calls: list[int] = []
     for number, block in enumerate(blocks(net)):
         recompute(block)
-        block.mlp.register_forward_hook(lambda *_, number=number: calls.append(number))
+        block.mlp.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
     ids = torch.zeros(1, 8, dtype=torch.long)
     net(ids, ids).backward()
     assert calls == [0, 1, 1, 0]
