@@ -88,7 +88,7 @@ class LanguageModel(pl.LightningModule):
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:  # which trainer=fsdp has
-            shard(self.net, self.device_mesh["data_parallel"], precision=self.trainer.precision)
+            shard(self.net, self.device_mesh["data_parallel"])
 
     def on_train_start(self) -> None:
         self._loss_sum = torch.zeros((), device=self.device)

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
@@ -135,17 +135,13 @@ def blocks(net: nn.Module) -> list[nn.Module]:
     return found
 
 
-def shard(net: nn.Module, mesh: DeviceMesh, *, precision: str) -> None:
+def shard(net: nn.Module, mesh: DeviceMesh) -> None:
     """Spread the weights of a network over the devices of a mesh: block by block, and the rest.
 
-    In mixed precision, a block's weights are sent in 16 bits and its gradients added in 32 bits.
+    They stay in 32 bits, so that mixed precision is what it is on one device.
     """
-    policy = MixedPrecisionPolicy()
-    if precision == "bf16-mixed":  # what comes into a block stays in 32 bits
-        half, full = torch.bfloat16, torch.float32
-        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=full, cast_forward_inputs=False)
     for block in blocks(net):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
 
 

@@ -102,6 +102,12 @@ def test_sharded_run_has_the_losses_of_one_device(single: Path, sharded: Path) -
     assert (sharded / "samples.md").read_text() == (single / "samples.md").read_text()
 
 
+def test_sharded_run_in_mixed_precision_has_the_losses_of_one_device(train: Train) -> None:
+    mixed = "device.precision=bf16-mixed"
+    runs = train("mixed", mixed), train("mixed sharded", mixed, "trainer.strategy=fsdp", size=2)
+    assert largest_difference(*runs) < 1e-3  # bfloat16 has steps of 8e-3 at 2
+
+
 def test_four_processes_have_the_losses_of_one_device(single: Path, train: Train) -> None:
     four = train("four", size=4)
     assert read_summary(four)["processes"] == 4
