@@ -156,6 +156,7 @@ def build_parts(cfg: DictConfig) -> Parts:
     Raises:
         ConfigError, ValueError, ModuleNotFoundError: The first thing that is wrong.
     """
+    from gpt_lightning.data.remembered import remember_in
     from gpt_lightning.model.gpt import GPT, GPTConfig
     from gpt_lightning.training.optimizers import by_role, parameter_groups
 
@@ -176,6 +177,8 @@ def build_parts(cfg: DictConfig) -> Parts:
                 raise ModuleNotFoundError(name=package)
     tokenizer = build_with(cfg, "tokenizer", ("trained", "key", "build"))
     corpus = build_with(cfg, "data.corpus", ("separated", "digest", "documents"))
+    if isinstance(cfg.paths.cache, str):  # anything else is refused where the tokens are prepared
+        remember_in(Path(cfg.paths.cache) / "remembered")
     return Parts(
         corpus=corpus, tokenizer=tokenizer, optimizer=optimizer, schedule=schedule, callbacks=callbacks
     )

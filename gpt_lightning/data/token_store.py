@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from gpt_lightning.data.corpus.base import Corpus, Split, file_sha256, one_line,
 from gpt_lightning.data.corpus.files import TextFiles
 from gpt_lightning.data.corpus.token_bins import TokenBins
 from gpt_lightning.data.files import atomic_write, sealed, unsealed, write_json
+from gpt_lightning.data.remembered import remembered
 from gpt_lightning.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -389,21 +391,26 @@ def _open_bins(corpus: TokenBins, tokenizer: Tokenizer) -> TokenStore:
     splits = {}
     for split in SPLITS:
         file = corpus.file(split)
-        ids = np.memmap(file, dtype="<u2", mode="r")
-        counts = np.zeros(1 << 16, dtype=np.int64)
-        for start in range(0, len(ids), 1 << 22):
-            counts += np.bincount(ids[start : start + (1 << 22)], minlength=1 << 16)
-        largest = int(counts.nonzero()[0][-1])
+        counts = np.array(remembered([file], "counts of ids", partial(_count_ids, file)))
+        largest = len(counts) - 1
         if largest >= encoding.n_vocab:
             raise ValueError(
                 f"{file} has the token id {largest}, but tokenizer={encoding.name} has {encoding.n_vocab}; "
                 "choose the tokenizer that made it"
             )
-        size = int(counts[: encoding.n_vocab] @ lengths[: 1 << 16])
-        documents = int(counts[encoding.eot_token])
-        splits[split] = SplitMeta(len(ids), size, documents, None, "")
+        size = int(counts @ lengths[: len(counts)])
+        documents = int(counts[encoding.eot_token]) if encoding.eot_token <= largest else 0
+        splits[split] = SplitMeta(int(counts.sum()), size, documents, None, "")
     meta = StoreMeta(1, "<u2", encoding.n_vocab, corpus.digest(), tokenizers.digest(encoding), splits)
     return TokenStore(Path(corpus.path).expanduser(), encoding, meta)
+
+
+def _count_ids(file: Path) -> list[int]:
+    """How often each id is in a file, up to the largest one."""
+    ids, counts = np.memmap(file, dtype="<u2", mode="r"), np.zeros(1 << 16, dtype=np.int64)
+    for start in range(0, len(ids), 1 << 22):
+        counts += np.bincount(ids[start : start + (1 << 22)], minlength=1 << 16)
+    return counts[: int(counts.nonzero()[0][-1]) + 1].tolist()
 
 
 @contextlib.contextmanager

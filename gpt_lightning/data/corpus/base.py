@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
+from gpt_lightning.data.remembered import remembered
+
 Split: TypeAlias = Literal["train", "val"]
 END_OF_TEXT = "<|endoftext|>"
 BLOCK = 1 << 20  # bytes per read, and characters per piece of a text without documents
@@ -102,8 +104,9 @@ def digest_files(settings: object, *groups: list[Path]) -> str:
     facts = [
         [(kind_of(file), file.suffix == ".gz", file.stat().st_size) for file in group] for group in groups
     ]
-    files = (file for group in groups for file in group)
-    return file_sha256(*files, start=json.dumps([settings, facts]).encode())
+    files, start = [file for group in groups for file in group], json.dumps([settings, facts])
+    digest: str = remembered(files, f"digest {start}", lambda: file_sha256(*files, start=start.encode()))
+    return digest
 
 
 def one_line(error: BaseException) -> str:
