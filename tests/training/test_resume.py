@@ -333,6 +333,21 @@ def test_checkpoint_that_cannot_be_written_leaves_the_one_before(
     assert_same(run, uninterrupted)
 
 
+def test_damaged_checkpoint_never_replaces_the_one_before(
+    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start()
+    process.end_when(reached(run, 31), signal.SIGTERM)
+    last = run / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    code, out = zygote.run("train", f"resume={run}", file_limit=100_000)  # ends when it writes the next one
+    assert code == 1
+    assert "cannot write the checkpoint" in out
+    assert "last.ckpt at step 28" in resume(zygote, run)
+    assert_same(run, uninterrupted)
+
+
 @pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can mount a small disk"
 )

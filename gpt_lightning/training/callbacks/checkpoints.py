@@ -62,6 +62,22 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.mps.set_rng_state(state["mps"].cpu())
 
 
+def give_name(path: Path, name: Path) -> None:
+    """Give a file another name beside its own, in the place of another file.
+
+    Where the file system has no hard links, the file moves.
+    """
+    link = name.with_name(f"{name.name}.tmp")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:
+        os.replace(path, name)
+    else:
+        os.replace(link, name)
+        link.unlink(missing_ok=True)  # rename(2) leaves it if both are one file
+
+
 def validation_is_due(trainer: pl.Trainer) -> bool:
     """Whether Lightning validates after the batch that just ended."""
     if trainer.should_stop:
@@ -128,6 +144,7 @@ class LastCheckpoint(Checkpoint):
         self.reached = False
         self._stop = False  # at the end of this step
         self._validation_pending = False  # in the loaded checkpoint
+        self._resumed: Path | None = None  # that checkpoint, until another one is written
         self._max_steps = -1
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -207,18 +224,13 @@ class LastCheckpoint(Checkpoint):
 
     def _rotate(self) -> None:
         """Give last.ckpt the additional name last-1.ckpt, and so on."""
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None and resumed.name.startswith("last-"):  # last.ckpt is damaged
+            give_name(resumed, self.folder / LAST)
         names = [LAST, *(f"last-{age}.ckpt" for age in range(1, self.keep))]
         for older, newer in zip(reversed(names[1:]), reversed(names[:-1]), strict=True):
-            if not (self.folder / newer).exists():
-                continue
-            link = self.folder / f"{older}.tmp"
-            link.unlink(missing_ok=True)
-            try:
-                os.link(self.folder / newer, link)
-            except OSError:  # no hard links on this file system: last.ckpt is missing until it is written
-                link = self.folder / newer
-            os.replace(link, self.folder / older)
-            (self.folder / f"{older}.tmp").unlink(missing_ok=True)  # rename(2) leaves it if both are one file
+            if (self.folder / newer).exists():
+                give_name(self.folder / newer, self.folder / older)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -235,6 +247,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._relocate(trainer, checkpoint["callbacks"])
+        self._resumed = Path(str(trainer.ckpt_path))
         self._count_as_here(trainer, checkpoint)
         states = checkpoint["random_states"]
         # with another number of devices, each rank keeps the state of its seed
