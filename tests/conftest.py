@@ -40,6 +40,12 @@ WORDS = [
     "was",
     "there",
 ]
+# Files that take minutes begin first, so that no process is left with one of them at the end
+LONGEST = ("test_resume.py", "test_optuna.py", "test_processes.py", "test_devices.py", "test_sweep.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(autouse=True, scope="session")
