@@ -47,7 +47,7 @@ class Ranks(Callback, AbstractContextManager):
         if line := self._death(patience=2):
             self._end_others()
             raise ChildProcessError(line) from error
-        if not isinstance(error, DistError) and not re.search("gloo|NCCL", str(error)):
+        if not isinstance(error, DistError) and not re.search("gloo|NCCL|pair closure", str(error)):
             return
         if _started_by_another_rank():
             time.sleep(30)  # the first rank has the reason; its end is that of this process
