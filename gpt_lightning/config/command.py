@@ -177,9 +177,12 @@ class Command:
         raise SystemExit(1) from None
 
     def keys(self) -> Iterator[str]:
-        """All keys of the command, for suggestions; composed only when they are asked for."""
+        """All keys of what was chosen, for suggestions; composed only when they are asked for."""
+        chosen = [
+            text for text in sys.argv[1:] if text.partition("=")[2] in choices_of(text.partition("=")[0])
+        ]
         with isolated(sys.argv[0]), initialize_config_dir(str(CONF), version_base="1.3"):
-            level: list[tuple[str, Any]] = [("", OmegaConf.to_container(compose(self.config_name)))]
+            level: list[tuple[str, Any]] = [("", OmegaConf.to_container(compose(self.config_name, chosen)))]
         while level:  # keys of few parts first
             pairs = [(f"{prefix}{key}", value) for prefix, node in level for key, value in node.items()]
             yield from (key for key, _ in pairs)

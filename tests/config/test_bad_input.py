@@ -38,6 +38,8 @@ TABLE: list[tuple[str, str, str]] = [
     ("train", "max_steps=3", r"there is no key max_steps; did you mean trainer.max_steps\?"),
     ("train", "learning_rate=3", r"there is no key learning_rate; did you mean optimizer.lr\?"),
     ("train", "optimizer.learning_rate=3", r"there is no key optimizer.learning_rate; did you mean optimizer.lr\?"),
+    ("train", "optimizer=muon optimizer.muonlr=1", r"there is no key optimizer.muonlr; did you mean optimizer.muon_lr\?"),
+    ("train", "model=modern_tiny model.bias=true", "there is no key model.bias; --cfg job shows all keys"),
     ("train", "model=gpt3", "Could not find 'model/gpt3' Available options in 'model': baby"),
     ("train", "experiment=mine", "Could not find 'experiment/mine' Available options in 'experiment':"),
     ("train", "logger=null", "logger=null is no choice; use default, mlflow, none"),
