@@ -297,10 +297,9 @@ class CausalLM(nn.Module):
 
     def parameter_roles(self) -> dict[str, str]:
         """What each parameter is: hidden matrix, qkv (three of them in one), embedding, head or vector."""
-        roles = {}
+        kinds, roles = {nn.Embedding: "embedding", Head: "head", nn.Linear: "hidden"}, {}
         for name, module in self.named_modules():
-            role = "qkv" if name.endswith("c_attn") else "hidden"
-            role = {nn.Embedding: "embedding", Head: "head", nn.Linear: role}.get(type(module), "vector")
+            role = kinds.get(type(module), "vector")
             for key, _ in module.named_parameters(recurse=False):
                 roles[f"{name}.{key}"] = role if key == "weight" else "vector"
         return roles
@@ -355,6 +354,10 @@ class GPT(CausalLM):
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         return self.transformer(idx, cache)
+
+    def parameter_roles(self) -> dict[str, str]:
+        roles = super().parameter_roles()
+        return roles | {name: "qkv" for name in roles if name.endswith("c_attn.weight")}
 
     @property
     def embedding(self) -> nn.Embedding:

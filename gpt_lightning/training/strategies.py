@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -29,7 +29,19 @@ from gpt_lightning.training.processes import meet
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole tensors, which the first rank gets
 
 
-class DataParallel(DDPStrategy):
+class Meeting(ParallelStrategy):
+    """Processes say whom they wait for at the start, and wait at most `seconds`."""
+
+    seconds: float
+
+    def setup_environment(self) -> None:
+        self.set_world_ranks()  # type: ignore[attr-defined]  # of both strategies
+        assert self.cluster_environment is not None
+        meet(self.cluster_environment, self.seconds)
+        super().setup_environment()
+
+
+class DataParallel(Meeting, DDPStrategy):
     """Every device has the whole model and a part of each batch.
 
     Args:
@@ -40,14 +52,8 @@ class DataParallel(DDPStrategy):
         super().__init__(timeout=timedelta(seconds=timeout))
         self.seconds = timeout
 
-    def setup_environment(self) -> None:
-        self.set_world_ranks()
-        assert self.cluster_environment is not None
-        meet(self.cluster_environment, self.seconds)
-        super().setup_environment()
 
-
-class Sharded(ModelParallelStrategy):
+class Sharded(Meeting, ModelParallelStrategy):
     """Weights, gradients and optimizer state are spread over the devices (FSDP2), as is each batch.
 
     A checkpoint is the one that a single device would write, so that each strategy reads those of the others.
@@ -65,12 +71,6 @@ class Sharded(ModelParallelStrategy):
             timeout=timedelta(seconds=timeout),
         )
         self.seconds = timeout
-
-    def setup_environment(self) -> None:
-        self.set_world_ranks()
-        assert self.cluster_environment is not None
-        meet(self.cluster_environment, self.seconds)
-        super().setup_environment()
 
     @property
     def lightning_restore_optimizer(self) -> bool:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import tiktoken
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from tqdm import tqdm
@@ -20,7 +19,7 @@ from gpt_lightning.data.files import atomic_write
 from gpt_lightning.inference.decoding import generate
 from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.model.gpt import CausalLM
-from gpt_lightning.model.weights import NETWORKS
+from gpt_lightning.model.weights import NETWORKS, EmptyInit
 from gpt_lightning.training.module import LanguageModel
 from gpt_lightning.training.strategies import Sharded, whole_state
 
@@ -90,7 +89,7 @@ class Samples(Callback):
             if not math.isfinite(loss):  # on CUDA, sampling from NaN would break the whole process
                 raise ValueError(f"the validation loss is {loss}")
             if state is not None:
-                with torch.random.fork_rng():  # new weights are drawn first
+                with EmptyInit():
                     net = NETWORKS[type(net.config)](net.config)
                 net.load_state_dict(state)
                 net.eval().to(pl_module.device)
