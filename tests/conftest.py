@@ -9,11 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 from support.runs import TINY
+
+if TYPE_CHECKING:
+    from support.zygote import Zygote
 
 # the same examples on every machine, however slow it is
 hypothesis.settings.register_profile("tests", derandomize=True, deadline=None)
@@ -52,6 +55,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the user's cache out of the tests and the tests out of it."""
     os.environ["GPT_LIGHTNING_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """Starts runs as real processes, quickly; it imports what only POSIX has."""
+    from support.zygote import Zygote
+
+    with Zygote(tmp_path_factory.mktemp("zygote")) as started:
+        yield started
 
 
 @pytest.fixture(autouse=True)

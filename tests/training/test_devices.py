@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,12 +25,6 @@ STEPS = 12
 STOPPED = 128 + signal.SIGTERM
 TRAINING_STEP = "gpt_lightning.training.module:LanguageModel.training_step"
 Train = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    with Zygote(tmp_path_factory.mktemp("zygote")) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

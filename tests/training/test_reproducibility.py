@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,12 +23,6 @@ DDP = ["device.devices=2", "trainer=ddp", *(option for option in TINY if option.
 CLOSE = 1e-5  # of losses, in nats, where float32 adds in another order; 5e-7 was measured
 
 Train = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    with Zygote(tmp_path_factory.mktemp("zygote")) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")
