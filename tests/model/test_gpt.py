@@ -218,6 +218,30 @@ def test_model_is_built_from_keywords():
     assert build_gpt(**SMALL).config == GPTConfig(**SMALL)
 
 
+def test_values_say_what_none_stands_for():
+    values = GPTConfig(**SMALL, bias=False).values()
+    assert (values["n_inner"], values["qkv_bias"], values["n_embd"]) == (128, False, 32)
+    values = GPTConfig(**SMALL, n_inner=7, bias=False, qkv_bias=True).values()
+    assert (values["n_inner"], values["qkv_bias"], values["bias"]) == (7, True, False)
+
+
+def test_roles_tell_matrices_of_blocks_from_the_rest():
+    roles = build(n_layer=1, tie_weights=False).parameter_roles()
+    block = "transformer.h.0"
+    matrices = {
+        "transformer.wte.weight": "embedding",
+        "transformer.wpe.weight": "embedding",
+        f"{block}.attn.c_attn.weight": "qkv",
+        f"{block}.attn.c_proj.weight": "hidden",
+        f"{block}.mlp.c_fc.weight": "hidden",
+        f"{block}.mlp.c_proj.weight": "hidden",
+        "lm_head.weight": "head",
+    }
+    assert {name: role for name, role in roles.items() if role != "vector"} == matrices
+    vectors = [f"{block}.attn.c_attn.bias", f"{block}.ln_1.weight", "transformer.ln_f.bias"]
+    assert set(vectors) <= roles.keys() and len(roles) == 7 + 4 + 6  # biases of layers, LayerNorms' two
+
+
 def test_flops_per_token_counted_by_hand():
     net = build(tie_weights=False)
     matrices = 2 * (32 * 96 + 32 * 32 + 2 * 32 * 128) + 64 * 32  # two blocks and the head
