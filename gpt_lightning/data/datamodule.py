@@ -14,6 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 from gpt_lightning.data.token_store import TokenStore
 from gpt_lightning.data.windows import Batch, EvalBatches, TrainBatches, split_batch
 
+# A validation keeps no activations, so its forwards may be larger than those of the training, up to:
+VAL_TOKENS = 4096
+VAL_LOGITS = 2**23  # 32 MiB
+
 
 def _leave_process_group(worker: int) -> None:
     """Keep signals to the whole process group, such as Ctrl-C, from ending a worker before the run."""
@@ -135,6 +139,10 @@ class TextDataModule(pl.LightningDataModule):
         place = self._place()
         alone, _ = split_batch(self.batch_size, self.micro_batch_size, 1)  # so that all read the same text
         most = self.val_batches * alone if self.val_batches else None
+        windows = len(EvalBatches(self.store, block_size=self.block_size, most=most, micro_batch_size=1))
+        tokens = min(VAL_TOKENS, VAL_LOGITS // self.store.n_vocab)
+        wide = min(tokens // self.block_size, -(-windows // place["world_size"]))
+        place["micro_batch_size"] = max(place["micro_batch_size"], wide)
         dataset = EvalBatches(self.store, block_size=self.block_size, most=most, **place)
         return self._loader(dataset, place, resumable=False)
 

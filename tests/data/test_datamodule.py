@@ -24,6 +24,7 @@ class Store:
     train: int = 101
     val: int = 23
     floor: None = field(default=None)
+    n_vocab: int = 200
 
     def tokens(self, split: str) -> np.ndarray:
         return np.arange(getattr(self, split), dtype=np.uint16)
@@ -243,6 +244,26 @@ def test_datamodule_gives_one_process_all_batches() -> None:
     assert [x.shape for x, _ in data.train_dataloader()] == [(2, 10)] * 4
     assert data.tokens_per_step == 40
     assert sum(int((y != IGNORE).sum()) for _, y in data.val_dataloader()) == 22
+
+
+@pytest.mark.parametrize(
+    ("n_vocab", "val", "shapes"),
+    [
+        (200, 10_001, [(409, 10)] * 3),  # 4,096 tokens at once
+        (2**16, 1_001, [(12, 10)] * 9),  # 128 tokens, 2**23 logits
+        (2**23, 101, [(2, 10)] * 5),  # never less than in training
+        (200, 23, [(3, 10)]),  # no more windows than there are
+    ],
+)
+def test_validation_takes_as_many_windows_at_once_as_its_logits_allow(
+    n_vocab: int, val: int, shapes: list[tuple[int, int]]
+) -> None:
+    store = Store(val=val, n_vocab=n_vocab)
+    data = TextDataModule(store, block_size=10, batch_size=4, micro_batch_size=3, max_steps=2, seed=1)
+    batches = list(data.val_dataloader())
+    assert [tuple(x.shape) for x, _ in batches] == shapes
+    targets = torch.cat([y.flatten() for _, y in batches])
+    assert torch.equal(targets[targets != IGNORE], torch.arange(1, val))
 
 
 def test_pickled_dataset_holds_no_tokens() -> None:

@@ -152,7 +152,7 @@ class IgnoresReduction(torch.nn.Linear):
 def test_model_that_ignores_reduction_is_refused_at_the_first_validation(store: TokenStore) -> None:
     module = build(store)
     module.net = IgnoresReduction(1, 1)
-    line = r'loss of IgnoresReduction has shape \(\) under reduction="none"; .*\(8, 16\)'
+    line = r'loss of IgnoresReduction has shape \(\) under reduction="none"; .*\(117, 16\)'
     with pytest.raises(ValueError, match=line):
         fit(module, data_module(store, 8), 1)
 
