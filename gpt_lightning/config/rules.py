@@ -260,11 +260,6 @@ def _check_monitors(callbacks: DictConfig) -> None:
 def _check_sharding(cfg: DictConfig) -> None:
     if cfg.lora.r:
         raise ConfigError("trainer.strategy=fsdp does not train adapters; use lora.r=0 or trainer=ddp")
-    if "muon" in str(cfg.optimizer.get("_target_")).lower():
-        raise ConfigError(
-            "trainer.strategy=fsdp has shards of a matrix, which Muon needs as a whole; "
-            "use optimizer=adamw or trainer=ddp"
-        )
     if cfg.device.precision == "16-mixed":
         raise ConfigError("trainer.strategy=fsdp needs another device.precision than 16-mixed: bf16-mixed")
     if cfg.device.accelerator == "mps":

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gpt_lightning.training.optimizers import ParamGroups, adamw
+from gpt_lightning.training.strategies import sharded_like, whole
 
 STEPS = 5  # of the iteration, as in Jordan's Muon
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at zero; singular values end between about 0.7 and 1.2
@@ -92,24 +93,35 @@ class Muon(Optimizer):
                 loss = closure()
         if self._adamw.param_groups:
             self._adamw.step()
-        shapes: dict[Any, list[tuple[Tensor, Tensor, dict[str, Any]]]] = {}
-        for group in self.param_groups:
-            for parameter in group["params"] if "momentum" in group else ():
-                if parameter.grad is None:
-                    continue
-                mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
-                mean.lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(mean, group["momentum"])  # Nesterov's
-                parts = (tensor.chunk(group["matrices"]) for tensor in (parameter, update))
-                for matrix, part in zip(*parts, strict=True):
-                    shapes.setdefault(matrix.shape, []).append((matrix, part, group))
-        for same in shapes.values():
-            updates = orthogonal(torch.stack([update for _, update, _ in same]))  # (n, R, K)
-            for (matrix, _, group), update in zip(same, updates, strict=True):
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                scale = math.sqrt(max(1.0, matrix.size(0) / matrix.size(1)))
-                matrix.add_(update, alpha=-group["lr"] * scale)
+        hidden = [
+            (parameter, group)
+            for group in self.param_groups
+            if "momentum" in group
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        for (parameter, group), update in zip(hidden, self._updates(hidden), strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(sharded_like(parameter, update), alpha=-group["lr"])
         return loss
+
+    def _updates(self, hidden: list[tuple[Tensor, dict[str, Any]]]) -> list[Tensor]:
+        """The step of each parameter at a learning rate of 1; matrices of one shape are computed together."""
+        parts: list[list[Tensor]] = []
+        shapes: dict[torch.Size, list[tuple[int, int]]] = {}  # places in `parts`
+        for parameter, group in hidden:
+            assert parameter.grad is not None
+            mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
+            mean.lerp_(parameter.grad, 1 - group["momentum"])
+            update = whole(parameter.grad.lerp(mean, group["momentum"]))  # Nesterov's
+            for number, part in enumerate(matrices := list(update.chunk(group["matrices"]))):
+                shapes.setdefault(part.shape, []).append((len(parts), number))
+            parts.append(matrices)
+        for (rows, columns), places in shapes.items():
+            same = orthogonal(torch.stack([parts[i][number] for i, number in places]))  # (n, R, K)
+            for (i, number), update in zip(places, same * math.sqrt(max(1.0, rows / columns)), strict=True):
+                parts[i][number] = update
+        return [torch.cat(matrices) for matrices in parts]
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
@@ -165,6 +165,13 @@ def whole_state(net: nn.Module) -> dict[str, Any]:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor without its shards; a collective operation if it has some."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(other: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor, which every rank has whole, with the shards of another one."""
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
 def local(tensor: Tensor) -> Tensor:

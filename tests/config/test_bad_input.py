@@ -304,7 +304,6 @@ KEYS: list[tuple[str, str]] = [
     ("trainer.strategy=fsdp_cpu_offload", "trainer.strategy=fsdp_cpu_offload is another FSDP; use trainer=fsdp"),
     ("trainer.strategy={_target_:lightning.pytorch.strategies.FSDPStrategy}", "FSDPStrategy.* is another FSDP; use trainer=fsdp"),
     ("trainer.strategy=fsdp init_from=run lora.r=2", "trainer.strategy=fsdp does not train adapters; use lora.r=0 or trainer=ddp"),
-    ("trainer.strategy=fsdp optimizer._target_=gpt_lightning.training.muon.muon", "trainer.strategy=fsdp has shards of a matrix, which Muon .* use optimizer=adamw or trainer=ddp"),
     ("trainer.activation_checkpointing=x", "trainer.activation_checkpointing='x' must be true or false"),
     ("trainer.timeout_seconds=0", "trainer.timeout_seconds=0 must be a whole number from 1 to 86400"),
     ("trainer.clip_norm=-1", "trainer.clip_norm=-1 must be a number above 0 or null"),

@@ -96,6 +96,15 @@ def test_sharded_run_has_the_losses_of_one_device(single: Path, sharded: Path) -
     assert (sharded / "samples.md").read_text() == (single / "samples.md").read_text()
 
 
+def test_sharded_run_with_muon_has_the_losses_of_one_device_and_goes_on_exactly(train: Train) -> None:
+    muon, fsdp = "optimizer=muon", "trainer.strategy=fsdp"
+    one, two = train("muon", muon), train("muon sharded", muon, fsdp, size=2)
+    assert largest_difference(one, two) < CLOSE
+    train("muon stopped", muon, fsdp, size=2, stop=True)
+    resumed = train("muon resumed", size=2, copy="muon stopped")
+    assert losses(resumed) == losses(two)
+
+
 def test_sharded_run_in_mixed_precision_has_the_losses_of_one_device(train: Train) -> None:
     mixed = "device.precision=bf16-mixed"
     runs = train("mixed", mixed), train("mixed sharded", mixed, "trainer.strategy=fsdp", size=2)
