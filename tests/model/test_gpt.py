@@ -239,7 +239,8 @@ def test_roles_tell_matrices_of_blocks_from_the_rest():
     }
     assert {name: role for name, role in roles.items() if role != "vector"} == matrices
     vectors = [f"{block}.attn.c_attn.bias", f"{block}.ln_1.weight", "transformer.ln_f.bias"]
-    assert set(vectors) <= roles.keys() and len(roles) == 7 + 4 + 6  # biases of layers, LayerNorms' two
+    assert set(vectors) <= roles.keys()
+    assert len(roles) == 7 + 4 + 6  # matrices, biases of layers, two vectors of each LayerNorm
 
 
 def test_flops_per_token_counted_by_hand():
