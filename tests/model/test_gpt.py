@@ -120,14 +120,15 @@ def test_gradients_equal_a_slow_reference():
         torch.testing.assert_close(grad, copy[name].grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_logits_ignore_future_tokens():
+@pytest.mark.parametrize(("length", "first"), [(16, 9), (2, 1)])
+def test_logits_ignore_future_tokens(length, first):
     net = build()
-    idx = torch.randint(0, 61, (1, 16))
+    idx = torch.randint(0, 61, (1, length))
     changed = idx.clone()
-    changed[0, 9:] = (changed[0, 9:] + 1) % 61
+    changed[0, first:] = (changed[0, first:] + 1) % 61
     a, b = net(idx), net(changed)
-    torch.testing.assert_close(a[:, :9], b[:, :9])
-    assert (a[:, 9] - b[:, 9]).nan_to_num().abs().max() > 0.1
+    torch.testing.assert_close(a[:, :first], b[:, :first])
+    assert (a[:, first] - b[:, first]).nan_to_num().abs().max() > 0.1
 
 
 def test_padded_ids_have_probability_zero():
