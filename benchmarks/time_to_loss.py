@@ -2,11 +2,12 @@
 
     python benchmarks/time_to_loss.py --nanogpt DIR --text FILE [--seeds 1 2 3] [--threads 2] [experiment …]
 
-DIR is a checkout of nanoGPT, FILE tiny Shakespeare. For each seed nanoGPT's train.py runs with the settings
-that its README gives for a CPU, then each experiment of ours, all as processes of their own, one after the
-other. The seconds are of the whole process: start, data, every validation, checkpoints. The loss is over the
-whole validation split in windows of the block size, nanoGPT's computed from the checkpoint that it leaves.
-Prints every run, then medians and ratios. An experiment may carry overrides: "NAME trainer.max_steps=2000".
+DIR is a checkout of nanoGPT, which gets FILE, tiny Shakespeare, as its data. For each seed nanoGPT's
+train.py runs with the settings that its README gives for a CPU, then each experiment of ours, all as
+processes of their own, one after the other. The seconds are of the whole process: start, data, every
+validation, checkpoints. The loss is over the whole validation split in windows of the block size,
+nanoGPT's computed from the checkpoint that it leaves. Prints every run, then medians and ratios. An
+experiment may carry overrides: "NAME trainer.max_steps=2000".
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def nanogpt(checkout: Path, folder: Path, seed: int, threads: int) -> Result:
         copy.unlink()
     data = checkout / "data" / "shakespeare_char" / "val.bin"
     loss = [sys.executable, "-c", WHOLE_SPLIT, str(checkout), str(folder / "ckpt.pt"), str(data)]
-    return seconds, float(subprocess.run(loss, check=True, capture_output=True, text=True).stdout)
+    printed = subprocess.run(loss, check=True, capture_output=True, text=True).stdout  # also what GPT prints
+    return seconds, float(printed.split()[-1])
 
 
 def ours(experiment: str, text: Path, folder: Path, seed: int, threads: int) -> Result:
@@ -92,6 +94,9 @@ def main() -> None:
     parser.add_argument("experiments", nargs="*", default=EXPERIMENTS)
     arguments = parser.parse_args()
     checkout, text, threads = arguments.nanogpt.resolve(), arguments.text.resolve(), arguments.threads
+    for file in (checkout / "train.py", text):
+        if not file.is_file():
+            parser.error(f"there is no file {file}")
     data = checkout / "data" / "shakespeare_char"
     (data / "input.txt").write_bytes(text.read_bytes())
     subprocess.run([sys.executable, "prepare.py"], cwd=data, check=True, capture_output=True)

@@ -107,21 +107,21 @@ class Muon(Optimizer):
 
     def _updates(self, hidden: list[tuple[Tensor, dict[str, Any]]]) -> list[Tensor]:
         """The step of each parameter at a learning rate of 1; matrices of one shape are computed together."""
-        parts: list[list[Tensor]] = []
-        shapes: dict[torch.Size, list[tuple[int, int]]] = {}  # places in `parts`
+        updates = []
         for parameter, group in hidden:
             assert parameter.grad is not None
-            mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
-            mean.lerp_(parameter.grad, 1 - group["momentum"])
-            update = whole(parameter.grad.lerp(mean, group["momentum"]))  # Nesterov's
-            for number, part in enumerate(matrices := list(update.chunk(group["matrices"]))):
-                shapes.setdefault(part.shape, []).append((len(parts), number))
-            parts.append(matrices)
-        for (rows, columns), places in shapes.items():
-            same = orthogonal(torch.stack([parts[i][number] for i, number in places]))  # (n, R, K)
-            for (i, number), update in zip(places, same * math.sqrt(max(1.0, rows / columns)), strict=True):
-                parts[i][number] = update
-        return [torch.cat(matrices) for matrices in parts]
+            state = self.state[parameter]
+            if not state:
+                state["mean"] = torch.zeros_like(parameter)
+            mean = state["mean"].lerp_(parameter.grad, 1 - group["momentum"])
+            updates.append(whole(parameter.grad.lerp(mean, group["momentum"])))  # Nesterov's
+        groups = (group for _, group in hidden)
+        views = [v for u, group in zip(updates, groups, strict=True) for v in u.chunk(group["matrices"])]
+        for shape in dict.fromkeys(view.shape for view in views):
+            same, scale = [v for v in views if v.shape == shape], math.sqrt(max(1.0, shape[0] / shape[1]))
+            for view, result in zip(same, orthogonal(torch.stack(same)) * scale, strict=True):
+                view.copy_(result)
+        return updates
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
