@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IGNORE = -100  # a target with this id does not count in the loss (F.cross_entropy's default)
+CHUNK = 1 << 24  # logits in memory at once while a loss is computed, 64 MiB in 32 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +244,46 @@ class Head(nn.Linear):
         return F.linear(x, self.weight, self.padding)
 
 
+class ChunkedLoss(torch.autograd.Function):
+    """Sum of the cross-entropies of a linear layer's outputs, without having all outputs in memory.
+
+    The gradients are computed in the forward pass, chunk by chunk, up to the factor that comes from above.
+    N tokens, C inputs, V outputs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        """The sum () in nats of x (N, C), weight (V, C), bias (V,), which is constant, and targets (N,)."""
+        device, dtype = x.device, x.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        wide = torch.promote_types(dtype, torch.float32)  # of sums
+        total = torch.zeros((), dtype=wide, device=device)
+        dx = torch.empty_like(x)
+        dw = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        rows, ctx.dtype = max(1, CHUNK // len(weight)), weight.dtype
+        with torch.autocast(device.type, enabled=False):
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+            for part in map(slice, range(0, len(x), rows), range(rows, len(x) + rows, rows)):
+                ids, counts = targets[part, None].clamp(min=0), targets[part, None] != IGNORE  # (rows, 1)
+                log_p = F.linear(x[part], weight, bias).log_softmax(1, dtype=wide)  # (rows, V)
+                chosen = log_p.gather(1, ids)
+                total -= (chosen * counts).sum()
+                gradient = log_p.exp_().scatter_(1, ids, chosen.expm1()).to(dtype)  # p - 1 at the target
+                dx[part] = (gradient @ weight) * counts
+                if dw is not None:
+                    dw += gradient.T @ (x[part] * counts)
+        ctx.gradients = dx, dw
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw = ctx.gradients
+        del ctx.gradients  # they are changed in place, so once only
+        return dx.mul_(above[0]), None if dw is None else dw.mul_(above[0]).to(ctx.dtype), None, None
+
+
 class CausalLM(nn.Module):
     """What training, evaluation and generation use of a network; GPT and others derive from it.
 
@@ -287,13 +328,29 @@ class CausalLM(nn.Module):
                 f"the input has {idx.size(1)} tokens but block_size={self.config.block_size}; "
                 "crop it or train with a larger model.block_size"
             )
-        logits = self.lm_head(self.hidden(idx))  # (B, T, V)
+        x = self.hidden(idx)  # (B, T, C)
         if targets is None:
-            return logits
-        loss = F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction=reduction
-        )
+            return self.lm_head(x)
+        loss = self._loss(x.flatten(0, 1), targets.flatten(), reduction)
         return loss.view_as(targets) if reduction == "none" else loss
+
+    def _loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """The loss of inputs (N, C) of the head, in chunks where the logits are many.
+
+        Compiled code computes all logits at once: chunks would not be fused.
+        """
+        rows = max(1, CHUNK // self.config.padded_vocab_size)
+        if len(x) <= rows or torch.compiler.is_compiling():
+            return F.cross_entropy(self.lm_head(x), targets, ignore_index=IGNORE, reduction=reduction)
+        if x.requires_grad and reduction != "none":
+            total = ChunkedLoss.apply(x, self.lm_head.weight, self.lm_head.padding, targets)
+        else:
+            pairs = zip(x.split(rows), targets.split(rows), strict=True)
+            total = torch.cat([F.cross_entropy(self.lm_head(a), b, reduction="none") for a, b in pairs])
+            if reduction == "none":
+                return total
+            total = total.sum()
+        return total if reduction == "sum" else total / (targets != IGNORE).sum()
 
     def parameter_roles(self) -> dict[str, str]:
         """What each parameter is: hidden matrix, qkv (three of them in one), embedding, head or vector."""

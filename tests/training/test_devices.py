@@ -169,3 +169,13 @@ def test_recomputed_blocks_run_twice_in_training_only() -> None:
 def test_recomputed_blocks_change_no_bit(train: Train, single: Path) -> None:
     again = train("recomputed", "trainer.activation_checkpointing=true")
     assert losses(again) == losses(single)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_loss_in_chunks_is_that_of_one_device(train: Train, strategy: str) -> None:
+    many = ["model.vocab_multiple=1048576", "model.n_embd=2", "trainer.max_steps=2", "trainer.val_batches=1"]
+    many += ["data.batch_size=2", "callbacks.samples=null"]  # two chunks per sequence
+    runs = train(f"one {strategy}", *many), train(strategy, *many, f"trainer.strategy={strategy}", size=2)
+    one, other = map(losses, runs)
+    assert one.keys() == other.keys()
+    assert max(abs(one[key] - other[key]) for key in one) < CLOSE
