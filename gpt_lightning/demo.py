@@ -13,7 +13,7 @@ from gpt_lightning.config.command import command
 from gpt_lightning.config.command_line import verbatim
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.rules import Rule, check, number, optional_text, text, texts
-from gpt_lightning.config.source import checkpoint_source
+from gpt_lightning.config.source import checkpoint_source, network_of
 
 RULES: dict[str, Rule] = {
     "host": text,
@@ -57,7 +57,7 @@ def main(cfg: DictConfig) -> None:
         from gpt_lightning.rundir.checkpoint import find_curves
         from gpt_lightning.serving.server import Site, run
 
-        model = gpt_lightning.load(source, cfg.device.accelerator, cfg.dtype)
+        model = gpt_lightning.load(source, cfg.device.accelerator, cfg.dtype, model=network_of(cfg))
         limits = {key: cfg[key] for key in ("max_prompt_chars", "max_new_tokens", "queue")}
         hosts = [cfg.host, *cfg.allowed_hosts]
         site = Site(model, curves=find_curves(source), hosts=hosts, api_key=cfg.api_key, **limits)

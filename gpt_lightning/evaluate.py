@@ -17,7 +17,7 @@ from gpt_lightning.config.command import command
 from gpt_lightning.config.command_line import verbatim
 from gpt_lightning.config.errors import ConfigError, check_output
 from gpt_lightning.config.rules import Rule, check, number, one_of, readable_path
-from gpt_lightning.config.source import checkpoint_source, corpus_of_run
+from gpt_lightning.config.source import checkpoint_source, corpus_of_run, network_of
 from gpt_lightning.data.files import write_json
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     options = {key: cfg[key] for key in ("max_new_tokens", "temperature", "top_k", "seed")}
     settings = SamplingSettings(num_samples=max(1, cfg.num_samples), **options)
     corpus = choose_corpus(cfg, source)
-    model = load(source, cfg.device.accelerator, cfg.dtype)
+    model = load(source, cfg.device.accelerator, cfg.dtype, model=network_of(cfg))
     result: dict[str, Any] = {"checkpoint": str(source)}
     found = None
     if corpus is not None:

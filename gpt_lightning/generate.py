@@ -18,7 +18,7 @@ from gpt_lightning.config.command import command
 from gpt_lightning.config.command_line import verbatim
 from gpt_lightning.config.errors import ConfigError, check_output
 from gpt_lightning.config.rules import check, one_of, readable_path, texts
-from gpt_lightning.config.source import checkpoint_source
+from gpt_lightning.config.source import checkpoint_source, network_of
 
 if TYPE_CHECKING:
     from gpt_lightning.inference.sampling import SamplingSettings
@@ -136,7 +136,7 @@ def main(cfg: DictConfig) -> list[str] | None:
     values = plain(cfg)
     settings = SamplingSettings(**{field.name: values[field.name] for field in fields(SamplingSettings)})
     prompts = [] if cfg.interactive else read_prompts(cfg)
-    model = load(source, cfg.device.accelerator, cfg.dtype)
+    model = load(source, cfg.device.accelerator, cfg.dtype, model=network_of(cfg))
     prompts = [prompt for prompt in prompts if can_encode(cfg, model, prompt)]
     if main.in_python:
         return model.generate(prompts, **asdict(settings))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from gpt_lightning.config.build import build, is_defined_in, targets
+from gpt_lightning.config.build import build, is_defined_in, targets, without_recommendations
+from gpt_lightning.config.command_line import key_of
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.rules import check, text
 from gpt_lightning.data.files import reading
@@ -41,6 +44,22 @@ def checkpoint_source(cfg: DictConfig) -> Path:
     run = newest_run(Path(cfg.paths.outputs) / path.parent, with_checkpoint=True)
     log.info("checkpoint=%s is %s", path, run)
     return run
+
+
+def network_of(cfg: DictConfig) -> Callable[..., Any] | None:
+    """Builds the network of the user's own that model= names, with the arguments that a checkpoint gives.
+
+    Raises:
+        ConfigError: If an argument is given as well, or there is no such class.
+    """
+    if "_target_" not in (cfg.get("model") or {}):
+        return None
+    given = [text for text in HydraConfig.get().overrides.task if key_of(text).startswith("model.")]
+    if given:
+        raise ConfigError(f"{given[0]}: a trained model has the values of its checkpoint; leave this out")
+    node = OmegaConf.create({"model": without_recommendations(cfg)})
+    network: Callable[..., Any] = build(node, "model", _partial_=True)
+    return network
 
 
 def corpus_of_run(source: Path) -> Corpus | None:

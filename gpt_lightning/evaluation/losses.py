@@ -83,7 +83,7 @@ def token_losses(
         raise ValueError(f"the text has {len(tokens)} tokens; two are the least to measure a loss")
     windows = windows[np.argsort(-windows[:, 1], kind="stable")]  # windows of equal length together
     batch_size = batch_size or max(1, FORWARD // T)
-    device = net.embedding.weight.device
+    device = net.device
     losses = np.full(len(tokens), np.nan, dtype=np.float32)
     was_training = net.training
     net.eval()

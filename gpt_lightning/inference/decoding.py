@@ -53,7 +53,7 @@ def stream(
         prompts: Token ids, at least one each (<|endoftext|> begins a text from nothing).
         settings: How tokens are chosen; prompt i draws from a generator seeded with settings.seed + i.
         stop_ids: A sequence ends before one of these.
-        use_cache: False recomputes every window, as a slow reference.
+        use_cache: False recomputes every window, as a slow reference, and as a net without a cache needs.
         static_shapes: Whether every step reads the whole cache, so that a CUDA device can record the step
             as a CUDA graph and replay it; under autocast nothing is recorded.
 
@@ -63,7 +63,7 @@ def stream(
     Raises:
         ValueError: If a prompt is empty or has an id outside the vocabulary.
     """
-    device, vocab_size = net.embedding.weight.device, net.config.vocab_size
+    device, vocab_size = net.device, net.config.vocab_size
     for prompt in prompts:
         if not prompt or not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise ValueError(
@@ -78,7 +78,9 @@ def stream(
         for row, text in enumerate(texts):
             seen[row, text] = True
     longest = max(map(len, texts)) + settings.max_new_tokens
-    next_logits = _Cached(net, len(texts), longest, static_shapes) if use_cache else _Uncached(net)
+    next_logits = (
+        _Cached(net, len(texts), longest, static_shapes) if use_cache and net.has_cache else _Uncached(net)
+    )
     running = [True] * len(texts)
     was_training = net.training
     net.eval()
@@ -119,7 +121,7 @@ class _Uncached:
         self.net = net
 
     def __call__(self, texts: list[list[int]]) -> Tensor:
-        device, block_size = self.net.embedding.weight.device, self.net.config.block_size
+        device, block_size = self.net.device, self.net.config.block_size
         windows = [text[-window_length(len(text), block_size) :] for text in texts]
         last = [self.net.hidden(torch.tensor([window], device=device))[:, -1] for window in windows]
         return self.net.lm_head(torch.cat(last)).float()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import tiktoken
 import torch
+from torch import nn
 
 from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.data.files import reading
@@ -19,14 +20,21 @@ from gpt_lightning.interop.folder import ModelCard, known_values, read_folder
 from gpt_lightning.interop.gpt2 import download
 from gpt_lightning.model.gpt import CausalLM
 from gpt_lightning.model.lora import LoRAConfig, merge_adapters
-from gpt_lightning.model.weights import build_with_weights, read_config
+from gpt_lightning.model.own import OwnNetwork, as_causal_lm
+from gpt_lightning.model.weights import CONFIGS, build_with_weights, read_config
 from gpt_lightning.rundir.checkpoint import find_checkpoint, read_checkpoint
 
 log = logging.getLogger(__name__)
+Network = Callable[..., nn.Module]  # what builds a network of the user's own
 
 
 def load(
-    path: str | Path, device: str | None = None, dtype: str | None = None, *, cuda_graph: bool = False
+    path: str | Path,
+    device: str | None = None,
+    dtype: str | None = None,
+    *,
+    cuda_graph: bool = False,
+    model: Network | None = None,
 ) -> TextGenerator:
     """A trained model for generating text; it cannot be trained or saved.
 
@@ -38,6 +46,8 @@ def load(
         device: Such as "cpu", "cuda" or "mps"; None takes the fastest available one.
         dtype: "float32", "bfloat16" or, on a CPU, "int8" for the weights; None is float32.
         cuda_graph: As in `TextGenerator`.
+        model: The class of a model of your own, or a function that builds it, of a checkpoint; it gets the
+            arguments that the training had. Loading never imports a class that a checkpoint names.
 
     Raises:
         OSError: If there is nothing to load at `path`.
@@ -46,21 +56,25 @@ def load(
     where = _device(device)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} does not exist; use {', '.join(DTYPES)}")
-    model = read_model(path)
-    model.cuda_graph = cuda_graph
-    model.net.to(where)
-    if where.type == "cpu" or dtype == "int8":
-        pack(model.net, dtype or "float32")
+    found = read_model(path, model=model)
+    found.cuda_graph, is_own = cuda_graph, isinstance(found.net, OwnNetwork)
+    found.net.to(where)
+    if dtype == "int8" and is_own:
+        raise ValueError(f"dtype=int8: {path} has a model of your own; use dtype=bfloat16 or float32")
+    if (where.type == "cpu" and not is_own) or dtype == "int8":
+        pack(found.net, dtype or "float32")
     elif dtype == "bfloat16":
-        model.net.to(torch.bfloat16)
-    return model
+        found.net.to(torch.bfloat16)
+    return found
 
 
-def read_model(path: str | Path, *, merge: bool = True) -> TextGenerator:
+def read_model(path: str | Path, *, merge: bool = True, model: Network | None = None) -> TextGenerator:
     """A model as it was trained, in float32 on the CPU; arguments and errors as `load`."""
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file():
-        net, tokenizer, card = _read_checkpoint(path, merge=merge, dropout=0.0)
+        net, tokenizer, card = _read_checkpoint(path, merge=merge, model=model, dropout=0.0)
+    elif model is not None:
+        raise ValueError(f"{folder} has no model of your own; leave model= out")
     else:
         net, found, card = read_folder(folder, dropout=0.0)
         if found is None:
@@ -157,13 +171,14 @@ def _check_ids(net: CausalLM, tokenizer: tiktoken.Encoding, source: object) -> N
 
 
 def _read_checkpoint(
-    path: str | Path, *, merge: bool = True, **asked: Any
+    path: str | Path, *, merge: bool = True, model: Network | None = None, **asked: Any
 ) -> tuple[CausalLM, tiktoken.Encoding, ModelCard]:
     """The network of a checkpoint with its weights, in evaluation mode, its tokenizer and card.
 
     Args:
         path: As in `find_checkpoint`.
         merge: Whether adapters are merged into the weights, which gives a plain network.
+        model: As in `load`.
         asked: Fields of the configuration, as in `apply_overrides`.
 
     Raises:
@@ -176,8 +191,39 @@ def _read_checkpoint(
         lora = _mapping(config.get("lora"))
         adapters = LoRAConfig(**lora) if lora.get("r") else None
         weights = {k[4:]: v for k, v in checkpoint["state_dict"].items() if str(k).startswith("net.")}
-        shape, tokenizer = read_config(config["model"], path), tokenizers.from_state(checkpoint["tokenizer"])
-    net = build_with_weights(shape, weights, asked, source=path, lora=adapters)
+        tokenizer = tokenizers.from_state(checkpoint["tokenizer"])
+        if model is None:
+            shape = read_config(config["model"], path)
+    if model is not None:
+        net = _build_own(model, _mapping(config.get("model")), weights, path, tokenizer.n_vocab)
+    else:
+        net = build_with_weights(shape, weights, asked, source=path, lora=adapters)
+        net = merge_adapters(net) if adapters and merge else net
     _check_ids(net, tokenizer, path)
-    net = (merge_adapters(net) if adapters and merge else net).eval()
-    return net, tokenizer, describe(net, checkpoint)
+    return net.eval(), tokenizer, describe(net, checkpoint)
+
+
+def _build_own(
+    model: Network, options: Mapping[str, Any], weights: Mapping[str, Any], source: object, n_vocab: int
+) -> CausalLM:
+    """The network that `model` builds of stored arguments, with its weights; stored classes are left out."""
+    if (target := options.get("_target_")) in CONFIGS:
+        raise ValueError(f"{source} has no model of your own, but a {target}; leave model= out")
+    options = {k: v for k, v in options.items() if k != "_target_" and not _names_class(v)}
+    try:
+        net = model(**options)
+        net.load_state_dict(weights)
+        block_size = int(getattr(net, "block_size", None) or options["block_size"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{source}: its model, {target}, is not what model= builds ({reason})") from error
+    if not all(bool(weight.isfinite().all()) for weight in net.parameters()):
+        raise ValueError(f"{source} has weights that are not finite; use an earlier checkpoint")
+    return as_causal_lm(net, vocab_size=options.get("vocab_size") or n_vocab, block_size=block_size)
+
+
+def _names_class(value: Any) -> bool:
+    """Whether a stored value says what to import, at any depth."""
+    if isinstance(value, Mapping):
+        return "_target_" in value or any(map(_names_class, value.values()))
+    return isinstance(value, list) and any(map(_names_class, value))

@@ -139,7 +139,7 @@ class TextGenerator:
     def _pieces(self, ids: list[list[int]], settings: SamplingSettings) -> Iterator[list[Piece]]:
         texts = [_Text(self.tokenizer, settings.stops, settings.max_new_tokens) for _ in ids]
         end = self.tokenizer.eot_token
-        graph = self.cuda_graph and self.net.embedding.weight.device.type == "cuda"
+        graph = self.cuda_graph and self.net.device.type == "cuda"
         for new in stream(self.net, ids, settings, stop_ids=(end,), static_shapes=graph):
             yield [text.add(token) for text, token in zip(texts, new, strict=True)]
             if all(text.finish for text in texts):

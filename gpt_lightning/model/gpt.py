@@ -290,10 +290,12 @@ class CausalLM(nn.Module):
     Attributes:
         config: Its configuration.
         lm_head: From the outputs of `hidden` to logits.
+        has_cache: Whether `hidden` uses a cache.
     """
 
     config: Any
     lm_head: Head
+    has_cache = True
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) ids to the inputs (B, T, C) of the head, at positions 0 to T - 1 or those of the cache."""
@@ -308,6 +310,11 @@ class CausalLM(nn.Module):
     def blocks(self) -> nn.ModuleList:
         """The transformer blocks."""
         raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next(self.parameters()).device
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
         """Logits of the next token at every position, or the loss against `targets`.

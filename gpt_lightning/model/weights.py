@@ -52,7 +52,10 @@ def read_config(options: Mapping[str, Any], source: object) -> ModelConfig:
     options = dict(options)
     kind = CONFIGS.get(target := options.pop("_target_", target_of(GPTConfig(vocab_size=1))))
     if kind is None:
-        raise ValueError(f"its model is a {target}; build that yourself and load the state_dict")
+        raise ValueError(
+            f"its model is a {target}, which a file cannot make this program import: name it with "
+            "--config-dir and model=, or pass it to gpt_lightning.load as model="
+        )
     if unknown := options.keys() - {field.name for field in fields(kind)}:
         raise ValueError(f"the model in {source} has {min(map(str, unknown))}, unknown to this version")
     if "vocab_size" not in options:

@@ -132,6 +132,7 @@ TABLE: list[tuple[str, str, str]] = [
     ("generate", "", "checkpoint= is missing"),
     ("generate", "checkpoint=", "checkpoint= is missing"),
     ("generate", "checkpoint=latest paths.outputs=null", "paths.outputs=None must be text"),
+    ("generate", "checkpoint=run prompt=a model=tiny", "has no model of your own, but a .*build_gpt; leave model= out"),
     ("generate", "checkpoint=run prompt=a output=fifo", "output=.*fifo holds what this command did not write"),
     ("generate", "checkpoint=run prompt_file=fifo", "prompt_file=.*fifo is neither a file nor a folder"),
     ("generate", "checkpoint=run prompt_file=/dev/zero", "prompt_file=/dev/zero is neither a file nor a folder"),

@@ -19,6 +19,7 @@ from gpt_lightning.data.files import atomic_write
 from gpt_lightning.inference.decoding import generate
 from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.model.gpt import CausalLM
+from gpt_lightning.model.own import as_causal_lm
 from gpt_lightning.model.weights import NETWORKS, EmptyInit
 from gpt_lightning.training.module import LanguageModel
 from gpt_lightning.training.strategies import Sharded, whole_state
@@ -79,8 +80,6 @@ class Samples(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
         net = pl_module.net
-        if not isinstance(net, CausalLM):  # other models may not generate
-            return
         state = whole_state(net) if isinstance(trainer.strategy, Sharded) else None
         if not trainer.is_global_zero:
             return
@@ -89,11 +88,17 @@ class Samples(Callback):
             if not math.isfinite(loss):  # on CUDA, sampling from NaN would break the whole process
                 raise ValueError(f"the validation loss is {loss}")
             if state is not None:
+                if not isinstance(net, CausalLM) or type(net.config) not in NETWORKS:
+                    raise ValueError("trainer.strategy=fsdp samples from this package's networks only")
                 with EmptyInit():
                     net = NETWORKS[type(net.config)](net.config)
                 net.load_state_dict(state)
                 net.eval().to(pl_module.device)
-            self._sample(trainer, net, pl_module.tokenizer)
+            encoding = pl_module.tokenizer
+            if not isinstance(net, CausalLM):
+                longest = pl_module.hparams["model"]["block_size"]
+                net = as_causal_lm(net, vocab_size=encoding.n_vocab, block_size=longest)
+            self._sample(trainer, net, encoding)
         except Exception as error:  # nothing that only looks may end a run
             log.warning("step %d has no sample: %s", step, error)
 
