@@ -29,12 +29,14 @@ from gpt_lightning.config.build import (
     build_net,
     build_parts,
     build_trainer,
+    precision_of,
     prepare_data,
 )
 from gpt_lightning.config.resolvers import CONF
 from gpt_lightning.training.callbacks.metrics import StepMetrics
 from gpt_lightning.training.fit import fit, quiet_lightning
 from gpt_lightning.training.optimizers import parameter_groups
+from gpt_lightning.training.precision import use_precision
 
 
 def framework(cfg: DictConfig, prepared: Prepared, folder: Path) -> float:
@@ -45,6 +47,8 @@ def framework(cfg: DictConfig, prepared: Prepared, folder: Path) -> float:
     parts = build_parts(cfg)  # callbacks have a state, so each run has its own
     data, module = build_data(cfg, prepared), build_module(cfg, parts, prepared)
     trainer = build_trainer(cfg, parts.callbacks, build_loggers(cfg, None))
+    if cfg.device.precision == "auto":
+        use_precision(trainer, precision_of(cfg, module.net))
     fit(module, data, trainer, folder=folder, val_every_steps=10**9, facts={})
     metrics = StepMetrics.of(trainer)
     assert metrics is not None
@@ -59,7 +63,7 @@ def plain(cfg: DictConfig, parts: Parts, prepared: Prepared) -> float:
     optimizer = parts.optimizer(parameter_groups(net))
     loader = data.train_dataloader()
     accumulation = data.tokens_per_step // (loader.dataset[0][0].numel())
-    bf16 = str(cfg.device.precision).startswith("bf16")
+    bf16 = precision_of(cfg, net).startswith("bf16")
     started = time.perf_counter()
     for number, (x, y) in enumerate(loader, start=1):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

@@ -45,9 +45,12 @@ from gpt_lightning.rundir.provenance import git_revision, versions
 from gpt_lightning.rundir.summary import read_summary
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
     from gpt_lightning.config.build import Parts, Prepared
     from gpt_lightning.inference.run import Run
     from gpt_lightning.rundir.summary import RunSummary
+    from gpt_lightning.training.module import LanguageModel
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +146,8 @@ def train(cfg: DictConfig, folder: Path, deadline: float) -> None:
     checkpoint, step, net, prepared = starting_state(cfg, parts, folder)
     pl.seed_everything(cfg.seed, verbose=False)
     torch.set_float32_matmul_precision(cfg.device.matmul_precision)
-    data, module = build_data(cfg, prepared), build_module(cfg, parts, prepared, net)
+    data, module = build_data(cfg, prepared), build_module(cfg, parts, prepared, net, checkpoint)
+    facts: RunSummary = {**provenance(cfg, prepared), "precision": set_precision(cfg, trainer, module)}
     trainer.fit_loop.epoch_loop.max_steps = prepared.max_steps
     trainer.loggers = build_loggers(cfg, step if cfg.resume else None)
     try:
@@ -153,7 +157,7 @@ def train(cfg: DictConfig, folder: Path, deadline: float) -> None:
             trainer,
             folder=folder,
             val_every_steps=cfg.trainer.val_every_steps,
-            facts=provenance(cfg, prepared),
+            facts=facts,
             checkpoint=checkpoint,
             deadline=deadline,
         )
@@ -169,6 +173,17 @@ def train(cfg: DictConfig, folder: Path, deadline: float) -> None:
         raise too_large(cfg, prepared, module.net, trainer.world_size) from error
     if trainer.is_global_zero:
         log.info(describe(summary, trainer, folder))
+
+
+def set_precision(cfg: DictConfig, trainer: Trainer, module: LanguageModel) -> str:
+    """Give the trainer the precision that was chosen with the network, where device.precision=auto."""
+    from gpt_lightning.training.precision import use_precision
+
+    precision = str(module.hparams["device"]["precision"])
+    if cfg.device.precision == "auto":
+        use_precision(trainer, precision)
+        log.info("precision: %s, chosen by device.precision=auto", precision)
+    return precision
 
 
 def too_large(cfg: DictConfig, prepared: Prepared, net: Any, world_size: int) -> ValueError:

@@ -20,7 +20,7 @@ class MLP(nn.Module):
     """Predicts a token from the embeddings of the `window` tokens before it (Bengio et al., 2003).
 
     A model is called as `model(idx, targets, reduction=…)` and returns the loss in nats: the mean, or one
-    loss per token for `reduction="none"`. Targets of -100 do not count. Without targets it returns the logits.
+    loss per token for `reduction="none"`. Targets of -100 do not count. `model(idx)` returns the logits.
 
     Args:
         vocab_size: Token ids.

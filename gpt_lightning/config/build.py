@@ -21,6 +21,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from gpt_lightning.config.errors import ConfigError, one_line
+from gpt_lightning.config.resolvers import detect_device
 from gpt_lightning.config.rules import TRAINER_KEYS, check_arguments
 
 if TYPE_CHECKING:
@@ -282,7 +283,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Any], loggers: list[Any]) -> 
         "strategy": strategy(named, devices=device_count(cfg), timeout=settings.timeout_seconds)
         if isinstance(named, str)
         else build(cfg, "trainer.strategy"),
-        "precision": cfg.device.precision,
+        "precision": "32-true" if cfg.device.precision == "auto" else cfg.device.precision,
         "max_steps": settings.max_steps or -1,  # the data tells how many an epoch has
         "max_epochs": -1,  # the loader runs through the epochs by itself
         "check_val_every_n_epoch": None,
@@ -435,6 +436,22 @@ def windows(cfg: DictConfig, net: Any = None) -> dict[str, Any]:
     return {"block_size": block_size, **{key: cfg.data[key] for key in keys}}
 
 
+def precision_of(cfg: DictConfig, net: nn.Module, checkpoint: Path | None = None) -> str:
+    """The precision that device.precision=auto stands for; a resumed run keeps that of its checkpoint."""
+    from gpt_lightning.rundir.checkpoint import read_checkpoint
+    from gpt_lightning.training.precision import choose_precision, multiplies_bfloat16
+
+    if cfg.device.precision != "auto":
+        return str(cfg.device.precision)
+    if checkpoint is not None:
+        recorded = read_checkpoint(checkpoint, verify=False)["hyper_parameters"]["device"]["precision"]
+        if recorded != "auto":
+            return str(recorded)
+    accelerator = detect_device() if cfg.device.accelerator == "auto" else cfg.device.accelerator
+    parameters = sum(p.numel() for p in net.parameters())
+    return choose_precision(accelerator, parameters, has_bfloat16=multiplies_bfloat16(accelerator))
+
+
 def build_data(cfg: DictConfig, prepared: Prepared) -> TextDataModule:
     """Windows of the store's tokens in the configured batches."""
     from gpt_lightning.data.datamodule import TextDataModule
@@ -466,7 +483,7 @@ def memory_needs(
         n_embd=getattr(config, "n_embd", 0),
         n_layer=getattr(config, "n_layer", 0),
         vocab_size=prepared.vocab_size,
-        precision=str(cfg.device.precision),
+        precision=precision_of(cfg, net),
         shards=device_count(cfg) if cfg.trainer.strategy == "fsdp" else 1,
         recomputed=cfg.trainer.activation_checkpointing,
     )
@@ -486,8 +503,16 @@ def without_recommendations(cfg: DictConfig) -> dict[str, Any]:
     return {key: value for key, value in plain(cfg.model).items() if key != "recommended"}
 
 
-def build_module(cfg: DictConfig, parts: Parts, prepared: Prepared, net: Any = None) -> LanguageModel:
-    """The network, new unless given, in its LightningModule."""
+def build_module(
+    cfg: DictConfig, parts: Parts, prepared: Prepared, net: Any = None, checkpoint: Path | None = None
+) -> LanguageModel:
+    """The network, new unless given, in its LightningModule, whose checkpoints have the chosen precision.
+
+    Args:
+        cfg, parts, prepared: Of the run.
+        net: Of `init_from`.
+        checkpoint: That a resumed run goes on from.
+    """
     from gpt_lightning.training.module import LanguageModel
     from gpt_lightning.training.strategies import blocks, recompute
 
@@ -503,13 +528,13 @@ def build_module(cfg: DictConfig, parts: Parts, prepared: Prepared, net: Any = N
         optimizer=parts.optimizer,
         schedule=with_length(parts.schedule, prepared.max_steps),
         tokenizer=prepared.store.tokenizer,
-        config=final_config(cfg, prepared, net),
+        config=final_config(cfg, prepared, net, precision_of(cfg, net, checkpoint)),
         corpus_digest=prepared.store.meta.corpus_digest,
         clip_norm=cfg.trainer.clip_norm,
     )
 
 
-def final_config(cfg: DictConfig, prepared: Prepared, net: Any) -> dict[str, Any]:
+def final_config(cfg: DictConfig, prepared: Prepared, net: Any, precision: str) -> dict[str, Any]:
     """What a checkpoint keeps: the resolved configuration with the numbers that the data decided."""
     from gpt_lightning.model.weights import target_of
 
@@ -519,5 +544,5 @@ def final_config(cfg: DictConfig, prepared: Prepared, net: Any) -> dict[str, Any
         config["model"]["vocab_size"] = prepared.vocab_size
     if cfg.init_from is not None and hasattr(net, "config"):
         config["model"] = {"_target_": target_of(net.config), **asdict(net.config)}
-    config["trainer"]["max_steps"] = prepared.max_steps
+    config["trainer"]["max_steps"], config["device"]["precision"] = prepared.max_steps, precision
     return config

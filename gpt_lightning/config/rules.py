@@ -146,7 +146,9 @@ RULES: dict[str, Rule] = {
     "data.drop_last": one_of(True, False),
     "device.accelerator": one_of("auto", "cpu", "cuda", "mps"),
     "device.devices": _devices,
-    "device.precision": one_of("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
+    "device.precision": one_of(
+        "auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"
+    ),
     "device.micro_batch_size": number(int, least=1, optional=True),
     "device.compile": one_of(True, False),
     "device.pin_memory": one_of(True, False),

@@ -37,6 +37,7 @@ class RunSummary(TypedDict, total=False):
     overrides: list[str]
     seed: int
     device: str
+    precision: str  # as Lightning names it
     versions: dict[str, str]
     git_revision: str | None
     slurm_job: str | None

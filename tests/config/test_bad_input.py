@@ -285,7 +285,7 @@ KEYS: list[tuple[str, str]] = [
     ("device.devices=[0]", r"device.devices=\[0\] names GPUs; on a CPU it is a number"),
     ("device.devices=two", "device.devices='two' must be how many"),
     ("device.compile=yes", "device.compile='yes' must be true or false"),
-    ("device.precision=8", "device.precision=8 must be 32-true, bf16-mixed, 16-mixed"),
+    ("device.precision=8", "device.precision=8 must be auto, 32-true, bf16-mixed, 16-mixed"),
     ("device.micro_batch_size=x", "device.micro_batch_size='x' must be a whole number of at least 1 or null"),
     ("device.matmul_precision=low", "device.matmul_precision='low' must be highest, high or medium"),
     ("trainer.max_steps=many", "trainer.max_steps='many' must be a whole number"),

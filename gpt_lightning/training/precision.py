@@ -1,0 +1,38 @@
+"""What device.precision=auto stands for."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
+
+# Parameters above which bfloat16 makes a CPU's steps faster: 1.64 x at 10.7 million, 1.40 x at a vocabulary of
+# 50,304, nothing at 0.8 million, whose products are too small to matter.
+WORTHWHILE = 4_000_000
+
+
+def choose_precision(accelerator: str, parameters: int, *, has_bfloat16: bool) -> str:
+    """The precision for a network on a device.
+
+    Args:
+        accelerator: cpu, cuda or mps.
+        parameters: Numbers in the network; GPUs gain at any size.
+        has_bfloat16: As `multiplies_bfloat16`.
+    """
+    large = accelerator == "cuda" or (accelerator == "cpu" and parameters >= WORTHWHILE)
+    return "bf16-mixed" if has_bfloat16 and large else "32-true"
+
+
+def multiplies_bfloat16(accelerator: str) -> bool:
+    """Whether the device has instructions for it; others emulate them slowly."""
+    if accelerator == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = getattr(torch.cpu, "get_capabilities", dict)()  # which older versions of torch lack
+    return accelerator == "cpu" and any(features.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def use_precision(trainer: Trainer, precision: str) -> None:
+    """Change a trainer of 32 bits, which was built before its network was known, to another precision."""
+    if precision == "bf16-mixed":
+        device = trainer.strategy.root_device.type
+        trainer.strategy.precision_plugin = MixedPrecision("bf16-mixed", device)
