@@ -272,7 +272,9 @@ class ChunkedLoss(torch.autograd.Function):
                 total -= (chosen * counts).sum()
                 gradient = log_p.exp_().scatter_(1, ids, chosen.expm1()).to(dtype)  # p - 1 at the target
                 dx[part] = (gradient @ weight) * counts
-                if dw is not None:
+                if dw is not None and dtype == wide:
+                    dw.addmm_(gradient.T, x[part] * counts)
+                elif dw is not None:
                     dw += gradient.T @ (x[part] * counts)
         ctx.gradients = dx, dw
         return total

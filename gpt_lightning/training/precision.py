@@ -6,8 +6,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 
-# Parameters above which bfloat16 makes a CPU's steps faster: 1.64 x at 10.7 million, 1.40 x at a vocabulary of
-# 50,304, nothing at 0.8 million, whose products are too small to matter.
+# Parameters above which bfloat16 makes a CPU's steps faster: 1.64 x at 10.7 million, 1.40 x at a vocabulary
+# of 50,304, nothing at 0.8 million, whose products are too small to matter.
 WORTHWHILE = 4_000_000
 
 
@@ -26,7 +26,8 @@ def choose_precision(accelerator: str, parameters: int, *, has_bfloat16: bool) -
 def multiplies_bfloat16(accelerator: str) -> bool:
     """Whether the device has instructions for it; others emulate them slowly."""
     if accelerator == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        # a plan for a GPU of another machine assumes a recent one
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     features = getattr(torch.cpu, "get_capabilities", dict)()  # which older versions of torch lack
     return accelerator == "cpu" and any(features.get(name) for name in ("avx512_bf16", "amx_bf16"))
 

@@ -51,7 +51,7 @@ def test_chosen_precision_trains_is_recorded_and_kept_by_a_resumed_run(
     tiny: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = [*tiny, "logger=none", "callbacks.samples=null", "scheduler=constant"]
     folders = {"32-true": tmp_path / "exact", "bf16-mixed": tmp_path / "mixed"}
@@ -59,7 +59,7 @@ def test_chosen_precision_trains_is_recorded_and_kept_by_a_resumed_run(
     for chosen, folder in folders.items():
         monkeypatch.setattr(precision, "multiplies_bfloat16", lambda _, yes=chosen == "bf16-mixed": yes)
         call("train", *options, f"hydra.run.dir={folder}")
-        assert f"precision: {chosen}, chosen by device.precision=auto" in caplog.text
+        assert f"precision: {chosen}, chosen by device.precision=auto" in capsys.readouterr().out
         assert read_summary(folder)["precision"] == chosen
     exact, mixed = (read_summary(folder)["val_loss"] for folder in folders.values())
     assert exact is not None
