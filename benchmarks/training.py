@@ -21,17 +21,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 
 from gpt_lightning.config.build import (
-    Parts,
     Prepared,
     build_data,
-    build_loggers,
     build_module,
     build_net,
-    build_parts,
-    build_trainer,
     precision_of,
     prepare_data,
 )
+from gpt_lightning.config.parts import Parts, build_loggers, build_parts, build_trainer
 from gpt_lightning.config.resolvers import CONF
 from gpt_lightning.training.callbacks.metrics import StepMetrics
 from gpt_lightning.training.fit import fit, quiet_lightning

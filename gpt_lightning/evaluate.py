@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from gpt_lightning.config.build import build
 from gpt_lightning.config.command import command
 from gpt_lightning.config.command_line import verbatim
 from gpt_lightning.config.errors import ConfigError, check_output
+from gpt_lightning.config.nodes import build
 from gpt_lightning.config.rules import Rule, check, number, one_of, readable_path
 from gpt_lightning.config.source import checkpoint_source, corpus_of_run, network_of
 from gpt_lightning.data.files import write_json

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from gpt_lightning.config.build import plain
 from gpt_lightning.config.command import command
 from gpt_lightning.config.command_line import verbatim
 from gpt_lightning.config.errors import ConfigError, check_output
+from gpt_lightning.config.nodes import plain
 from gpt_lightning.config.rules import check, one_of, readable_path, texts
 from gpt_lightning.config.source import checkpoint_source, network_of
 

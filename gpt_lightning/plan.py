@@ -8,18 +8,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from gpt_lightning.config.build import (
-    build_net,
-    build_parts,
-    device_count,
-    memory_needs,
-    prepare_data,
-    starting_point,
-    with_length,
-)
+from gpt_lightning.config.build import build_net, memory_needs, prepare_data
 from gpt_lightning.config.command import command
+from gpt_lightning.config.parts import build_parts, device_count, starting_point, with_length
+from gpt_lightning.config.resume import with_recorded_values
 from gpt_lightning.config.rules import validate
-from gpt_lightning.config.start import plan_arguments, with_recorded_values
+from gpt_lightning.config.start import plan_arguments
 from gpt_lightning.training.memory import DEFAULT_MICRO_BATCH_SIZE, GIB
 
 

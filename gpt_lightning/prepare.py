@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from gpt_lightning.config.build import build
 from gpt_lightning.config.command import command
 from gpt_lightning.config.errors import ConfigError
+from gpt_lightning.config.nodes import build
 
 if TYPE_CHECKING:
     from gpt_lightning.data.token_store import TokenStore

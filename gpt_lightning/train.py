@@ -15,31 +15,22 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from gpt_lightning.config.build import (
-    build_data,
-    build_loggers,
-    build_module,
-    build_parts,
-    build_trainer,
-    prepare_data,
-    starting_point,
-)
+from gpt_lightning.config.build import build_data, build_module, prepare_data
 from gpt_lightning.config.command import command
-from gpt_lightning.config.command_line import key_of
+from gpt_lightning.config.command_line import OWN_KEYS, key_of
 from gpt_lightning.config.errors import lacks_memory
-from gpt_lightning.config.rules import parse_duration, validate
-from gpt_lightning.config.run_directory import refuse_to_overwrite
-from gpt_lightning.config.start import (
-    OWN_KEYS,
+from gpt_lightning.config.parts import build_loggers, build_parts, build_trainer, starting_point
+from gpt_lightning.config.ranks import is_first_rank, tell_other_ranks
+from gpt_lightning.config.resume import (
     check_corpus,
     check_extension,
-    is_first_rank,
     record_extension,
-    start_arguments,
-    tell_other_ranks,
     warn_of_versions,
     with_recorded_values,
 )
+from gpt_lightning.config.rules import parse_duration, validate
+from gpt_lightning.config.run_directory import refuse_to_overwrite
+from gpt_lightning.config.start import start_arguments
 from gpt_lightning.rundir.directory import locked
 from gpt_lightning.rundir.provenance import git_revision, versions
 from gpt_lightning.rundir.summary import read_summary
@@ -47,7 +38,8 @@ from gpt_lightning.rundir.summary import read_summary
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-    from gpt_lightning.config.build import Parts, Prepared
+    from gpt_lightning.config.build import Prepared
+    from gpt_lightning.config.parts import Parts
     from gpt_lightning.inference.run import Run
     from gpt_lightning.rundir.summary import RunSummary
     from gpt_lightning.training.module import LanguageModel

@@ -25,7 +25,7 @@ ORDER = (  # a folder imports itself and those of the rows below
 # where a framework may be imported; a name with .py is that file alone
 FRAMEWORKS = {
     ("hydra", "omegaconf"): {COMMANDS, "config", "sweeping"},
-    ("lightning", "pytorch_lightning"): {"training", "data/datamodule.py", "config/build.py", "train.py"},
+    ("lightning", "pytorch_lightning"): {"training", "data/datamodule.py", "config/parts.py", "train.py"},
     ("gradio", "fastapi", "starlette", "uvicorn", "pydantic"): {"serving"},
     ("safetensors", "transformers", "huggingface_hub", "peft"): {"interop"},
     ("matplotlib",): {"rundir"},

@@ -15,7 +15,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from support.runs import ROOT, SHARED
 
-from gpt_lightning.config.build import build, build_net, with_length
+from gpt_lightning.config.build import build_net
+from gpt_lightning.config.nodes import build
+from gpt_lightning.config.parts import with_length
 from gpt_lightning.config.resolvers import CONF, detect_device
 from gpt_lightning.config.rules import validate
 from gpt_lightning.data.windows import split_batch

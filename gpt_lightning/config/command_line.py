@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hydra.errors import HydraException
 from gpt_lightning.config.errors import ConfigError
 
 TEXTS = ("prompt", "stop", "separator", "default_prompts", "api_key")  # last parts of keys that are no paths
+OWN_KEYS = ("resume", "repeat", "trust")  # of a start, not of the run
 PLACES = ("paths.outputs", "hydra.run.dir", "hydra.sweep.dir")  # keys of folders that Hydra makes
 
 
@@ -129,3 +131,18 @@ def unquoted(value: str) -> str:
     except HydraException:  # Hydra will say so
         return value
     return text if isinstance(text, str) else value
+
+
+def go_to(folder: str) -> None:
+    """Work where the run was started, if that is still there, so that relative paths mean the same.
+
+    Modules are imported from where this command was started, also by further ranks: those in a run directory
+    of somebody else are not the user's.
+    """
+    here = str(Path.cwd())
+    if not Path(folder).is_dir() or Path(folder).samefile(here):
+        return
+    sys.path[:] = [entry or here for entry in sys.path]
+    os.environ["PYTHONSAFEPATH"] = "1"  # else `python -m` would look in the new directory
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), here]))
+    os.chdir(folder)

@@ -6,14 +6,10 @@ it is built; the tables are for keys that no class of this package reads, and fo
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import math
-import os
 import re
 import types
-import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -290,106 +286,3 @@ def _check_device(cfg: DictConfig) -> None:
         raise ConfigError(
             "device.precision=16-mixed cannot clip under a fused optimizer; add optimizer.fused=false"
         )
-
-
-# -- arguments of classes ------------------------------------------------------------------------------
-
-# a type as an annotation has it, and as a user reads it; the ones that YAML can say
-WORDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    dict: "keys with values",
-    types.NoneType: "null",
-}
-ALIASES: dict[Any, Any] = {Path: str, os.PathLike: str, Mapping: dict}
-ALIASES |= dict.fromkeys((tuple, Sequence, Iterable), list)
-
-
-def check_arguments(
-    target: Callable[..., Any], cfg: DictConfig, key: str, *, without: Iterable[str] = ()
-) -> None:
-    """Refuse arguments that a class does not have, and values of a type that its annotations exclude.
-
-    A type that YAML cannot say is not judged; a range is the class's own business.
-
-    Args:
-        target: The class, or a function.
-        cfg: The configuration.
-        key: Of the arguments in it; names that begin with an underscore are Hydra's.
-        without: Arguments that are given elsewhere.
-
-    Raises:
-        ValueError: If one does not fit; names the key that the user set.
-    """
-    try:
-        everything = _signature(target).parameters.values()
-    except (TypeError, ValueError):  # some that are written in C have none
-        return
-    known = {p.name: p for p in everything if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in everything)
-    for name in (str(name) for name in OmegaConf.select(cfg, key) if not str(name).startswith("_")):
-        if name in without:
-            continue
-        if name in known:
-            _check_value(cfg, f"{key}.{name}", known[name])
-        elif not takes_all:
-            names = [one for one in known if one not in without]
-            close = difflib.get_close_matches(name, names, 1)
-            remedy = f"did you mean {close[0]}?" if close else f"it takes {', '.join(names) or 'none'}"
-            raise ValueError(f"{key}.{name} is no argument of {target.__name__}; {remedy}")
-
-
-def _signature(target: Callable[..., Any]) -> inspect.Signature:
-    try:
-        return inspect.signature(target, eval_str=True)
-    except NameError:  # annotations that are for type checkers alone
-        return inspect.signature(target)
-
-
-def _check_value(cfg: DictConfig, key: str, parameter: inspect.Parameter) -> None:
-    value, allowed = OmegaConf.select(cfg, key), _alternatives(parameter.annotation)
-    if allowed is None or (OmegaConf.is_dict(value) and "_target_" in value):  # any, or an object
-        return
-    if parameter.default is None:
-        allowed.append(types.NoneType)
-    if not any(_fits(value, choice) for choice in allowed):
-        key = _key_to_set(cfg, key)
-        wanted = dict.fromkeys(WORDS.get(choice, str(choice)) for choice in allowed)
-        quote = isinstance(value, (int, float)) and str in allowed
-        remedy = f"; quote it, as in {key}=\"'{value}'\"" if quote else ""
-        raise ValueError(f"{key}={value!r} must be {' or '.join(wanted)}{remedy}")
-
-
-def _alternatives(annotation: Any) -> list[Any] | None:
-    """The types of an annotation, or its literal values; None if it has one that YAML cannot say."""
-    origin = typing.get_origin(annotation) or annotation
-    if origin in (typing.Union, types.UnionType):
-        parts = [_alternatives(part) for part in typing.get_args(annotation)]
-        found = [choice for part in parts for choice in part or ()]
-        return None if None in parts else [c for c in found if c is not int or float not in found]
-    if origin is typing.Literal:
-        return list(typing.get_args(annotation))
-    origin = ALIASES.get(origin, origin)
-    return [origin] if origin in WORDS else None
-
-
-def _fits(value: Any, choice: Any) -> bool:
-    if choice not in WORDS:  # a literal value
-        return type(value) is type(choice) and value == choice
-    if choice in (int, float):
-        return isinstance(value, (int, choice)) and not isinstance(value, bool)
-    if choice in (list, dict):
-        return OmegaConf.is_list(value) if choice is list else OmegaConf.is_dict(value)
-    return isinstance(value, choice)
-
-
-def _key_to_set(cfg: DictConfig, key: str) -> str:
-    """The key that gives a value: where it refers to another key, that one."""
-    group, _, name = key.rpartition(".")
-    node = OmegaConf.select(cfg, group) if group else cfg
-    raw = typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))[name]
-    found = re.fullmatch(r"\$\{([\w.]+)\}", str(raw))
-    return _key_to_set(cfg, found[1]) if found else key

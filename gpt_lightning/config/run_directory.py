@@ -11,8 +11,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from gpt_lightning.config.errors import ConfigError, Refusal
+from gpt_lightning.config.ranks import check_processes, is_first_rank
+from gpt_lightning.config.recorded import flat, read_yaml
 from gpt_lightning.config.rules import check, number
-from gpt_lightning.config.start import check_processes, flat, is_first_rank, read_yaml
 from gpt_lightning.rundir.directory import holds_run, release_lock, take_lock
 
 OURS = "hydra_plugins.gpt_lightning_sweeps."  # launchers that go on with a sweep

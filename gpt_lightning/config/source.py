@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from gpt_lightning.config.build import build, is_defined_in, targets, without_recommendations
+from gpt_lightning.config.build import without_recommendations
 from gpt_lightning.config.command_line import key_of
 from gpt_lightning.config.errors import ConfigError
+from gpt_lightning.config.nodes import build, is_defined_in, targets
 from gpt_lightning.config.rules import check, text
 from gpt_lightning.data.files import reading
 from gpt_lightning.rundir.directory import newest_run

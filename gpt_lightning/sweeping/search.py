@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import DictConfig
 
-from gpt_lightning.config.build import build
 from gpt_lightning.config.errors import ConfigError
+from gpt_lightning.config.nodes import build
 from gpt_lightning.config.resolvers import sweep_digest
 from gpt_lightning.rundir.ledger import LEDGER, read_ledger
 from gpt_lightning.rundir.metrics import read_metrics

@@ -28,7 +28,9 @@ def multiplies_bfloat16(accelerator: str) -> bool:
     if accelerator == "cuda":
         # a plan for a GPU of another machine assumes a recent one
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-    features = getattr(torch.cpu, "get_capabilities", dict)()  # which older versions of torch lack
+    features: dict[str, bool] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # which older versions of torch lack
     return accelerator == "cpu" and any(features.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 from omegaconf import OmegaConf
 
-from gpt_lightning.config.rules import check_arguments
+from gpt_lightning.config.nodes import check_arguments
 
 if TYPE_CHECKING:
     from decimal import Decimal

@@ -21,8 +21,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from support.runs import TINY
 
-from gpt_lightning.config.build import build_parts, build_trainer
 from gpt_lightning.config.errors import one_line
+from gpt_lightning.config.parts import build_parts, build_trainer
 from gpt_lightning.config.resolvers import CONF
 from gpt_lightning.config.rules import validate
 

@@ -135,7 +135,8 @@ def test_default_model_is_not_asked_for(finetuned: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("steps", [1, 5, 40, 1000])
 def test_number_of_steps_alone_is_enough(steps: int) -> None:
-    from gpt_lightning.config.build import build, with_length
+    from gpt_lightning.config.nodes import build
+    from gpt_lightning.config.parts import with_length
 
     cfg = composed(f"trainer.max_steps={steps}")
     schedule = with_length(build(cfg, "scheduler"), steps)
@@ -143,7 +144,8 @@ def test_number_of_steps_alone_is_enough(steps: int) -> None:
 
 
 def test_asked_warmup_that_does_not_fit_is_refused() -> None:
-    from gpt_lightning.config.build import build, with_length
+    from gpt_lightning.config.nodes import build
+    from gpt_lightning.config.parts import with_length
 
     cfg = composed("scheduler.warmup_steps=100")
     with pytest.raises(ValueError, match=r"scheduler\.warmup_steps=100 must be at least 0 and smaller than"):

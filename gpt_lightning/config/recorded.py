@@ -1,0 +1,69 @@
+"""What Hydra left in .hydra/ of a run: its configuration, its overrides, and where it was started."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from yaml import YAMLError
+
+from gpt_lightning.config.command_line import OWN_KEYS, key_of
+from gpt_lightning.config.errors import ConfigError
+from gpt_lightning.data.files import atomic_write
+from gpt_lightning.rundir.directory import HYDRA
+
+
+def read_recorded(folder: Path, name: str) -> Any:
+    """A file that Hydra left in the run directory.
+
+    Raises:
+        ConfigError: If it is not there or damaged.
+    """
+    try:
+        return read_yaml(folder / HYDRA / name)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{folder} is not a run directory (it has no {HYDRA}/{name})") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """A file that Hydra left.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: If it is not there.
+        ConfigError: If it is damaged.
+    """
+    try:
+        return OmegaConf.load(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except (OSError, ValueError, YAMLError) as error:
+        raise ConfigError(f"{path} is damaged; begin a new run") from error
+
+
+def recorded_overrides(folder: Path) -> list[str]:
+    """The overrides of a run as they were given, with their interpolations; none of them is Hydra's own."""
+    texts: Any = OmegaConf.to_container(read_recorded(folder, "overrides.yaml"), resolve=False)
+    texts = [str(text) for text in texts]
+    return [t for t in texts if key_of(t) not in OWN_KEYS and not re.match(r"hydra\b", key_of(t))]
+
+
+def write_yaml(path: Path, content: Any) -> None:
+    """Replace a file that Hydra left."""
+    with atomic_write(path, text=True) as file:
+        file.write(OmegaConf.to_yaml(content))
+
+
+def flat(cfg: Any) -> dict[str, Any]:
+    """Unresolved values by their dotted keys."""
+
+    def walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        if not isinstance(node, dict) or not node:
+            yield prefix, node
+            return
+        for key, value in node.items():
+            yield from walk(value, f"{prefix}.{key}" if prefix else str(key))
+
+    return dict(walk(OmegaConf.to_container(cfg, resolve=False), ""))

@@ -1,0 +1,215 @@
+"""A resumed or repeated run: the values it was recorded with, and what must not have changed since."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from gpt_lightning.config.command_line import OWN_KEYS, key_of
+from gpt_lightning.config.errors import ConfigError
+from gpt_lightning.config.nodes import build, is_defined_in, targets
+from gpt_lightning.config.parts import with_length
+from gpt_lightning.config.recorded import flat, read_recorded, recorded_overrides, write_yaml
+from gpt_lightning.rundir.directory import HYDRA
+from gpt_lightning.rundir.provenance import versions
+from gpt_lightning.rundir.summary import read_summary
+
+if TYPE_CHECKING:
+    from gpt_lightning.data.corpus.base import Corpus
+
+log = logging.getLogger(__name__)
+
+# What may differ when a run is resumed: it changes what is written or shown, never the weights.
+HARMLESS = (
+    "resume",
+    "trust",
+    "name",
+    "paths.*",
+    "logger*",
+    "callbacks.layers*",
+    "callbacks.progress*",
+    "callbacks.samples*",
+    "callbacks.metrics*",
+    "callbacks.last*",
+    "callbacks.nonfinite",
+    "callbacks.incidents*",
+    "data.num_workers",
+    "device.pin_memory",
+    "trainer.val_every_steps",
+    "trainer.val_batches",
+    "trainer.log_every_steps",
+    "trainer.save_every_steps",
+    "trainer.keep_last",
+    "trainer.snapshot_every_steps",
+    "trainer.timeout_seconds",
+    "time_limit",
+)
+ELASTIC = (  # what may differ, too: it changes the weights by rounding alone
+    "device.devices",
+    "device.micro_batch_size",
+    "trainer.num_nodes",
+    "trainer.strategy",
+)
+VALIDATION = ("trainer.val_every_steps", "trainer.val_batches")  # determine when early stopping ends a run
+OLDER_VALUES: dict[tuple[str, Any], Any] = {  # of earlier releases, with what they stood for
+    ("device.micro_batch_size", "auto"): 32,
+}
+# Packages whose classes a run directory of somebody else may name: they run no code that comes with it.
+SAFE = (
+    r"gpt_lightning\.(model|training|data\.(corpus|tales|tokenizer))|torch\.optim|"
+    r"lightning\.pytorch\.(callbacks|loggers|strategies|plugins|profilers)"
+)
+
+
+def with_recorded_values(cfg: DictConfig) -> DictConfig:
+    """The configuration of the run to resume or repeat, with what is given now on top.
+
+    Raises:
+        ConfigError: If a resumed run would not be the same run; lists the keys with both values. If the run
+            names classes that may run code of its author, unless trust=true was given.
+    """
+    source = cfg.resume or cfg.repeat
+    if source is None:
+        return cfg
+    folder = Path(source)
+    recorded = set(recorded_overrides(folder))
+    given = [text for text in HydraConfig.get().overrides.task if text not in recorded]
+    keys = [key_of(text) for text in given if key_of(text) not in OWN_KEYS]
+    before, now = flat(read_recorded(folder, "config.yaml")), flat(cfg)
+    if cfg.resume:
+        _check_unchanged(cfg, keys, before, now)
+    for key, value in before.items():  # a class that is no longer chosen takes no argument of another one
+        other = key.endswith("._target_") and now.get(key) != value and not _covered(key, keys)
+        if other and not str(value).startswith("gpt_lightning."):
+            OmegaConf.update(cfg, key.removesuffix("._target_"), {}, merge=False)
+    for key, value in before.items():
+        value = OLDER_VALUES.get((key, value), value) if isinstance(value, str) else value
+        own_class = key.endswith("_target_") and key in now and str(value).startswith("gpt_lightning.")
+        if not own_class and key not in OWN_KEYS and not _covered(key, [*keys, "paths.run"]):
+            OmegaConf.update(cfg, key, value, force_add=True)
+    if cfg.repeat:
+        OmegaConf.update(cfg, "paths.outputs", now["paths.outputs"])
+        job = HydraConfig.get()
+        if job.output_subdir is not None:  # what Hydra wrote lacks the recorded values
+            write_yaml(Path(job.runtime.output_dir) / HYDRA / "config.yaml", cfg)
+    if (foreign := foreign_classes(cfg, given)) and cfg.trust is not True:
+        raise ConfigError(
+            f"the run names classes that are not of gpt_lightning, and building them runs their code: "
+            f"{', '.join(foreign)}; name their --config-dir, or add trust=true if you trust the run"
+        )
+    return cfg
+
+
+def foreign_classes(cfg: DictConfig, given: list[str]) -> list[str]:
+    """Classes that may run code of a run's author, without those that the user names.
+
+    Args:
+        cfg: The configuration of the run, with what is given now on top.
+        given: The overrides that are given now; in those that name the run, its author chose the text.
+    """
+    sources = HydraConfig.get().runtime.config_sources
+    folders = [Path(source.path) for source in sources if source.provider == "command-line"]
+    files = [file.read_text("utf-8", "ignore") for folder in folders for file in folder.rglob("*.yaml")]
+    chosen = [text for text in given if key_of(text) not in OWN_KEYS]
+    known = set(re.findall(r"_target_\W+([\w.]+)", "\n".join([*files, *chosen])))
+    return sorted(t for t in targets(cfg) if not is_defined_in(t, SAFE) and t not in known)
+
+
+def _covered(key: str, overridden: list[str]) -> bool:
+    """Whether a key, or a group that it belongs to, is set by an override."""
+    return any(key == one or key.startswith(one.replace("/", ".") + ".") for one in overridden)
+
+
+def _check_unchanged(cfg: DictConfig, keys: list[str], before: dict[str, Any], now: dict[str, Any]) -> None:
+    stops_early = _stops_early(cfg)
+    allowed = [rule for rule in HARMLESS + ELASTIC if not (stops_early and rule in VALIDATION)]
+    differing = [
+        key
+        for key in sorted(before.keys() | now.keys())
+        if _covered(key, keys)
+        and before.get(key) != now.get(key)
+        and not any(fnmatch.fnmatch(key, rule) for rule in allowed)
+    ]
+    if differing and differing != ["trainer.max_steps"]:  # `extends` judges that alone
+        earlier = read_recorded(Path(cfg.resume), "config.yaml")
+        values = ((key, OmegaConf.select(earlier, key), OmegaConf.select(cfg, key)) for key in differing)
+        listed = "; ".join(f"{key} (was {was}, now {now})" for key, was, now in values)
+        raise ConfigError(
+            f"resume= goes on with the same run, but these would change it: {listed}; "
+            "begin a new run with init_from= instead"
+        )
+
+
+def _stops_early(cfg: DictConfig) -> bool:
+    """Whether a callback ends the run by what validations find."""
+    nodes = [node for node in cfg.callbacks.values() if OmegaConf.is_dict(node)]
+    return any("patience" in node or "EarlyStopping" in str(node.get("_target_")) for node in nodes)
+
+
+def check_extension(cfg: DictConfig, step: int) -> bool:
+    """Whether a resumed run has more steps than before, which its schedule must allow.
+
+    That is so if the learning rate of every step that is done stays what it was: under a constant rate, or
+    under `wsd` before its decay.
+
+    Args:
+        cfg: The configuration.
+        step: Optimizer steps done.
+
+    Raises:
+        ConfigError: If the schedule would have been another one.
+    """
+    before, now = read_recorded(Path(cfg.resume), "config.yaml").trainer.max_steps, cfg.trainer.max_steps
+    if before == now:
+        return False
+    change = f"trainer.max_steps (was {before}, now {now})"
+    if before is None or now is None or now < before:
+        raise ConfigError(f"resume= cannot change {change}, only raise it; begin a new run with init_from=")
+    earlier = cast(DictConfig, OmegaConf.merge(cfg, {"trainer": {"max_steps": before}}))
+    old, new = (with_length(build(c, "scheduler"), c.trainer.max_steps) for c in (earlier, cfg))
+    if any(old(i) != new(i) for i in range(step)):
+        raise ConfigError(
+            f"these would change the run: {change}: its learning rates up to step {step} depend on the "
+            "number of steps (not so under scheduler=constant, or wsd before its decay); "
+            "begin a new run with init_from="
+        )
+    return True
+
+
+def record_extension(cfg: DictConfig) -> None:
+    """Let later starts know the new number of steps."""
+    folder = Path(cfg.resume)
+    config, texts = read_recorded(folder, "config.yaml"), recorded_overrides(folder)
+    config.trainer.max_steps = cfg.trainer.max_steps
+    texts = [text for text in texts if key_of(text) != "trainer.max_steps"]
+    texts.append(f"trainer.max_steps={cfg.trainer.max_steps}")
+    write_yaml(folder / HYDRA / "config.yaml", config)
+    write_yaml(folder / HYDRA / "overrides.yaml", OmegaConf.create(texts))
+
+
+def check_corpus(corpus: Corpus, folder: Path, recorded: str | None) -> None:
+    """Refuse to go on with another text than the run began with.
+
+    Raises:
+        ConfigError: If the digest of the corpus is not the recorded one; None if nothing was recorded.
+    """
+    if recorded is not None and (now := corpus.digest()) != recorded:
+        raise ConfigError(
+            f"the corpus is not the one that the run in {folder} is trained on (its digest was "
+            f"{recorded[:16]} and is {now[:16]}); bring that text back, or train on this one in a new run "
+            f"with init_from={folder}"
+        )
+
+
+def warn_of_versions(folder: Path) -> None:
+    """Say so if a run goes on under other packages than it began with: the bits may then differ."""
+    before, now = read_summary(folder).get("versions") or {}, versions()
+    changed = [f"{name} {was} → {now.get(name)}" for name, was in before.items() if was != now.get(name)]
+    if changed:
+        log.warning("the run began under other versions (%s) and may now differ slightly", ", ".join(changed))
