@@ -57,7 +57,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["GPT_LIGHTNING_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     """Starts runs as real processes, quickly; it imports what only POSIX has."""
     from support.zygote import Zygote
@@ -106,16 +106,15 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run an entry point as a user does: `command("train", "seed=1", …)` in an empty folder."""
+def command(zygote: Zygote, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run an entry point in a process of its own: `command("train", "seed=1", …)` in an empty folder."""
 
-    def run(name: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        options = {"cwd": tmp_path, "timeout": 300, **options}
-        return subprocess.run(
-            [sys.executable, "-m", f"gpt_lightning.{name}", *arguments],
-            capture_output=True,
-            text=True,
-            **options,
-        )
+    def run(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        errors = tmp_path / "stderr.txt"
+        process = zygote.start(name, *arguments, cwd=tmp_path, errors=errors, **variables)
+        code, out = process.wait(300), process.out.read_text()
+        result = subprocess.CompletedProcess(arguments, code, out, errors.read_text())
+        errors.unlink()
+        return result
 
     return run

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from support.runs import ROOT, TINY
+from support.zygote import Zygote
 
 import gpt_lightning
 
@@ -32,15 +33,17 @@ RUN = [*TINY, "scheduler=constant", "data.path=my.txt", "hydra.run.dir=outputs/g
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, small_text: Path) -> Path:
-    """A folder with my.txt and a finished run, in which `python` is this one."""
+def place(tmp_path_factory: pytest.TempPathFactory, small_text: Path, zygote: Zygote) -> Path:
+    """A folder with my.txt and a finished run."""
     folder = tmp_path_factory.mktemp("user")
     shutil.copy(small_text, folder / "my.txt")
-    run(folder, f"python -m gpt_lightning.train {' '.join(RUN)}")
+    code, out = zygote.run("train", *RUN, cwd=folder)
+    assert code == 0, out
     return folder
 
 
 def run(folder: Path, command: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a command of a shell, in which `python` is this one."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     result = subprocess.run(
         ["bash", "-c", command],
@@ -73,8 +76,13 @@ def prepared(command: str) -> str:
     "command",
     [c for c in COMMANDS if not c.startswith("make") and ".demo" not in c and "--config-dir" not in c],
 )
-def test_command_runs(command: str, place: Path) -> None:
-    run(place, prepared(command))
+def test_command_runs(command: str, place: Path, zygote: Zygote) -> None:
+    module, *arguments = shlex.split(prepared(command).removeprefix("python -m gpt_lightning."))
+    if not command.startswith("python -m"):
+        run(place, prepared(command))  # a console script
+    else:
+        code, out = zygote.run(module, *arguments, cwd=place)
+        assert code == 0, out
 
 
 @pytest.mark.slow
@@ -109,7 +117,7 @@ def test_resume_goes_on_with_an_interrupted_run(
     left = json.loads(summary.read_text())
     assert (left["status"], left["steps"]) == ("interrupted", 6)
     program, *arguments = shlex.split(prepared(command).removeprefix("python -m gpt_lightning."))
-    call(program, *arguments)  # in this process, which is quicker; test_command_runs starts one
+    call(program, *arguments)
     assert re.search(r"^resuming from .* at step 6$", capsys.readouterr().out, re.M)
     done = json.loads(summary.read_text())
     assert (done["status"], done["steps"]) == ("finished", 12 if "max_steps" in command else 8)
@@ -182,12 +190,15 @@ def test_server_starts(command: str, ready: str, place: Path) -> None:
 def test_make_train_passes_overrides_on(tmp_path: Path) -> None:
     if not (ROOT / ".venv" / ".core").exists():
         pytest.skip("needs the environment that make installs")
-    for command in (c for c in COMMANDS if c.startswith("make train")):
-        given = re.search(r'ARGS="(.*)"', command)
-        arguments = [*(given[1].split() if given else []), *SHRINK, "tokenizer=byte", "device=cpu"]
-        arguments = [a for a in arguments if a != "device=mps"]
-        run(ROOT, f'make train ARGS="{" ".join(arguments)} paths.outputs={tmp_path}"')
-    assert len(list(tmp_path.glob("*/*/summary.json"))) == 2
+    alone, command = (c for c in COMMANDS if c.startswith("make train"))
+    assert run(ROOT, f"{alone} --dry-run").stdout.splitlines()[-1].split()[1:] == [
+        "-m",
+        "gpt_lightning.train",
+    ]
+    (given,) = re.findall(r'ARGS="(.*) device=mps"', command)
+    arguments = [given, *SHRINK, "tokenizer=byte", "device=cpu", f"paths.outputs={tmp_path}"]
+    run(ROOT, f'make train ARGS="{" ".join(arguments)}"')
+    assert len(list(tmp_path.glob("*/*/summary.json"))) == 1
 
 
 def test_make_help_lists_the_targets() -> None:

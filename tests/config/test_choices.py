@@ -63,12 +63,7 @@ def test_model_files_write_nothing_outside_the_model_but_the_tokenizer() -> None
     for path in (CONF / "model").glob("*.yaml"):
         cfg = composed(f"model={path.stem}", "tokenizer=byte")
         for group in set(plain) - {"model"}:
-            unchanged = {
-                "optimizer": ["lr"],
-                "data": ["batch_size", "random_offset"],
-                "device": ["micro_batch_size"],
-            }
-            for key in unchanged.get(group, []):  # these refer to model.recommended
+            for key in REFERRING.get(group, []):
                 cfg[group][key] = plain[group][key] = None
             assert cfg[group] == plain[group], (path.stem, group)
 
@@ -156,7 +151,7 @@ def test_asked_warmup_that_does_not_fit_is_refused() -> None:
 def test_run_with_a_users_configuration_is_resumed_with_it_and_without_it(
     command: Callable[..., Any], tiny: list[str], tmp_path: Path
 ) -> None:
-    """From a console script, which finds the user's classes in the working directory as `python -m` does."""
+    """The first start is a console script, which finds the user's classes in the working directory, too."""
     (tmp_path / "plugin.py").write_text(BIGRAM)
     (tmp_path / "mine" / "model").mkdir(parents=True)
     text = "_target_: plugin.Bigram\nvocab_size: null\nblock_size: 32\n"
@@ -168,30 +163,21 @@ def test_run_with_a_users_configuration_is_resumed_with_it_and_without_it(
         "--config-dir",
         "mine",
     ]
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
-
-    result = run(*script, *options, "logger=none")
-    assert result.returncode == 0, result.stderr
-    module = [sys.executable, "-m", "gpt_lightning.train"]
-    starts = [
-        [*module, "--config-dir", "mine", "resume=run"],
-        [*module, "resume=run", "--config-dir", "mine"],
-        [*module, "resume=run", "trust=true"],
-    ]
+    first = subprocess.run([*script, *options, "logger=none"], cwd=tmp_path, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    starts = [["--config-dir", "mine", "resume=run"], ["resume=run", "--config-dir", "mine"]]
     summary = tmp_path / "run" / "summary.json"
-    for start in starts:
+    for start in [*starts, ["resume=run", "trust=true"]]:
         summary.write_text(json.dumps(json.loads(summary.read_text()) | {"status": "interrupted"}))
-        result = run(*start)
+        result = command("train", *start)
         assert result.returncode == 0, result.stderr
         assert json.loads(summary.read_text())["status"] == "finished"
     shutil.rmtree(tmp_path / "mine")
     summary.write_text(json.dumps(json.loads(summary.read_text()) | {"status": "interrupted"}))
-    result = run(*starts[-1][:-1])
+    result = command("train", "resume=run")
     assert result.stderr.count("\n") == 1
     assert "runs their code: plugin.Bigram" in result.stderr
-    result = run(*starts[-1])
+    result = command("train", "resume=run", "trust=true")
     assert result.returncode == 0, result.stderr
 
 

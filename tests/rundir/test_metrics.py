@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 import sqlite3
 import sys
@@ -188,8 +187,7 @@ def test_nan_and_infinity_are_read_back(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")  # of the services' own packages
 def test_services_get_the_metrics(logger: str, tiny: list[str], command: Any, tmp_path: Path) -> None:
     pytest.importorskip(logger, reason=f"the extra {logger} is not installed")
-    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    result = command("train", *tiny, f"logger={logger}", env=environment)
+    result = command("train", *tiny, f"logger={logger}", WANDB_MODE="offline", WANDB_SILENT="true")
     assert result.returncode == 0, result.stderr
     if logger == "mlflow":
         database = sqlite3.connect(tmp_path / "run" / "mlflow.db")

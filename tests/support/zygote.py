@@ -92,6 +92,7 @@ class Zygote:
         cwd: Path | None = None,
         slow: dict[str, float] | None = None,
         file_limit: int | None = None,
+        errors: Path | None = None,
         **environment: str,
     ) -> Process:
         """Start an entry point.
@@ -101,6 +102,7 @@ class Zygote:
             cwd: Working directory; an empty one if not given.
             slow: Functions that take some seconds more in this process, as `module:function`.
             file_limit: Bytes that a file of the process may have.
+            errors: File of its standard error; with its output if not given.
             environment: Added to the variables of this process.
         """
         out = self.folder / f"{self.started}.txt"
@@ -112,6 +114,7 @@ class Zygote:
             env=environment,
             cwd=str(cwd or self.folder),
             out=str(out),
+            errors=str(errors or out),
             slow=slow or {},
             file_limit=file_limit,
         )
@@ -144,9 +147,9 @@ def _child(request: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore them
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.chdir(request["cwd"])
-    file = os.open(request["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-    null = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((null, 0), (file, 1), (file, 2)):
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    out, errors = (os.open(request[name], flags) for name in ("out", "errors"))
+    for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (out, 1), (errors, 2)):
         os.dup2(source, target)
     os.environ.update(request["env"])
     for place, seconds in request["slow"].items():

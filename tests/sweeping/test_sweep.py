@@ -20,7 +20,7 @@ from gpt_lightning.sweeping.jobs import jobs_of, name_of
 from gpt_lightning.sweeping.launcher import shares
 from gpt_lightning.sweeping.process import job_environment
 
-LONG = ["trainer.max_steps=600", "trainer.save_every_steps=20", "trainer.val_every_steps=100"]
+LONG = ["trainer.max_steps=200", "trainer.save_every_steps=20", "trainer.val_every_steps=100"]
 
 
 @pytest.fixture
@@ -35,9 +35,10 @@ def test_killed_job_leaves_the_others_alone_and_the_same_command_resumes_it(
     sweep = tmp_path / "sweep"
     command = ["-m", *options, *LONG, "sweep.jobs=2"]
     process = start(tmp_path, *command, "seed=1,2")
-    wait_for(reached(sweep / "seed=1", 30), process)
+    wait_for((sweep / "sweep.jsonl").exists, process)
     second = start(tmp_path, *command, "seed=1,2")
     assert f"another process trains in {sweep}" in end(second, 1)
+    wait_for(reached(sweep / "seed=1", 30), process)
     os.kill(ledger(sweep)["seed=1"]["pid"], signal.SIGKILL)
     out = end(process, 1)
     assert "seed=1: failed (killed by SIGKILL)" in out

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.ranks import STARTERS, free_port, srun, start, torchrun
@@ -79,20 +81,19 @@ def test_torchrun_itself_starts_one_run(options: list[str], tmp_path: Path) -> N
     assert [path.name for path in run.glob("*.log")] == ["train.log"]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
 def test_process_whose_partner_never_comes_says_that_it_waits_and_ends(
-    zygote: Zygote, options: list[str], rank: int, tmp_path: Path
+    zygote: Zygote, options: list[str], tmp_path: Path
 ) -> None:
     limit = "trainer.timeout_seconds=7"
-    process = zygote.start("train", *options, limit, **torchrun(rank, free_port()))
-    assert process.wait() == 1
-    text = process.out.read_text()
-    missing = "1 of 2 processes" if rank == 0 else "rank 0"
-    assert text.count(f"waiting for {missing}") == 1
-    assert last_line(process).startswith(f"error: waited 7 s for {missing}")
-    assert "trainer.timeout_seconds= waits longer" in last_line(process)
-    if rank == 1:
-        assert not (tmp_path / "outputs").exists()
+    other = f"paths.outputs={tmp_path / 'other'}"
+    second = zygote.start("train", *options, other, limit, **torchrun(1, free_port()))
+    first = zygote.start("train", *options, limit, **torchrun(0, free_port()))
+    for process, missing in ((second, "rank 0"), (first, "1 of 2 processes")):
+        assert process.wait() == 1
+        assert process.out.read_text().count(f"waiting for {missing}") == 1
+        assert last_line(process).startswith(f"error: waited 7 s for {missing}")
+        assert "trainer.timeout_seconds= waits longer" in last_line(process)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -167,10 +168,14 @@ def test_process_that_lightning_started_says_that_the_first_one_was_killed(
     ids=["fewer", "more", "srun", "tasks", "no starter"],
 )  # fmt: skip
 def test_other_number_of_processes_is_refused_before_anything_is_written(
-    zygote: Zygote, options: list[str], environment: dict[str, str], override: str, line: str, tmp_path: Path
-) -> None:
-    process = zygote.start("train", *options, override, **environment)
-    assert process.wait() == 1
-    assert process.out.read_text().count("\n") == 1
-    assert line in last_line(process)
+    call: Callable[..., Any], options: list[str], environment: dict[str, str], override: str, line: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        call("train", *options, override)
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert (error.count("\n"), line in error) == (1, True), error
     assert not (tmp_path / "outputs").exists()

@@ -62,6 +62,15 @@ def uninterrupted(zygote: Zygote, options: list[str], tmp_path_factory: pytest.T
     return folder
 
 
+@pytest.fixture(scope="module")
+def stopped(zygote: Zygote, options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that a signal ended after its step 31."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    process = zygote.start("train", *options, f"hydra.run.dir={folder}")
+    assert process.end_when(reached(folder, 31), signal.SIGTERM) == 128 + signal.SIGTERM
+    return folder
+
+
 Start = Callable[..., Process]
 
 
@@ -281,12 +290,10 @@ def test_kill_while_writing_a_checkpoint(
 
 
 def test_damaged_last_checkpoint_is_replaced_by_the_one_before(
-    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
+    stopped: Path, zygote: Zygote, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
+    run = shutil.copytree(stopped, tmp_path / "run")
     last, before = run / "checkpoints" / "last.ckpt", run / "checkpoints" / "last-1.ckpt"
-    process = start()
-    process.end_when(reached(run, 31), signal.SIGTERM)
     last.write_bytes(last.read_bytes()[:20000])
     out = resume(zygote, run)
     assert re.search(rf"damaged: {last} \(.*\); going on from {before}", out)
@@ -294,11 +301,9 @@ def test_damaged_last_checkpoint_is_replaced_by_the_one_before(
 
 
 def test_torn_summary_does_not_keep_an_intact_run_from_going_on(
-    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
+    stopped: Path, zygote: Zygote, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    process = start()
-    process.end_when(reached(run, 31), signal.SIGTERM)
+    run = shutil.copytree(stopped, tmp_path / "run")
     path = run / "summary.json"
     path.write_text(path.read_text()[:100])
     assert "resuming from" in resume(zygote, run)
@@ -306,12 +311,10 @@ def test_torn_summary_does_not_keep_an_intact_run_from_going_on(
 
 
 def test_checkpoint_that_cannot_be_written_leaves_the_one_before(
-    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
+    stopped: Path, zygote: Zygote, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
+    run = shutil.copytree(stopped, tmp_path / "run")
     last = run / "checkpoints" / "last.ckpt"
-    process = start()
-    process.end_when(reached(run, 31), signal.SIGTERM)
     before = last.read_bytes()
     code, out = zygote.run("train", f"resume={run}", file_limit=100_000)
     assert code == 1
@@ -328,11 +331,9 @@ def test_checkpoint_that_cannot_be_written_leaves_the_one_before(
 
 
 def test_damaged_checkpoint_never_replaces_the_one_before(
-    start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
+    stopped: Path, zygote: Zygote, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    process = start()
-    process.end_when(reached(run, 31), signal.SIGTERM)
+    run = shutil.copytree(stopped, tmp_path / "run")
     last = run / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:1000])
     code, out = zygote.run("train", f"resume={run}", file_limit=100_000)  # ends when it writes the next one
