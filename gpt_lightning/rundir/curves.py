@@ -29,9 +29,9 @@ def plot_curves(rows: Sequence[Row], path: str | Path, *, floor: float | None = 
 
     if not column("train/loss")[0] and not column("val/loss")[0]:
         raise ValueError(f"no losses to draw in {path}")
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5))
     FigureCanvasAgg(figure)
-    losses = figure.add_subplot()
+    losses = figure.add_axes((0.09, 0.11, 0.82, 0.8))
     losses.plot(*column("train/loss"), linewidth=1, alpha=0.7, label="training loss")
     losses.plot(*column("val/loss"), marker="o", markersize=4, label="validation loss")
     if floor is not None:
@@ -43,6 +43,6 @@ def plot_curves(rows: Sequence[Row], path: str | Path, *, floor: float | None = 
     rate.plot(*column("train/lr"), color="tab:green", linewidth=1, alpha=0.5, label="learning rate")
     rate.set_ylabel("learning rate")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(loc="upper center", ncols=4, frameon=False)
     with atomic_write(Path(path)) as file:
         figure.savefig(file, format=Path(path).suffix[1:], dpi=120)
