@@ -99,6 +99,7 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def run(name: str, *arguments: str) -> Any:
         import importlib
 
+        monkeypatch.chdir(Path.cwd())  # a run that goes on does so where it was started
         monkeypatch.setattr(sys, "argv", [f"gpt-lightning-{name}", *arguments])
         return importlib.import_module(f"gpt_lightning.{name}").main()
 

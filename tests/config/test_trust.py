@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,15 +13,24 @@ from typing import Any
 import pytest
 import yaml
 from support.runs import TINY
+from support.zygote import Zygote
 
 FAST = [*TINY, "logger=none", "callbacks.samples=null", "callbacks.layers=null", "trainer.max_steps=4"]
 
 
-@pytest.fixture
-def run(call: Callable[..., Any], small_text: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def trained(zygote: Zygote, small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
-    call("train", *FAST, f"data.path={small_text}", f"hydra.run.dir={tmp_path / 'run'}")
-    return tmp_path / "run"
+    folder = tmp_path_factory.mktemp("trained")
+    code, out = zygote.run("train", *FAST, f"data.path={small_text}", "hydra.run.dir=run", cwd=folder)
+    assert code == 0, out
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def edit(path: Path, key: str, value: Any) -> None:
