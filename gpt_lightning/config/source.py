@@ -58,7 +58,8 @@ def network_of(cfg: DictConfig) -> Callable[..., Any] | None:
     given = [text for text in HydraConfig.get().overrides.task if key_of(text).startswith("model.")]
     if given:
         raise ConfigError(f"{given[0]}: a trained model has the values of its checkpoint; leave this out")
-    node = OmegaConf.create({"model": without_recommendations(cfg)})
+    classes = {key: v for key, v in without_recommendations(cfg).items() if key == "_target_" or targets(v)}
+    node = OmegaConf.create({"model": classes})  # all other arguments are in the checkpoint
     network: Callable[..., Any] = build(node, "model", _partial_=True)
     return network
 
