@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from gpt_lightning.training.optimizers import ParamGroups, adamw
 from gpt_lightning.training.strategies import sharded_like, whole
 
-STEPS = 5  # of the iteration, as in Jordan's Muon
+STEPS = 4  # of the iteration; Jordan's Muon needs five, as it divides by the larger Frobenius norm
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at zero; singular values end between about 0.7 and 1.2
 MATRICES = {"hidden": 1, "qkv": 3}  # roles that Muon trains, and how many matrices a parameter has
 
@@ -127,8 +127,9 @@ class Muon(Optimizer):
 def orthogonal(matrices: Tensor) -> Tensor:
     """The orthogonal matrix nearest to each, roughly: singular values become about 1.
 
-    An odd polynomial of degree five is iterated. It runs in bfloat16 on a GPU, else in the type of the
-    matrices, since CPUs without that type take twenty times as long for it.
+    An odd polynomial of degree five is iterated, from the matrix divided by the square root of its Gram
+    matrix's Frobenius norm, so that no singular value is above 1. It runs in bfloat16 on a GPU, else in the
+    type of the matrices, since CPUs without that type take twenty times as long for it.
 
     Args:
         matrices: (n, R, K).
@@ -140,8 +141,21 @@ def orthogonal(matrices: Tensor) -> Tensor:
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices
     x = x.to(torch.bfloat16 if x.is_cuda else x.dtype)
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # spectral norm at most 1
-    for _ in range(STEPS):
-        gram = x @ x.mT  # (n, R, R)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    gram = x @ x.mT  # (n, R, R)
+    size = gram.norm(dim=(-2, -1), keepdim=True).sqrt().clamp(min=1e-7)
+    x, gram = x / size, gram / size**2
+    odd = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # the polynomial of x is (a + odd) x
+    if x.is_cuda or x.size(-1) < 2 * x.size(-2):
+        x = torch.baddbmm(x, odd, x, beta=a)
+        for _ in range(STEPS - 1):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    else:  # the factors of x first, which are squares of its shorter side; bfloat16 is too coarse for that
+        diagonal = a * torch.eye(x.size(-2), dtype=x.dtype, device=x.device)
+        product = factor = diagonal + odd
+        for _ in range(STEPS - 1):
+            gram = factor @ gram @ factor
+            factor = diagonal + torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            product = factor @ product
+        x = product @ x
     return (x.mT if tall else x).to(matrices.dtype)
