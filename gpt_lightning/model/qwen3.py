@@ -68,6 +68,16 @@ class Qwen3Config(ModelConfig):
         return self.n_inner or 8 * math.ceil(self.n_embd / 3)
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm whose gain has the type of its input, without which torch has no fused kernel for bfloat16."""
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Attention of each position to itself and earlier ones, whose scores depend on distances alone."""
 
@@ -80,8 +90,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(C, config.kv_heads * D, bias=False)
         self.v_proj = nn.Linear(C, config.kv_heads * D, bias=False)
         self.o_proj = nn.Linear(config.n_head * D, C, bias=False)
-        self.q_norm = nn.RMSNorm(D, eps=EPS) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(D, eps=EPS) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(D) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rotation: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, _ = x.shape
@@ -139,9 +149,9 @@ class Block(nn.Module):
 
     def __init__(self, config: Qwen3Config, layer: int):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.n_embd, eps=EPS)
+        self.input_layernorm = RMSNorm(config.n_embd)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=EPS)
+        self.post_attention_layernorm = RMSNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotation: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -159,7 +169,7 @@ class Decoder(nn.Module):
         self.dropout = config.dropout
         self.embed_tokens = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
-        self.norm = nn.RMSNorm(config.n_embd, eps=EPS)
+        self.norm = RMSNorm(config.n_embd)
         D = config.head_width
         speeds = config.rope_theta ** (-torch.arange(0, D, 2).float() / D)  # radians per position, (D / 2,)
         angles = torch.outer(torch.arange(config.block_size).float(), speeds).repeat(1, 2)  # (block_size, D)
