@@ -344,12 +344,12 @@ class CausalLM(nn.Module):
         return loss.view_as(targets) if reduction == "none" else loss
 
     def _loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        """The loss of inputs (N, C) of the head, in chunks where the logits are many.
+        """The loss of inputs (N, C) of the head, in chunks on a CPU where the logits are many.
 
         Compiled code computes all logits at once: chunks would not be fused.
         """
         rows = max(1, CHUNK // self.config.padded_vocab_size)
-        if len(x) <= rows or torch.compiler.is_compiling():
+        if len(x) <= rows or x.device.type != "cpu" or torch.compiler.is_compiling():
             return F.cross_entropy(self.lm_head(x), targets, ignore_index=IGNORE, reduction=reduction)
         if x.requires_grad and reduction != "none":
             total = ChunkedLoss.apply(x, self.lm_head.weight, self.lm_head.padding, targets)
