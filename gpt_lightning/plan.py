@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
-from gpt_lightning.config.build import build_net, memory_needs, prepare_data
+from gpt_lightning.config.build import (
+    Prepared,
+    accelerator_of,
+    build_net,
+    memory_needs,
+    precision_of,
+    prepare_data,
+)
 from gpt_lightning.config.command import command
-from gpt_lightning.config.parts import build_parts, device_count, starting_point, with_length
+from gpt_lightning.config.parts import Parts, build_parts, device_count, starting_point, with_length
 from gpt_lightning.config.resume import with_recorded_values
 from gpt_lightning.config.rules import validate
 from gpt_lightning.config.start import plan_arguments
@@ -37,6 +46,7 @@ class Plan:
     memory: dict[str, float]  # bytes per device, by what needs them
     learning_rates: list[float]  # of 48 steps, evenly spread over the run
     peak_learning_rate: float  # the highest of all steps
+    seconds: float | None  # of all steps and validations, if that can be measured here
     notes: list[str]  # what a careful colleague would ask about
 
     @property
@@ -78,8 +88,36 @@ def preview(rates: list[float], peak: float) -> str:
     return f"{line}  {rates[0]:.1e} → {peak:.1e} → {rates[-1]:.1e}"
 
 
+def predicted_seconds(
+    cfg: DictConfig, parts: Parts, prepared: Prepared, net: Any, sequences: int
+) -> float | None:
+    """Seconds of the steps and validations of a run whose devices take so many sequences in a step each."""
+    from gpt_lightning.training.intervals import save_interval
+    from gpt_lightning.training.speed import measure_speed
+
+    block_size, steps = prepared.windows["block_size"], prepared.max_steps
+    if accelerator_of(cfg) != "cpu" or cfg.lora.r or cfg.device.compile:
+        return None
+    speed = measure_speed(
+        getattr(net, "config", None),
+        parts.optimizer,
+        block_size=block_size,
+        precision=precision_of(cfg, net),
+    )
+    if speed is None:
+        return None
+    validations = math.ceil(steps / (cfg.trainer.val_every_steps or save_interval(steps)))
+    val_tokens = prepared.store.meta.splits["val"].tokens
+    if cfg.trainer.val_batches is not None:
+        val_tokens = min(val_tokens, cfg.trainer.val_batches * sequences * block_size)
+    step = speed.training * sequences * block_size + speed.update
+    return steps * step + validations * val_tokens * speed.forward
+
+
 def show(plan: Plan) -> None:
     """The plan as a table."""
+    from gpt_lightning.training.callbacks.progress import format_duration
+
     total, epochs = plan.tokens, plan.max_steps / plan.steps_per_epoch
     trained = f", {plan.trained_parameters:,} of them trained"
     parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in plan.memory.items())
@@ -95,6 +133,7 @@ def show(plan: Plan) -> None:
         f"{epochs:.2f} epochs",
         "compute": f"{plan.flops_per_token:.3g} FLOPs per token, {plan.flops_per_token * total:.3g} in all",
         "memory estimate": f"{sum(plan.memory.values()) / GIB:.2f} GiB per device ({parts})",
+        "time": "not measured" if plan.seconds is None else f"about {format_duration(plan.seconds)} here",
         "learning rate": preview(plan.learning_rates, plan.peak_learning_rate),
     }
     for name, text in lines.items():
@@ -148,6 +187,7 @@ def main(cfg: DictConfig) -> Plan:
         learning_rates=[lr * factor for factor in sampled(schedule, steps)],
         # the peak may lie between the points
         peak_learning_rate=lr * max(map(schedule, range(0, steps, max(1, steps // 1000)))),
+        seconds=predicted_seconds(cfg, parts, prepared, net, micro * accumulation),
         notes=notes_on(
             cfg,
             tokens=splits["train"].tokens,

@@ -62,7 +62,7 @@ def test_plan_by_hand(plan: Plan, tmp_path: Path) -> None:
     assert (PARAMETERS, FLOPS, FLOPS * 1280) == (36_224, 226_560, 289_996_800)
     lines = plan()
     assert not list((tmp_path / "here").iterdir())  # no run directory
-    memory = lines.pop("memory estimate")
+    memory, time = lines.pop("memory estimate"), lines.pop("time")
     curve = lines.pop("learning rate")[0].split("  ")
     assert lines == {
         "parameters": ["36,224"],
@@ -81,6 +81,7 @@ def test_plan_by_hand(plan: Plan, tmp_path: Path) -> None:
     assert len(curve[0]) == 48
     assert "█" in curve[0][10:20]  # steps 2 and 3 of 10
     assert len(memory) == 1
+    assert re.fullmatch(r"about 0:0\d here", *time)
 
 
 @pytest.mark.parametrize(

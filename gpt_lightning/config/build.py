@@ -118,6 +118,11 @@ def windows(cfg: DictConfig, net: Any = None) -> dict[str, Any]:
     return {"block_size": block_size, **{key: cfg.data[key] for key in keys}}
 
 
+def accelerator_of(cfg: DictConfig) -> str:
+    """What the run computes on: cpu, cuda or mps."""
+    return detect_device() if cfg.device.accelerator == "auto" else str(cfg.device.accelerator)
+
+
 def precision_of(cfg: DictConfig, net: nn.Module, checkpoint: Path | None = None) -> str:
     """The precision that device.precision=auto stands for; a resumed run keeps that of its checkpoint."""
     from gpt_lightning.rundir.checkpoint import read_checkpoint
@@ -129,7 +134,7 @@ def precision_of(cfg: DictConfig, net: nn.Module, checkpoint: Path | None = None
         recorded = read_checkpoint(checkpoint, verify=False)["hyper_parameters"]["device"]["precision"]
         if recorded != "auto":
             return str(recorded)
-    accelerator = detect_device() if cfg.device.accelerator == "auto" else cfg.device.accelerator
+    accelerator = accelerator_of(cfg)
     parameters = sum(p.numel() for p in net.parameters())
     return choose_precision(accelerator, parameters, has_bfloat16=multiplies_bfloat16(accelerator))
 
@@ -168,6 +173,7 @@ def memory_needs(
         precision=precision_of(cfg, net),
         shards=device_count(cfg) if cfg.trainer.strategy == "fsdp" else 1,
         recomputed=cfg.trainer.activation_checkpointing,
+        chunked=accelerator_of(cfg) == "cpu" and not cfg.device.compile and config is not None,
     )
 
 

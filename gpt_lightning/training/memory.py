@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from gpt_lightning.model.gpt import CHUNK
+
 GIB = 2**30
 DEFAULT_MICRO_BATCH_SIZE = 32  # sequences per device per forward where the configuration has null
 
@@ -17,12 +19,14 @@ def memory_estimate(
     precision: str,
     shards: int = 1,
     recomputed: bool = False,
+    chunked: bool = False,
 ) -> dict[str, float]:
     """Bytes that training needs, by what needs them.
 
     Weights, gradients and AdamW's two averages are exact at 4 bytes each. Activations kept for the backward
     pass are 34 bytes per token, layer and unit of width at 16 bits, after Korthikanti et al. (2022), section
-    4.1, without the attention matrix, which flash attention does not keep; logits count twice.
+    4.1, without the attention matrix, which flash attention does not keep; logits count twice. A loss in
+    chunks has the logits of one chunk, and the gradient of the head a second time.
 
     Args:
         parameters: Numbers in the network, of which
@@ -32,15 +36,19 @@ def memory_estimate(
         precision: As Lightning names it.
         shards: Devices that share weights, gradients and optimizer state.
         recomputed: Whether only the inputs of the blocks are kept, in 32 bits, and those of one block whole.
+        chunked: Whether the loss is computed in chunks of `CHUNK` logits.
     """
     size = 2 if "16" in precision else 4
     kept = 17 * size + 4 * n_layer if recomputed and n_layer else 17 * size * n_layer
+    logits = (size + 4) * tokens * vocab_size
+    if chunked and tokens * vocab_size > CHUNK:
+        logits = 8 * CHUNK + 4 * vocab_size * n_embd
     return {
         "weights": 4 * parameters / shards,
         "gradients": 4 * trained / shards,
         "optimizer": 8 * trained / shards,
         "activations": kept * tokens * n_embd,
-        "logits": (size + 4) * tokens * vocab_size,
+        "logits": logits,
     }
 
 

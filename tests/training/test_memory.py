@@ -113,3 +113,10 @@ def test_estimate_of_shards_and_of_recomputed_blocks() -> None:
     assert whole["activations"] == 3 * 17 * 4 * 10 * 8
     assert parts["activations"] == (17 * 4 + 3 * 4) * 10 * 8  # one block, and the inputs of three
     assert parts["logits"] == whole["logits"]
+
+
+def test_estimate_of_a_loss_in_chunks() -> None:
+    shape = {"parameters": 10, "trained": 10, "n_embd": 8, "n_layer": 3, "vocab_size": 2**16}
+    few, many = (memory_estimate(**shape, tokens=n, precision="32-true", chunked=True) for n in (256, 257))  # type: ignore[arg-type]
+    assert few["logits"] == 2**24 * 8
+    assert many["logits"] == 2**24 * 8 + 2**16 * 8 * 4  # one chunk, and the head's gradient again

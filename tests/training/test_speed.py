@@ -1,0 +1,73 @@
+"""The speed from which a plan foretells how long a run takes."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gpt_lightning
+from gpt_lightning.model.gpt import GPTConfig
+from gpt_lightning.model.qwen3 import Qwen3Config
+from gpt_lightning.training import speed
+from gpt_lightning.training.muon import muon
+from gpt_lightning.training.optimizers import adamw
+from gpt_lightning.training.speed import Speed, measure_speed
+
+SHAPE = {"vocab_size": 50, "block_size": 16, "n_head": 2, "n_embd": 32}
+
+
+@pytest.mark.parametrize(
+    "config", [GPTConfig(**SHAPE, n_layer=1), Qwen3Config(**SHAPE, n_layer=1)], ids=["GPT", "Qwen3"]
+)
+@pytest.mark.parametrize("optimizer", [adamw, muon])
+def test_whole_network_of_one_layer_is_measured(
+    config: GPTConfig | Qwen3Config, optimizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "ENOUGH", 0.0)
+    before = torch.get_rng_state()
+    found = measure_speed(config, partial(optimizer, lr=1e-3), block_size=16, precision="bf16-mixed")
+    assert found is not None
+    assert min(found.forward, found.training, found.update) > 0
+    assert torch.equal(torch.get_rng_state(), before)  # a plan from Python changes no later run
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "five"),
+    [
+        (Speed(1.0, 3.0, 0.5), Speed(1.5, 5.0, 0.75), Speed(3.0, 11.0, 1.5)),
+        (
+            Speed(1.0, 3.0, 0.5),
+            Speed(0.9, 5.0, 0.5),
+            Speed(1.0, 11.0, 0.5),
+        ),  # no layer takes less than no time
+    ],
+)
+def test_layers_add_what_the_second_adds(
+    one: Speed, two: Speed, five: Speed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = {1: one, 2: two}
+    monkeypatch.setattr(speed, "_measure", lambda net, *_: speeds[len(net.blocks)])
+    config = GPTConfig(**SHAPE, n_layer=5)  # type: ignore[arg-type]
+    assert measure_speed(config, partial(adamw, lr=1e-3), block_size=16, precision="32-true") == five
+
+
+def test_plan_adds_up_steps_and_validations(monkeypatch: pytest.MonkeyPatch, small_text: Path) -> None:
+    monkeypatch.setattr(speed, "measure_speed", lambda *_, **__: Speed(0.001, 0.01, 0.5))
+    options = [
+        "device=cpu",
+        f"data.path={small_text}",
+        "tokenizer=byte",
+        "model.block_size=8",
+        "data.batch_size=6",
+    ]
+    options += ["device.micro_batch_size=3", "trainer.max_steps=10", "trainer.val_every_steps=4"]
+    plan = gpt_lightning.plan(*options)
+    whole_split = plan.val_tokens * 0.001
+    assert plan.seconds == pytest.approx(10 * (48 * 0.01 + 0.5) + 3 * whole_split)  # after steps 4, 8 and 10
+    two_batches = 2 * 48 * 0.001
+    plan = gpt_lightning.plan(*options, "trainer.val_batches=2")
+    assert plan.seconds == pytest.approx(10 * (48 * 0.01 + 0.5) + 3 * two_batches)
