@@ -91,7 +91,7 @@ def fit(
     finally:
         try:
             if trainer.is_global_zero:
-                _draw(folder, data)
+                _draw(folder, data, f"{facts.get('name', 'run')}, {folder.name}")
                 if status == "finished":
                     log_hyperparameters(trainer, _results(module, data, trainer), facts.get("overrides", []))
             summary = record(status)  # last, so that a finished run has everything
@@ -148,13 +148,14 @@ def _results(module: LanguageModel, data: TextDataModule, trainer: pl.Trainer) -
     }
 
 
-def _draw(folder: Path, data: TextDataModule) -> None:
+def _draw(folder: Path, data: TextDataModule, title: str) -> None:
     """Draw curves.png; no error in it fails the run."""
     meta, floor = data.store.meta.splits["val"], None
     if meta.floor_bits is not None:
         floor = meta.floor_bits * math.log(2) / meta.tokens
     try:
-        plot_curves(read_metrics(folder / "metrics.csv"), folder / "curves.png", floor=floor)
+        rows = read_metrics(folder / "metrics.csv")
+        plot_curves(rows, folder / "curves.png", floor=floor, title=title)
     except Exception as error:
         log.debug("no curves: %s", error)
 
