@@ -18,7 +18,7 @@ from gpt_lightning.config.errors import ConfigError, check_output
 from gpt_lightning.config.nodes import build
 from gpt_lightning.config.rules import Rule, check, number, one_of, readable_path
 from gpt_lightning.config.source import checkpoint_source, corpus_of_run, network_of
-from gpt_lightning.data.files import write_json
+from gpt_lightning.data.files import atomic_write, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,6 +42,7 @@ TABLE = {  # what is printed, with its format
     "bleu": "{:.2f}",
 }
 RESULT = {*TABLE, "checkpoint", "words", "stride", "block_size", "samples", "validation"}  # keys of output=
+PAGE = b"<!doctype html><!-- gpt_lightning tokens"  # how the page of tokens=true begins
 WINDOWS = (
     "windows overlap by {0} tokens of context; training's validation loss, with windows end to end, "
     "is usually higher (stride={1} gives it)"
@@ -57,7 +58,15 @@ RULES: dict[str, Rule] = {
     "batch_size": number(int, least=1, optional=True),
     "stride": number(int, least=1, optional=True),
     "per_document": one_of(True, False),
+    "tokens": one_of(True, False),
+    "layer": number(int, least=0),
+    "head": number(int, least=0),
 }
+
+
+def is_result(row: dict[str, Any]) -> bool:
+    """Whether a JSON object is what output= holds."""
+    return "checkpoint" in row and row.keys() <= RESULT
 
 
 def validate(cfg: DictConfig) -> None:
@@ -72,7 +81,13 @@ def validate(cfg: DictConfig) -> None:
         raise ConfigError(f"reference={cfg.reference} is compared with texts; give them with samples=FILE")
     check(cfg, RULES)
     inputs = (cfg.text, cfg.samples, cfg.reference)
-    check_output(cfg.output, lambda row: "checkpoint" in row and row.keys() <= RESULT, *inputs)
+    if cfg.tokens and not str(cfg.output).endswith(".html"):
+        raise ConfigError(
+            f"tokens=true writes a page, but output={cfg.output}; name a file that ends in .html"
+        )
+    if cfg.tokens and cfg.get("data") is None and cfg.text is None and (cfg.samples or cfg.num_samples):
+        raise ConfigError("tokens=true shows a text; give text= or data= beside samples= or num_samples=")
+    check_output(cfg.output, PAGE if cfg.tokens else is_result, *inputs)
     if cfg.reference is not None and importlib.util.find_spec("sacrebleu") is None:
         raise ModuleNotFoundError(name="sacrebleu")
 
@@ -211,9 +226,23 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         result |= found[1] | {**evaluate(model, found[0], **windows, words=found[1].get("words"))}
     if cfg.num_samples or cfg.samples is not None:
         result |= compare_samples(cfg, corpus, model, settings)
-    if cfg.output is not None:
+    if cfg.tokens and found:
+        write_page(cfg, model, found[0], f"{result['text']}, read by {source}")
+    elif cfg.output is not None:
         write_json(Path(cfg.output).expanduser(), result)
     return result
+
+
+def write_page(cfg: DictConfig, model: TextGenerator, tokens: np.ndarray, title: str) -> None:
+    """The page of tokens=true."""
+    from gpt_lightning.inference.inspection import LONGEST, attention, inspect
+    from gpt_lightning.inference.token_page import token_page
+
+    ids, place = tokens[:LONGEST].tolist(), {"layer": cfg.layer, "head": cfg.head}
+    weights = attention(model, ids, **place)
+    page = token_page(inspect(model, ids), title, total=len(tokens), weights=weights, **place)
+    with atomic_write(Path(cfg.output).expanduser(), text=True) as file:
+        file.write(page)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -64,6 +65,21 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
 
     with Zygote(tmp_path_factory.mktemp("zygote")) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium, driven by Playwright."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("there is no chromium (apt-get install chromium)")
+    flags = ("no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update")
+    flags += ("disable-sync", "no-first-run")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=[f"--{flag}" for flag in flags])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(autouse=True)

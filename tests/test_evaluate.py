@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from support.runs import ROOT
 
 from gpt_lightning.data.tales import Tales
 from gpt_lightning.evaluation.losses import evaluate, lay_out
+from gpt_lightning.inference.inspection import attention, inspect
 from gpt_lightning.inference.text import TextGenerator
 
 Call = Callable[..., Any]
@@ -314,3 +316,42 @@ def test_word_perplexity_equals_lm_evaluation_harness(
     ours = score(f"text={tmp_path / 'stories.jsonl'}", "per_document=true", "stride=32")
     assert ours["word_perplexity"] == pytest.approx(theirs["word_perplexity,none"], rel=1e-3)
     assert ours["bits_per_byte"] == pytest.approx(theirs["bits_per_byte,none"], rel=1e-5)
+
+
+def test_page_of_tokens_shows_losses_what_was_expected_and_attention(
+    call: Call, checkpoint: Path, tmp_path: Path, capsys: Capture, browser: Any
+) -> None:
+    (tmp_path / "<b>.txt").write_text("one <b>two</b>\nthree")
+    options = [f"checkpoint={checkpoint}", f"text={tmp_path / '<b>.txt'}", "device=cpu", "tokens=true"]
+    options += ["layer=1", "head=1", f"output={tmp_path / 'page.html'}"]
+    for _ in range(2):  # a page is replaced
+        call("evaluate", *options)
+    loss = re.findall(r"loss  ([\d.]+) nats", capsys.readouterr().out)[0]
+    page, requests = browser.new_page(viewport={"width": 390, "height": 800}), list[str]()
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto((tmp_path / "page.html").as_uri())
+    tokens, model = page.locator(".token"), TextGenerator(random_net(), BYTES)
+    ids = [*b"one <b>two</b>\nthree"]
+    seen, weights = inspect(model, ids), attention(model, ids, layer=1, head=1)
+    assert weights is not None
+    shown = tokens.evaluate_all("all => all.map(one => one.firstChild.textContent)")
+    assert "".join(shown) == "one <b>two</b>↵\nthree"
+    assert f"mean loss is {loss} nats" in page.locator("body").inner_text()
+    heat = tokens.evaluate_all("all => all.map(one => Number(one.style.getPropertyValue('--heat')))")
+    assert heat[1:] == pytest.approx([min(1, (n or 0) / math.log(257)) for n in seen.nats[1:]], abs=1e-3)
+    assert not page.locator(".tip:visible").count()
+    tokens.nth(4).hover()
+    tip = page.locator(".tip:visible").inner_text().splitlines()
+    assert tip[0] == f'"<"  {math.exp(-seen.nats[4]):.1%}, loss {seen.nats[4]:.3f} nats'
+    assert [line.split()[0] for line in tip[2:]] == [f"{p:.1%}" for _, p in seen.expected[4]]
+    page.get_by_label("Show the attention of layer 1, head 1").check()
+    tokens.nth(4).hover()
+    read = tokens.evaluate_all("all => all.map(one => Number(one.style.getPropertyValue('--weight')))")
+    assert read == pytest.approx((weights[4] / weights[4].max()).tolist(), abs=1 / 255)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert requests == [(tmp_path / "page.html").as_uri()]
+    page.close()
+    (tmp_path / "page.html").write_text("<!doctype html>mine")
+    with pytest.raises(SystemExit):
+        call("evaluate", *options)
+    assert (tmp_path / "page.html").read_text() == "<!doctype html>mine"

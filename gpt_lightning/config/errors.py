@@ -124,12 +124,13 @@ def suggestion(key: str, keys: Iterable[str]) -> str | None:
     return None
 
 
-def check_output(path: str | None, written: Callable[[Any], bool], *inputs: str | None) -> None:
+def check_output(path: str | None, written: Callable[[Any], bool] | bytes, *inputs: str | None) -> None:
     """Refuse an output= that cannot be written or that would replace something, before there is a result.
 
     Args:
         path: The value of output=.
         written: Whether a JSON object is one that the command writes; a file of these alone is replaced.
+            Bytes are the beginning of a file that is replaced.
         inputs: Files that the command reads.
 
     Raises:
@@ -151,8 +152,10 @@ def check_output(path: str | None, written: Callable[[Any], bool], *inputs: str 
         raise OSError(problem, os.strerror(problem), str(above))
 
 
-def _has_only(file: Path, written: Callable[[Any], bool]) -> bool:
+def _has_only(file: Path, written: Callable[[Any], bool] | bytes) -> bool:
     """Whether a file is one JSON object, or one on each line, that all are `written`; an empty one is."""
+    if isinstance(written, bytes):
+        return file.read_bytes().startswith(written)
     try:
         text = file.read_text(encoding="utf-8")
         texts = [text] if text.startswith("{\n") else filter(None, text.split("\n"))

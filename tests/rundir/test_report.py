@@ -9,7 +9,6 @@ import json
 import math
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import sync_playwright
 from support.runs import TINY
 
 from gpt_lightning.data.files import write_json
@@ -221,31 +219,26 @@ def test_wrong_use_of_report_ends_in_one_line(
     assert line in error
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
-def test_page_sorts_its_tables_and_loads_nothing(runs: Path) -> None:
+def test_page_sorts_its_tables_and_loads_nothing(runs: Path, browser: Any) -> None:
     (runs / "c" / "samples.md").write_text(
         "## Step 1\n\n```text\nold\n```\n## Step 2\n\n```text\n<b>new\n```\n"
     )
-    page_text = as_html(read_results([runs]), "<runs>")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
-        page = browser.new_page()
-        requests: list[str] = []
-        page.on("request", lambda request: requests.append(request.url))
-        page.set_content(page_text)
-        assert page.locator("h1").inner_text() == "<runs>"
-        names = page.locator("table").first.locator("tbody tr td:nth-child(2)")
-        assert names.all_inner_texts() == ["c", "a", "b", "d"]
-        heading = page.locator("th", has_text="val_loss").nth(1)
-        assert heading.inner_text() == "val_loss"
-        heading.click()
-        assert names.all_inner_texts() == ["c", "a", "b", "d"]
-        heading.click()
-        assert names.all_inner_texts() == ["d", "b", "a", "c"]
-        assert page.locator("img").count() == 3  # curves, losses by learning rate, all runs
-        assert page.locator("img").evaluate_all("all => all.every(one => one.naturalWidth > 500)")
-        assert "<b>new" in page.locator("pre").last.inner_text()
-        assert "old" not in page.locator("pre").last.inner_text()
-        browser.close()
+    page = browser.new_page()
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.set_content(as_html(read_results([runs]), "<runs>"))
+    assert page.locator("h1").inner_text() == "<runs>"
+    names = page.locator("table").first.locator("tbody tr td:nth-child(2)")
+    assert names.all_inner_texts() == ["c", "a", "b", "d"]
+    heading = page.locator("th", has_text="val_loss").nth(1)
+    assert heading.inner_text() == "val_loss"
+    heading.click()
+    assert names.all_inner_texts() == ["c", "a", "b", "d"]
+    heading.click()
+    assert names.all_inner_texts() == ["d", "b", "a", "c"]
+    assert page.locator("img").count() == 3  # curves, losses by learning rate, all runs
+    assert page.locator("img").evaluate_all("all => all.every(one => one.naturalWidth > 500)")
+    assert "<b>new" in page.locator("pre").last.inner_text()
+    assert "old" not in page.locator("pre").last.inner_text()
+    page.close()
     assert not [url for url in requests if not url.startswith("data:")]
