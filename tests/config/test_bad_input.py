@@ -185,7 +185,7 @@ TABLE: list[tuple[str, str, str]] = [
     ("evaluate", "checkpoint=run num_samples=1 reference=good.txt", "reference=.* is compared with texts; give them with samples"),
     ("evaluate", "checkpoint=run samples=short.txt reference=good.txt", "has 900 texts for the 1 of samples="),
     ("evaluate", "checkpoint=run text=good.txt tokens=1", "tokens=1 must be true or false"),
-    ("evaluate", "checkpoint=run text=good.txt tokens=true", "tokens=true writes a page, not output=None; name a file that ends in .html"),
+    ("evaluate", "checkpoint=run text=good.txt tokens=true", "tokens=true writes a page, but output=None; name a file that ends in .html"),
     ("evaluate", "checkpoint=run samples=good.txt tokens=true output=p.html", "tokens=true shows a text; give text= or data="),
     ("evaluate", "checkpoint=run text=short.txt tokens=true output=p.html layer=-1", "layer=-1 must be a whole number of at least 0"),
     ("evaluate", "checkpoint=run text=short.txt tokens=true output=p.html head=2", "head=2 must be a whole number from 0 to 1"),
