@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint check stress mutants tensorboard clean
+.PHONY: help install train test lint check docs stress mutants tensorboard clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ lint: $(VENV)/.dev ## ruff and mypy
 
 check: lint test ## lint and test
 
+docs: $(VENV)/.dev ## the documentation as a site in site/
+	$(BIN)/mkdocs build
+
 stress: $(VENV)/.dev ## interrupt random runs for MINUTES=60; ARGS="--seed 7 --lanes 2" are its options
 	$(BIN)/python -W ignore -m tests.stress --minutes $(MINUTES) $(ARGS)
 
@@ -51,5 +54,5 @@ tensorboard: $(VENV)/.core ## curves of all runs under outputs/
 	$(BIN)/tensorboard --logdir outputs $(ARGS)
 
 clean: ## remove the environment and what tools left; runs in outputs/ stay
-	rm -rf $(VENV) build dist mutants *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist site mutants *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

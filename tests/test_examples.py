@@ -17,7 +17,7 @@ import torch
 from support.runs import ROOT
 
 PLUGIN = ROOT / "examples" / "plugin"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"```bash\n(.*)\n```", (PLUGIN / "README.md").read_text(encoding="utf-8"))
 
 
@@ -53,7 +53,7 @@ def test_plugin_trains_with_its_model_optimizer_schedule_and_corpus(tmp_path: Pa
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rates = {int(row["step"]): float(row["train/lr"] or "nan") for row in csv.DictReader(file)}
     assert math.isclose(rates[496], 1e-3 * math.sqrt(50 / 496))
-    command = re.search(r"python (-m gpt_lightning.generate --config-dir .*)", README)
+    command = re.search(r"python (-m gpt_lightning.generate --config-dir .*)", PAGE)
     arguments = shlex.split(command[1].replace("RUN", "run"))  # type: ignore[index]
     arguments += ["max_new_tokens=2", "temperature=0"]
     result = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True)
