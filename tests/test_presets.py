@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -121,22 +122,22 @@ def batches(micro_batch_size: int, accumulation: int) -> Published:
 
 
 # What their authors published, by the keys of the configuration. Beside these: accumulation, and the rates of
-# the first step and at the end of the schedule.
+# the first step, after the warm-up and at the end of the schedule.
 TARGET_LOSS: Published = {
-    "target_loss": 0.099999, "tokenizer": "GPT2", "scheduler": "cosine", "optimizer.lr": 3e-4,
-    "first_rate": 3e-7, "scheduler.warmup_steps": 1000, "trainer.max_steps": 100_000,
+    "target_loss": 0.099999, "tokenizer": "GPT2", "scheduler": "cosine",
+    "first_rate": 3e-7, "peak_rate": 3e-4, "scheduler.warmup_steps": 1000, "trainer.max_steps": 100_000,
     "trainer.log_every_steps": 50,
 }  # fmt: skip
 GPT2_SMALL: Published = {
     **shape(12, 12, 768, 1024), **batches(16, 1), "vocabulary": 50_257, "model.tie_weights": True,
     "tokenizer": "GPT2", "data.sequence_length": 128, "data.shuffle": False, "scheduler": "cosine",
-    "optimizer.lr": 6e-4, "optimizer.weight_decay": 0.1, "scheduler.warmup_steps": 100,
+    "peak_rate": 6e-4, "optimizer.weight_decay": 0.1, "scheduler.warmup_steps": 100,
     "trainer.max_steps": 5000, "trainer.clip_norm": 1.0,
 }  # fmt: skip
 GPT2_SMALL_AMP: Published = {
     **shape(12, 12, 768, 1024), **batches(8, 4), "vocabulary": 50_304, "block": 7_087_872,
     "tokenizer": "GPT2", "device.precision": "bf16-mixed", "device.matmul_precision": "high",
-    "optimizer.fused": True, "scheduler": "cosine", "optimizer.lr": 1e-3, "last_rate": 1e-4,
+    "optimizer.fused": True, "scheduler": "cosine", "peak_rate": 1e-3, "last_rate": 1e-4,
     "scheduler.warmup_steps": 100, "trainer.max_steps": 500, "trainer.clip_norm": 1.0,
 }  # fmt: skip
 BPE: Published = {
@@ -152,7 +153,7 @@ TINYSTORIES: Published = {
     "data.name": "roneneldan/TinyStories", "data.val_split": None, "data.val_fraction": 0.1,
 }  # fmt: skip
 CHARACTERS: Published = {
-    "tokenizer": "Char", "scheduler": "cosine", "optimizer.lr": 1e-3, "last_rate": 1e-4,
+    "tokenizer": "Char", "scheduler": "cosine", "peak_rate": 1e-3, "last_rate": 1e-4,
     "scheduler.warmup_steps": 100,
 }  # fmt: skip
 PUBLISHED: list[tuple[str, Published]] = [
@@ -195,6 +196,8 @@ def measured(cfg: DictConfig, key: str) -> Any:
             return cfg[key]._target_.rsplit(".", 1)[1]
         case "first_rate":
             return cfg.optimizer.lr * schedule_of(cfg)(0)
+        case "peak_rate":
+            return cfg.optimizer.lr * schedule_of(cfg)(cfg.scheduler.warmup_steps)
         case "last_rate":
             return cfg.optimizer.lr * schedule_of(cfg)(cfg.trainer.max_steps)
         case "vocabulary":
@@ -211,6 +214,29 @@ def test_preset_has_the_published_settings(overrides: str, published: Published)
     cfg = composed(*f"experiment={overrides}".split(), f"model.vocab_size={GPT2_VOCABULARY}")
     found = {key: measured(cfg, key) for key in published}
     assert found == pytest.approx(published)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "vocabulary", "loss", "tolerance"),
+    [
+        ("shakespeare_target_loss device=cuda", GPT2_VOCABULARY, 10.9322, 0.1),
+        ("shakespeare_gpt2_small", GPT2_VOCABULARY, 10.5, 0.6),  # published as "about 10.5"
+        ("shakespeare_gpt2_small_amp", GPT2_VOCABULARY, 10.9677, 0.1),
+        # nothing is published: a logit has a standard deviation of 0.02 * sqrt(n_embd)
+        ("bpe_from_scratch", 32_000, math.log(32_000) + 768 * 0.02**2 / 2, 0.1),
+        ("tinystories_124m", GPT2_VOCABULARY, math.log(50_257) + 768 * 0.02**2 / 2, 0.1),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_first_loss_is_the_published_one(
+    experiment: str, vocabulary: int, loss: float, tolerance: float
+) -> None:
+    """One block is as good as all: the last norm makes the loss depend on width and vocabulary alone."""
+    torch.manual_seed(1)
+    cfg = composed(*f"experiment={experiment}".split(), "model.n_layer=1", "model.dropout=0.0")
+    idx, targets = torch.randint(vocabulary, (2, 4, 128))
+    with torch.no_grad():
+        assert float(build_net(cfg, vocabulary)(idx, targets)) == pytest.approx(loss, abs=tolerance)
 
 
 @pytest.fixture(params=["cuda", "mps", "cpu"])
@@ -321,6 +347,8 @@ def test_preset_can_be_planned_as_it_is(
     assert re.search(r"^ +learning rate  [▁-█]{48}  ", out, re.M)
     if overrides.endswith("device=cuda") and text == TINY_SHAKESPEARE:
         assert "(656 windows)" in out  # 82 batches of 8 × 512 tokens, as published
+        counts = re.findall(r"(?:training|validation) tokens  ([\d,]+)", out)
+        assert sum(int(count.replace(",", "")) for count in counts) == 338_025
 
 
 def test_every_key_of_the_configuration_resolves() -> None:
