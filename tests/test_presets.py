@@ -152,6 +152,16 @@ TINYSTORIES: Published = {
     "trainer.max_steps": None, "trainer.max_epochs": 20, "data.shuffle": True, "data.drop_last": True,
     "data.name": "roneneldan/TinyStories", "data.val_split": None, "data.val_fraction": 0.1,
 }  # fmt: skip
+GPT2_124M: Published = {
+    **shape(12, 12, 768, 1024), **batches(12, 40), "tokenizer": "GPT2", "scheduler": "cosine",
+    "peak_rate": 6e-4, "last_rate": 6e-5, "scheduler.warmup_steps": 2000, "trainer.max_steps": 600_000,
+    "model.dropout": 0.0, "model.bias": False, "optimizer.weight_decay": 0.1, "trainer.clip_norm": 1.0,
+    "data.val_fraction": 5e-4,
+}  # fmt: skip
+FINETUNE: Published = {
+    **batches(1, 32), "tokenizer": "GPT2", "scheduler": "constant", "init_from": "hf:gpt2-xl",
+    "peak_rate": 3e-5, "scheduler.warmup_steps": 0, "trainer.max_steps": 20, "trainer.val_every_steps": 5,
+}  # fmt: skip
 CHARACTERS: Published = {
     "tokenizer": "Char", "scheduler": "cosine", "peak_rate": 1e-3, "last_rate": 1e-4,
     "scheduler.warmup_steps": 100,
@@ -168,6 +178,8 @@ PUBLISHED: list[tuple[str, Published]] = [
     ("tinystories_124m", {**TINYSTORIES, **shape(12, 12, 768, 256)}),
     ("tinystories_124m size=small", {**TINYSTORIES, **shape(6, 6, 384, 128)}),
     ("tinystories_124m size=large", {**TINYSTORIES, **shape(24, 16, 1024, 512)}),
+    ("gpt2_124m", GPT2_124M),
+    ("finetune_shakespeare", FINETUNE),
     (
         "nanogpt_shakespeare_char",
         {**CHARACTERS, **shape(6, 6, 384, 256), **batches(64, 1), "trainer.max_steps": 5000},
@@ -286,6 +298,14 @@ def data_for(experiment: str, folder: Path, small_text: Path) -> list[str]:
         return [f"init_from={folder / 'gpt2'}", f"data.path={small_text}"]
     if experiment == "scaling":
         return ["data.stories=200"]
+    if experiment == "gpt2_124m":  # two files in the hub's layout, with enough for a batch
+        parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").table
+        rows = {"text": [small_text.read_text(encoding="utf-8")[:500_000]] * 3}
+        (folder / "hub" / "data").mkdir(parents=True)
+        for number in (0, 1):
+            name = f"train-{number:05}-of-00002.parquet"
+            parquet.write_table(table(rows), folder / "hub" / "data" / name)
+        return [f"data.name={folder / 'hub'}", "data.val_fraction=0.2"]
     return [f"data.path={small_text}"]
 
 

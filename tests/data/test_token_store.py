@@ -478,6 +478,23 @@ def test_shards_in_processes_of_their_own_make_one_store(larger, tmp_path):
     assert files_of(folder) == files_of(prepare(larger, BPE(300), tmp_path / "own cache").folder)
 
 
+def test_streamed_dataset_of_several_files_is_prepared_in_parts_and_goes_on_after_the_finished_ones(tmp_path):
+    pytest.importorskip("datasets")
+    parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").table
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    stories = [f"{number} " + "word " * 20_000 for number in range(30)]
+    for file in range(3):
+        path = tmp_path / "hub" / "data" / f"train-{file:05}-of-00003.parquet"
+        parquet.write_table(table({"text": stories[file * 10 : file * 10 + 10]}), path)
+    corpus = HuggingFace(str(tmp_path / "hub"), streaming=True)
+    assert prepare_shard(corpus, Byte(), tmp_path, shard=1, shards=2) is None  # and then the job is cut off
+    store = prepare_shard(corpus, Byte(), tmp_path, shard=0, shards=2)
+    assert store is not None
+    train = [story for number, story in enumerate(stories) if (number + 1) % 10]
+    expected = [E, *(i for story in train for i in (*story.encode(), E))]
+    assert store.tokens("train").tolist() == expected  # all files in order, none of it twice
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
