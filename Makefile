@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 ARGS ?=
 MINUTES ?= 60
 MUTANTS ?=
+NANOGPT ?=
 # a module is compiled when it is first imported, not twenty thousand of them now; that has to be kept
 unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint check docs stress mutants tensorboard clean
+.PHONY: help install train test lint check docs bench stress mutants tensorboard clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -41,6 +42,11 @@ check: lint test ## lint and test
 
 docs: $(VENV)/.dev ## the documentation as a site in site/
 	$(BIN)/mkdocs build
+
+bench: $(VENV)/.dev ## speed and memory; NANOGPT=DIR is a checkout of nanoGPT to compare with
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/steps.py $(if $(NANOGPT),--nanogpt $(NANOGPT))
+	$(BIN)/python benchmarks/generation.py
 
 stress: $(VENV)/.dev ## interrupt random runs for MINUTES=60; ARGS="--seed 7 --lanes 2" are its options
 	$(BIN)/python -W ignore -m tests.stress --minutes $(MINUTES) $(ARGS)
