@@ -21,7 +21,8 @@ from gpt_lightning.config.build import (
 from gpt_lightning.config.command import command
 from gpt_lightning.config.parts import Parts, build_parts, device_count, starting_point, with_length
 from gpt_lightning.config.resume import with_recorded_values
-from gpt_lightning.config.rules import validate
+from gpt_lightning.config.rules import check, one_of, validate
+from gpt_lightning.config.setup import Finding, check_setup
 from gpt_lightning.config.start import plan_arguments
 from gpt_lightning.training.memory import DEFAULT_MICRO_BATCH_SIZE, GIB
 
@@ -114,10 +115,16 @@ def predicted_seconds(
     return steps * step + validations * val_tokens * speed.forward
 
 
-def show(plan: Plan) -> None:
-    """The plan as a table."""
+def show(plan: Plan | list[Finding]) -> None:
+    """The plan, or what check=true found, as a table."""
     from gpt_lightning.training.callbacks.progress import format_duration
 
+    if isinstance(plan, list):
+        for finding in plan:
+            print(f"{finding.name:>21}  {finding.found}")
+            if finding.remedy:
+                print(f"{'→':>21}  {finding.remedy}")
+        return
     total, epochs = plan.tokens, plan.max_steps / plan.steps_per_epoch
     trained = f", {plan.trained_parameters:,} of them trained"
     parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in plan.memory.items())
@@ -143,10 +150,16 @@ def show(plan: Plan) -> None:
 
 
 @command("plan", arguments=plan_arguments, show=show)
-def main(cfg: DictConfig) -> Plan:
-    """Plans the run; nothing is allocated but the tokens."""
+def main(cfg: DictConfig) -> Plan | list[Finding]:
+    """Plans the run, or looks at the machine if check=true."""
     cfg = with_recorded_values(cfg)
     validate(cfg)
+    check(cfg, {"check": one_of(True, False)})
+    return check_setup(cfg) if cfg.check else plan_run(cfg)
+
+
+def plan_run(cfg: DictConfig) -> Plan:
+    """What the run would cost; nothing is allocated but the tokens."""
     import torch
 
     from gpt_lightning.data.windows import split_batch

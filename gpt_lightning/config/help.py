@@ -19,7 +19,8 @@ def help_text(config_name: str, overrides: list[str]) -> str:
     lines += ["== Groups and their choices: GROUP=CHOICE =="]
     for group in sorted(groups):
         lines.append(f"{group}: {', '.join(choices_of(group))}")
-    lines += ["", "== Keys: KEY=VALUE ==", *_body(config_name if config_name != "plan" else "train", "")]
+    lines += ["", "== Keys: KEY=VALUE ==", *_body(config_name, "")]
+    lines += _body("train", "") if config_name == "plan" else []
     for group in groups:
         if group != "experiment" and chosen[group] not in (None, "null"):
             lines += [f"{group}: # {group}={chosen[group]}", *_body(f"{group}/{chosen[group]}", "  ")]

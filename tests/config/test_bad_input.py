@@ -109,6 +109,7 @@ TABLE: list[tuple[str, str, str]] = [
     ("prepare", "data=text data.path=good.txt shard=0 shards=0", "shards=0 must be a whole number from 1 to 512"),
     ("plan", "scheduler.warmup_steps=8", "scheduler.warmup_steps=8 must be"),
     ("plan", "optimizer.lr=-1", "optimizer.lr=-1 must be a finite number above 0"),
+    ("plan", "check=maybe", "check='maybe' must be true or false"),
     ("plan", "model.n_head=3", "model.n_embd=32 is not divisible by model.n_head=3"),
     # -- checkpoints and runs
     ("train", "init_from=fifo", "no checkpoint at .*fifo: it is neither a file nor a folder"),

@@ -1,0 +1,203 @@
+"""What `plan check=true` finds: whether this machine has what runs need, and which presets fit its memory."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from packaging.requirements import Requirement
+
+from gpt_lightning.config.build import build_net, precision_of
+from gpt_lightning.config.help import choices_of
+from gpt_lightning.training.memory import DEFAULT_MICRO_BATCH_SIZE, GIB, memory_estimate
+
+EXTRAS = {  # what users may want, and what for
+    "hf": "data=huggingface, data=tinystories, .parquet files and init_from=hf:…",
+    "demo": "the command demo",
+    "optuna": "-m sweep=optuna",
+    "eval": "BLEU in evaluate",
+    "wandb": "logger=wandb",
+    "mlflow": "logger=mlflow",
+}
+LITTLE_SPACE = 5 * GIB  # a checkpoint of GPT-2 small has 1.4 GiB, and three are kept
+SHARE = 0.8  # of the memory; the rest is for other programs and for what the estimate leaves out
+GPT2_FILES = ("vocab.bpe", "encoder.json")
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A line of the check.
+
+    Attributes:
+        name: What was looked at.
+        found: What is there.
+        remedy: What to do; None if nothing has to be done.
+    """
+
+    name: str
+    found: str
+    remedy: str | None = None
+
+
+def check_setup(cfg: DictConfig) -> list[Finding]:
+    """Looks at packages, device, folders and tokenizer, and at the memory that each preset needs."""
+    return [
+        *_packages(),
+        *_device(str(cfg.device.accelerator)),
+        *(_folder(key, Path(str(cfg.paths[key])).expanduser()) for key in ("outputs", "cache")),
+        _gpt2_tokenizer(),
+        *_presets(cfg),
+    ]
+
+
+def _packages() -> Iterator[Finding]:
+    """What pyproject.toml asks for, and each extra."""
+    try:
+        required = [Requirement(text) for text in importlib.metadata.requires("gpt-lightning") or []]
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(name="packages", found="gpt-lightning is not installed", remedy="pip install -e .")
+        return
+    wrong = ", ".join(filter(None, map(_is_wrong, (one for one in required if _applies(one)))))
+    found = wrong or f"complete, on Python {platform.python_version()}"
+    yield Finding(name="packages", found=found, remedy="pip install gpt-lightning" if wrong else None)
+    for extra, purpose in EXTRAS.items():
+        of_extra = (one for one in required if _applies(one, extra) and not _applies(one))
+        wrong = ", ".join(filter(None, map(_is_wrong, of_extra)))
+        remedy = f"for {purpose}: pip install 'gpt-lightning[{extra}]'" if wrong else None
+        yield Finding(name=f"extra {extra}", found=wrong or "complete", remedy=remedy)
+
+
+def _applies(requirement: Requirement, extra: str = "") -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+
+
+def _is_wrong(requirement: Requirement) -> str | None:
+    """What is wrong with an installed package."""
+    try:
+        version = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{requirement.name} is missing"
+    good = requirement.specifier.contains(version, prereleases=True)
+    return None if good else f"{requirement.name} is {version} and must be {requirement.specifier}"
+
+
+def _device(accelerator: str) -> Iterator[Finding]:
+    """The chosen device, and the number formats that it has."""
+    import torch
+
+    from gpt_lightning.training.precision import multiplies_bfloat16
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(accelerator, True):
+        build = "install a build of PyTorch for it (pytorch.org), or use device=cpu"
+        yield Finding(name="device", found=f"{accelerator}, which PyTorch cannot use here", remedy=build)
+        return
+    kind = torch.cuda.get_device_name() if accelerator == "cuda" else platform.machine()
+    count = torch.cuda.device_count() if accelerator == "cuda" else 1
+    memory = memory_of(accelerator)
+    size = f", {memory / GIB:.0f} GiB" if memory else ""
+    lost = accelerator == "cpu" and shutil.which("nvidia-smi") is not None
+    remedy = "there may be an NVIDIA GPU: see pytorch.org for a build that uses it" if lost else None
+    yield Finding(name="device", found=f"{accelerator}: {count} × {kind}{size}", remedy=remedy)
+    fast = multiplies_bfloat16(accelerator)
+    yield Finding(
+        name="precision", found="32-true, bf16-mixed" if fast else "32-true; bfloat16 would be slow"
+    )
+
+
+def memory_of(accelerator: str) -> float | None:
+    """Bytes that the device has, or the part of them that a container may use; None if that is unknown."""
+    import torch
+
+    if accelerator == "cuda":
+        return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+    if accelerator == "mps":
+        return float(torch.mps.recommended_max_memory()) if torch.backends.mps.is_available() else None
+    if not hasattr(os, "sysconf"):  # Windows
+        return None
+    memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(memory, float(text)) if text.isdigit() else memory
+
+
+def _folder(key: str, folder: Path) -> Finding:
+    """Whether files can be written below a folder, which may not exist yet, and the room there."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    name = f"paths.{key}"
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            free = shutil.disk_usage(place).free
+    except OSError as error:
+        found = f"{folder} cannot be written ({error.strerror})"
+        return Finding(name=name, found=found, remedy=f"use another folder, {name}=DIR")
+    remedy = f"make room, or use another disk, {name}=DIR" if free < LITTLE_SPACE else None
+    return Finding(name=name, found=f"{folder}, {free / GIB:.1f} GiB free", remedy=remedy)
+
+
+def _gpt2_tokenizer() -> Finding:
+    """Whether GPT-2's vocabulary is in tiktoken's cache, which names a file by the SHA-1 of its address."""
+    variables = ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")
+    default = Path(tempfile.gettempdir()) / "data-gym-cache"
+    folder = next((Path(os.environ[name]) for name in variables if os.environ.get(name)), default)
+    names = [hashlib.sha1(f"{GPT2_URL}{file}".encode()).hexdigest() for file in GPT2_FILES]
+    if all((folder / name).is_file() for name in names):
+        return Finding(name="tokenizer=gpt2", found=f"in {folder}")
+    remedy = "without a connection, set TIKTOKEN_CACHE_DIR to a copy of another machine's cache"
+    return Finding(name="tokenizer=gpt2", found="will be downloaded on first use", remedy=remedy)
+
+
+def _presets(cfg: DictConfig) -> Iterator[Finding]:
+    """Which models and experiments the memory of the device is enough for, as they are."""
+    memory = memory_of(str(cfg.device.accelerator))
+    for group in ("model", "experiment"):
+        needs = {name: need for name in choices_of(group) if (need := _need(group, name)) is not None}
+        listed = {
+            fits: ", ".join(
+                f"{name} {need / GIB:.1f}" for name, need in needs.items() if (need <= room) == fits
+            )
+            for room in [SHARE * memory if memory else float("inf")]
+            for fits in (True, False)
+        }
+        yield Finding(name=f"{group}s that fit", found=f"GiB: {listed[True] or 'none'}")
+        if listed[False]:
+            remedy = "lower device.micro_batch_size, set trainer.activation_checkpointing=true, or shard"
+            yield Finding(name=f"{group}s too large", found=f"GiB: {listed[False]}", remedy=remedy)
+
+
+def _need(group: str, name: str) -> float | None:
+    """Bytes on the device that a preset needs; None where that depends on weights to start from."""
+    import torch
+
+    device = HydraConfig.get().runtime.choices.get("device", "auto")
+    cfg = compose("plan", [f"{group}={name}", f"device={device}", "paths.run=run"])
+    if cfg.init_from is not None:
+        return None
+    vocab_size = cfg.model.vocab_size or cfg.tokenizer.get("vocab_size") or 50257
+    with torch.device("meta"):
+        net = build_net(cfg, vocab_size)
+    parameters = sum(weight.numel() for weight in net.parameters())
+    sequences = min(cfg.device.micro_batch_size or DEFAULT_MICRO_BATCH_SIZE, cfg.data.batch_size)
+    estimate = memory_estimate(
+        parameters=parameters,
+        trained=parameters,
+        tokens=sequences * cfg.model.block_size,
+        n_embd=cfg.model.n_embd,
+        n_layer=cfg.model.n_layer,
+        vocab_size=vocab_size,
+        precision=precision_of(cfg, net),
+    )
+    return sum(estimate.values())
