@@ -199,5 +199,6 @@ def _need(group: str, name: str) -> float | None:
         n_layer=cfg.model.n_layer,
         vocab_size=vocab_size,
         precision=precision_of(cfg, net),
+        chunked=str(cfg.device.accelerator) == "cpu",
     )
     return sum(estimate.values())
