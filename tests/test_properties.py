@@ -31,6 +31,7 @@ class Store:
 
     train: int = 2
     val: int = 2
+    marker: tuple[int, ...] = ()
 
     def tokens(self, split: str) -> np.ndarray:
         return np.arange(getattr(self, split), dtype=np.uint16)

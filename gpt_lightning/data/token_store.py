@@ -67,11 +67,20 @@ class StoreMeta:
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Both splits of a tokenized corpus; pickled without the tokens, which each process maps itself."""
+    """Both splits of a tokenized corpus; pickled without the tokens, which each process maps itself.
+
+    Args:
+        folder: Of the files.
+        tokenizer: That made them.
+        meta: Content of meta.json.
+        marker: Ids behind which the response of each document begins, which alone is learned; empty if
+            all of a document is.
+    """
 
     folder: Path
     tokenizer: tiktoken.Encoding
     meta: StoreMeta
+    marker: tuple[int, ...] = ()
 
     @property
     def n_vocab(self) -> int:
@@ -260,7 +269,9 @@ class _Job:
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"the token cache {self.folder} cannot be used ({reason})") from error
-        return TokenStore(self.folder, self.encoding, meta)
+        text: str = getattr(self.corpus, "response_marker", "")
+        marker = tuple(tokenizers.encode_array(self.encoding, text).tolist()) if text else ()
+        return TokenStore(self.folder, self.encoding, meta, marker)
 
     def meta(self, splits: dict[Split, SplitMeta]) -> StoreMeta:
         n_vocab = self.encoding.n_vocab

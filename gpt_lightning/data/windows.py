@@ -18,7 +18,9 @@ from gpt_lightning.data.corpus.base import Split
 from gpt_lightning.data.token_store import TokenStore
 
 IGNORE = -100  # target of a padded position, F.cross_entropy's default
-Batch = tuple[Tensor, Tensor]  # inputs and targets, both (B, T) int64
+# inputs and targets, both (B, T) int64; if only responses are learned, also the targets that count in the
+# optimizer step, per micro-batch: ()
+Batch = tuple[Tensor, ...]
 
 
 def split_batch(batch_size: int, micro_batch_size: int | None, world_size: int) -> tuple[int, int]:
@@ -73,6 +75,28 @@ def permute(index: np.ndarray, n: int, *, seed: int, epoch: int) -> np.ndarray:
     return value.astype(np.int64)
 
 
+def find_responses(
+    tokens: np.ndarray, marker: tuple[int, ...], end: int, documents: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """First token of each response, (documents,), and the end-of-text tokens, (documents + 1,).
+
+    Raises:
+        ValueError: If there is not one marker in every document.
+    """
+    ends = np.flatnonzero(tokens == end)
+    begins = np.flatnonzero(tokens[: 1 - len(marker) or None] == marker[0])
+    for offset, token in enumerate(marker):
+        begins = begins[tokens[begins + offset] == token]
+    begins += len(marker)
+    whole = len(begins) == len(ends) - 1 == documents
+    if not whole or not ((ends[:-1] < begins) & (begins <= ends[1:])).all():
+        raise ValueError(
+            f"{len(begins)} responses are found in {documents} documents: the tokenizer joins the marker "
+            "before a response with other text; choose tokenizer=gpt2, bpe or byte"
+        )
+    return begins, ends
+
+
 @dataclass(eq=False)
 class _Batches(Dataset[Batch]):
     """Batches from one split of a store."""
@@ -83,6 +107,17 @@ class _Batches(Dataset[Batch]):
     @cached_property
     def tokens(self) -> np.ndarray:
         return self.store.tokens(self.split)
+
+    @cached_property
+    def responses(self) -> tuple[np.ndarray, np.ndarray]:
+        """As `find_responses`, of a store that has a marker."""
+        store, documents = self.store, self.store.meta.splits[self.split].documents
+        return find_responses(self.tokens, store.marker, store.tokenizer.eot_token, documents)
+
+    def counts(self, position: np.ndarray) -> np.ndarray:
+        """Whether the tokens at positions, of any shape, are of a response, its end included."""
+        begins, ends = self.responses
+        return position <= ends[np.searchsorted(begins, position, side="right")]
 
     def __getstate__(self) -> dict[str, Any]:
         # pickling a memory map would copy the corpus; workers map the file themselves
@@ -139,9 +174,13 @@ class TrainBatches(_Batches):
     def starts(self, b: int) -> np.ndarray:
         """First token of each window of micro-batch b, (B,) int64."""
         step, part = divmod(b, self.accumulation)
+        first = (part * self.world_size + self.rank) * self.micro_batch_size
+        return self._starts(step, first, first + self.micro_batch_size)
+
+    def _starts(self, step: int, first: int, end: int) -> np.ndarray:
+        """First token of each of these windows of an optimizer step."""
         epoch, step = divmod(step, self.steps_per_epoch)
-        first = step * self.batch_size + (part * self.world_size + self.rank) * self.micro_batch_size
-        index = np.arange(first, first + self.micro_batch_size) % self.windows
+        index = (step * self.batch_size + np.arange(first, end)) % self.windows
         if self.shuffle:
             index = permute(index, self.windows, seed=self.seed, epoch=epoch)
         stride, offset = self.stride or self.block_size, 0
@@ -150,8 +189,15 @@ class TrainBatches(_Batches):
         return offset + index * stride
 
     def __getitem__(self, b: int) -> Batch:
-        window = self.tokens[self.starts(b)[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
-        return torch.from_numpy(window[:, :-1].copy()), torch.from_numpy(window[:, 1:].copy())
+        place = self.starts(b)[:, None] + np.arange(self.block_size + 1)
+        window = self.tokens[place].astype(np.int64)
+        x, y = torch.from_numpy(window[:, :-1].copy()), torch.from_numpy(window[:, 1:].copy())
+        if not self.store.marker:
+            return x, y
+        y[torch.from_numpy(~self.counts(place[:, 1:]))] = IGNORE
+        step = self._starts(b // self.accumulation, 0, self.batch_size)  # of all micro-batches and ranks
+        count = self.counts(step[:, None] + np.arange(1, self.block_size + 1)).sum()
+        return x, y, torch.tensor(max(count, 1) * self.micro_batch_size / self.batch_size)
 
 
 def epoch_size(
@@ -212,6 +258,11 @@ class EvalBatches(_Batches):
                 f"the {self.split} split has {len(self.tokens)} tokens; two are the least to measure a loss; "
                 "use more text or raise data.val_fraction"
             )
+        if self.store.marker and not self.counts(np.arange(1, self.targets + 1)).any():
+            raise ValueError(
+                f"the validation reads {self.targets} tokens, none of them of a response; "
+                "raise trainer.val_batches"
+            )
 
     @cached_property
     def targets(self) -> int:
@@ -231,4 +282,6 @@ class EvalBatches(_Batches):
         x = self.tokens[np.minimum(position, last)].astype(np.int64)
         y = self.tokens[np.minimum(position + 1, last)].astype(np.int64)
         y[position + 1 > last] = IGNORE
+        if self.store.marker:
+            y[~self.counts(np.minimum(position + 1, last))] = IGNORE
         return torch.from_numpy(x), torch.from_numpy(y)

@@ -25,6 +25,7 @@ from gpt_lightning.model.weights import CONFIGS, build_with_weights, read_config
 from gpt_lightning.rundir.checkpoint import find_checkpoint, read_checkpoint
 
 log = logging.getLogger(__name__)
+CHAT = "gpt_lightning.data.corpus.chat.Chat"  # the corpus that makes a model answer
 Network = Callable[..., nn.Module]  # what builds a network of the user's own
 
 
@@ -146,6 +147,7 @@ def describe(net: CausalLM, checkpoint: Mapping[str, Any]) -> ModelCard:
             "data": Path(source).name if isinstance(source, str) else None,
             "tokenizer": checkpoint["tokenizer"]["name"],
             "init_from": config.get("init_from"),
+            "chat": _mapping(data.get("corpus")).get("_target_") == CHAT or None,
             **_shape(net),
             "step": progress.get("step"),
             "train_loss": progress.get("train_loss"),

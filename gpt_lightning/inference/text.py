@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, overload
 
@@ -13,6 +13,7 @@ import tiktoken
 
 from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.data.corpus.base import END_OF_TEXT
+from gpt_lightning.data.corpus.chat import render
 from gpt_lightning.inference.decoding import stream
 from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.interop.folder import ModelCard
@@ -91,6 +92,18 @@ class TextGenerator:
         for row, piece in self.in_order(prompts, chosen):
             texts[row] += piece.text
         return texts[0] if single else texts
+
+    def chat(self, messages: Sequence[Mapping[str, str]], **settings: Any) -> str:
+        """The answer of a model that was trained on data=chat.
+
+        Args:
+            messages: The conversation so far, objects with `role` (system, user or assistant) and `content`.
+            settings: Fields of `SamplingSettings`.
+
+        Raises:
+            ValueError: As `generate`.
+        """
+        return self.generate(render(messages), **settings)
 
     def stream(self, prompt: str = "", **settings: Any) -> Iterator[str]:
         """The continuation of a prompt piece by piece, in whole characters; joined, the text of `generate`.

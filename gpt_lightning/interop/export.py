@@ -14,6 +14,7 @@ import tiktoken
 
 from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.data.corpus.base import file_sha256
+from gpt_lightning.data.corpus.chat import TEMPLATE
 from gpt_lightning.data.files import json_object, sealed, unsealed, write_json
 from gpt_lightning.interop.folder import CARD_FILE, WEIGHTS_FORMAT, ModelCard
 from gpt_lightning.interop.gpt2 import save_gpt2, write_safetensors
@@ -49,7 +50,8 @@ def write_huggingface(model: Model, folder: Path) -> None:
         )
     save: Callable[..., None] = save_qwen3 if isinstance(model.net, Qwen3) else save_gpt2
     save(model.net, folder, end_of_text=model.tokenizer.eot_token)
-    save_tokenizer(model.tokenizer, folder, block_size=model.net.config.block_size)
+    template = TEMPLATE if model.info.get("chat") else None
+    save_tokenizer(model.tokenizer, folder, block_size=model.net.config.block_size, chat_template=template)
     (folder / README).write_text(readme(model), encoding="utf-8")
 
 

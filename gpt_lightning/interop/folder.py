@@ -31,6 +31,7 @@ class ModelCard(TypedDict, total=False):
     data: str | None
     tokenizer: str
     init_from: str | None
+    chat: bool  # true if it was trained on data=chat
     parameters: int
     step: int | None
     train_loss: float | None

@@ -16,7 +16,9 @@ from gpt_lightning.data.tokenizer import GPT2_PATTERN, definition, verified
 MAX_WORK = 1 << 27  # sum of the squared lengths of all tokens, the steps of `recover_merges`
 
 
-def save_tokenizer(encoding: tiktoken.Encoding, folder: str | Path, *, block_size: int) -> None:
+def save_tokenizer(
+    encoding: tiktoken.Encoding, folder: str | Path, *, block_size: int, chat_template: str | None = None
+) -> None:
     """Write tokenizer.json and its small companions, which `AutoTokenizer` loads without this package.
 
     Ids equal `encoding.encode(text, allowed_special="all")`; a character that the vocabulary lacks,
@@ -26,6 +28,7 @@ def save_tokenizer(encoding: tiktoken.Encoding, folder: str | Path, *, block_siz
         encoding: The tokenizer.
         folder: Where the files go, beside config.json; made if it does not exist.
         block_size: Longest text the model takes, in tokens.
+        chat_template: For `apply_chat_template`.
 
     Raises:
         OSError: If the folder cannot be written.
@@ -36,6 +39,7 @@ def save_tokenizer(encoding: tiktoken.Encoding, folder: str | Path, *, block_siz
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
         **special,
+        **({"chat_template": chat_template} if chat_template else {}),
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.inference.text import BATCH, Piece, TextGenerator
+from gpt_lightning.serving.chat import build_chat
 from gpt_lightning.serving.engine import Busy, Engine
 from gpt_lightning.serving.gate import Gate, PatientProtocol, problem, refusal
 from gpt_lightning.serving.page import build_page, mount
@@ -218,7 +219,7 @@ class Site(Gate):
     ):
         self.engine = Engine(model, **limits)
         app = api(self.engine, str(model.info.get("name") or "gpt_lightning"))
-        mount(app, build_page(self.engine, curves))
+        mount(app, build_chat(self.engine) if model.info.get("chat") else build_page(self.engine, curves))
         max_bytes = 2**16 + 12 * self.engine.max_prompt_chars  # JSON takes up to 12 bytes per character
         super().__init__(app, max_bytes=max_bytes, hosts=hosts, api_key=api_key)
 

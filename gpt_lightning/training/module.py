@@ -98,8 +98,10 @@ class LanguageModel(pl.LightningModule):
     def on_train_batch_start(self, *_: Any) -> None:
         self.step_ended = False
 
-    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        loss = self.net(*batch)
+    def training_step(self, batch: tuple[Tensor, ...]) -> Tensor:
+        idx, targets, *count = batch
+        # a mean over what counts in this micro-batch would weigh micro-batches, or divide by 0
+        loss = self.net(idx, targets, reduction="sum") / count[0] if count else self.net(idx, targets)
         self._loss_sum += loss.detach()
         return loss
 

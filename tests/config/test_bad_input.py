@@ -102,6 +102,7 @@ TABLE: list[tuple[str, str, str]] = [
     ("train", "data.val_path=nowhere.txt", "data.val_path=.*nowhere.txt does not exist"),
     ("prepare", "data=text", "data.path= must be given"),
     ("prepare", "data=bin data.path=bins tokenizer=byte", "train.bin has 3 bytes, no whole number"),
+    ("prepare", "data=chat data.path=good.txt", "good.txt: data=chat reads .jsonl files, a conversation per line"),
     ("prepare", "data=text data.path=good.txt shard=1", "shard=1 and shards=None go together"),
     ("prepare", "data=text data.path=good.txt shard=5 shards=2", "shard=5 must be a whole number from 0 to 1, since shards=2"),
     ("prepare", "data=text data.path=good.txt shard=a shards=2", "shard='a' must be a whole number"),

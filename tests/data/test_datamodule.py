@@ -25,6 +25,7 @@ class Store:
     val: int = 23
     floor: None = field(default=None)
     n_vocab: int = 200
+    marker: tuple[int, ...] = ()
 
     def tokens(self, split: str) -> np.ndarray:
         return np.arange(getattr(self, split), dtype=np.uint16)

@@ -6,11 +6,12 @@ import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 from gpt_lightning.data.remembered import remembered
 
 Split: TypeAlias = Literal["train", "val"]
+T = TypeVar("T")
 END_OF_TEXT = "<|endoftext|>"
 BLOCK = 1 << 20  # bytes per read, and characters per piece of a text without documents
 # What a folder is searched for; a file that is named expressly and ends otherwise is plain text.
@@ -47,7 +48,7 @@ def check_fraction(fraction: object) -> None:
         raise ValueError(f"data.val_fraction={fraction!r} must be above 0 and below 1; 0.1 is usual")
 
 
-def select(texts: Iterable[str], split: Split, fraction: float | None, source: str) -> Iterator[str]:
+def select(texts: Iterable[T], split: Split, fraction: float | None, source: str) -> Iterator[T]:
     """The documents that belong to the split, which are all when fraction is None."""
     seen = chosen = 0
     for text in texts:

@@ -16,13 +16,18 @@ def read_documents(path: Path, field: str, separator: str | None) -> Iterator[st
     if kind_of(path) == "parquet":
         yield from _parquet(path, field)
     elif kind_of(path) == "jsonl":
-        for number, line in enumerate(_split_at(text_blocks(path), "\n"), 1):
-            if line.strip():
-                where = f"{path}:{number}"
-                yield text_of(field_of(_json(line, where), field, where), f"{where}: data.field={field}")
+        for row, where in read_objects(path):
+            yield text_of(field_of(row, field, where), f"{where}: data.field={field}")
     else:
         for document in _split_at(text_blocks(path), separator):
             yield document.strip("\r\n")
+
+
+def read_objects(path: Path) -> Iterator[tuple[dict[str, object], str]]:
+    """The objects of a .jsonl file, each with where it stands."""
+    for number, line in enumerate(_split_at(text_blocks(path), "\n"), 1):
+        if line.strip():
+            yield _json(line, f"{path}:{number}"), f"{path}:{number}"
 
 
 def text_blocks(path: Path) -> Iterator[str]:

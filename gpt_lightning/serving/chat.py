@@ -1,0 +1,73 @@
+"""The web page of a model that was trained on conversations: a chat."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import secrets
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import gradio as gr
+
+from gpt_lightning.data.corpus.chat import render
+from gpt_lightning.inference.sampling import SamplingSettings
+from gpt_lightning.serving.engine import Busy, Engine
+
+
+def build_chat(engine: Engine) -> gr.Blocks:
+    """The page; messages are escaped there, so that a model cannot make a browser load anything."""
+    most, name = engine.max_new_tokens, str(engine.model.info.get("name") or "gpt_lightning")
+    with gr.Blocks(title=name, analytics_enabled=False) as page:
+        gr.Markdown(f"# {html.escape(name)}")
+        conversation = gr.Chatbot(  # it has a button that begins a new conversation
+            label="Conversation", render_markdown=False, buttons=["copy_all"], elem_id="conversation"
+        )
+        message = gr.Textbox(label="Message", max_length=engine.max_prompt_chars)
+        with gr.Row():
+            send, stop = gr.Button("Send", variant="primary"), gr.Button("Stop")
+        with gr.Accordion("Settings", open=False):
+            settings: list[gr.components.Component] = [
+                gr.Slider(1, most, min(most, 200), step=1, label="New tokens, at most"),
+                gr.Slider(0, 2, SamplingSettings().temperature, step=0.05, label="Temperature"),
+            ]
+
+        async def answer(*values: Any) -> AsyncGenerator[tuple[str, list[dict[str, Any]]], None]:
+            async with contextlib.aclosing(respond(engine, *values)) as updates:
+                async for history in updates:
+                    yield "", history
+
+        inputs, outputs = [message, conversation, *settings], [message, conversation]
+        events = [send.click, message.submit]
+        run = gr.on(events, answer, inputs, outputs, api_visibility="private", show_progress="hidden")
+        stop.click(None, cancels=[run])
+    return page.queue(max_size=engine.queue + 1, default_concurrency_limit=None)  # the engine queues
+
+
+async def respond(
+    engine: Engine, message: str, history: list[dict[str, Any]], max_new_tokens: int, temperature: float
+) -> AsyncGenerator[list[dict[str, Any]], None]:
+    """The conversation with the message and as much of its answer as there is.
+
+    Raises:
+        gradio.Error: For a mistake of the user or a full queue; the page shows it.
+    """
+    shown = [*history, {"role": "user", "content": html.escape(message)}]
+    messages = [{"role": turn["role"], "content": text_of(turn["content"])} for turn in shown]
+    while len(messages) > 2 and len(render(messages)) > engine.max_prompt_chars:
+        messages = messages[2:]  # the oldest question and its answer
+    text, seed = "", secrets.randbelow(2**31)
+    try:
+        settings = SamplingSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        async with contextlib.aclosing(engine.pieces([render(messages)], settings)) as steps:
+            async for (piece,) in steps:
+                text += piece.text
+                yield [*shown, {"role": "assistant", "content": html.escape(text)}]
+    except (ValueError, Busy) as error:
+        raise gr.Error(str(error), print_exception=False) from None
+
+
+def text_of(content: Any) -> str:
+    """The text of a message as the browser sends it, HTML in one or several parts."""
+    parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+    return html.unescape("".join(parts))
