@@ -74,7 +74,7 @@ SHOWN = dict.fromkeys(
     for block in re.findall(r"```bash\n(.*?)```", page, re.S)
     for line in block.splitlines()
     if line not in README  # whose commands run in test_readme.py
-)
+) | dict.fromkeys(re.findall(r"`(python -?[mb][^`]*)`", PAGES["reproductions"]))
 
 
 @pytest.mark.parametrize("command", SHOWN)
