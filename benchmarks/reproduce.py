@@ -180,7 +180,8 @@ def section(title: str, plan: Plan, folder: Path, figures: list[Figure]) -> str:
         speed = f"{summary['tokens_per_second']:,.0f} tokens/s"
         lines += [
             f"{steps:,} of {plan.max_steps:,} steps of {plan.tokens_per_step:,} tokens on {device}, "
-            f"{summary['precision']}, {plan.parameters:,} parameters, {speed}.",
+            f"{summary['precision']}, {plan.parameters:,} parameters, {speed}. "
+            f"Training loss of the last step: {rows[-1]['train/loss']:.4f}.",
             "",
         ]
     lines += ["| figure | published | ours | steps | tokens | seconds |", "| --- |" + " ---: |" * 5]

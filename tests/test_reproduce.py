@@ -79,6 +79,7 @@ def test_figures_are_read_at_the_published_step(
         ["best validation loss", "1", "not run", "", "", ""],  # it has not ended
     ]
     assert "3 of 2,000 steps of 128 tokens on cpu, 1 thread(s), 32-true" in text
+    assert "Training loss of the last step: 7.0000." in text
 
 
 def test_section_is_replaced_and_another_one_added(run: Callable[..., str], page: Path) -> None:
