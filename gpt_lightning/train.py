@@ -33,7 +33,7 @@ from gpt_lightning.config.run_directory import refuse_to_overwrite
 from gpt_lightning.config.start import start_arguments
 from gpt_lightning.rundir.directory import locked
 from gpt_lightning.rundir.provenance import git_revision, versions
-from gpt_lightning.rundir.summary import read_summary
+from gpt_lightning.rundir.summary import pruned_by, read_summary
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -154,7 +154,7 @@ def train(cfg: DictConfig, folder: Path, deadline: float) -> None:
             deadline=deadline,
         )
     except Interrupted as interrupted:
-        log.info("%s; go on with resume=%s", interrupted, folder)
+        log.info(pruned_by(folder) or f"{interrupted}; go on with resume={folder}")
         if main.in_python and interrupted.code != 128 + signal.SIGINT:
             return  # whoever called reads the status
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # of somebody who presses Ctrl-C many times

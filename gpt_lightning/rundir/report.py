@@ -210,6 +210,8 @@ def notes(results: Sequence[Result]) -> list[str]:
     if tokens := _common_tokens(results):
         found.append(f"the runs saw different numbers of tokens: the last column compares them at {tokens:,}")
     counts = Counter(result.status for result in results if result.status != "finished")
+    if pruned := counts.pop("pruned", 0):
+        found.append(f"{pruned} of {len(results)} runs were pruned by a search")
     if counts:
         listed = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
         found.append(f"{counts.total()} of {len(results)} runs are not finished: {listed}")

@@ -8,6 +8,7 @@ from typing import Literal, TypedDict, cast
 from gpt_lightning.data.files import read_json, write_json
 
 Status = Literal["finished", "interrupted", "failed", "pruned"]  # pruned: by a sweep that searches
+PRUNED = "pruned.txt"  # says why a search stops the run; written before the run is asked to end
 
 
 class RunSummary(TypedDict, total=False):
@@ -53,3 +54,11 @@ def write_summary(folder: Path, summary: RunSummary) -> None:
 def read_summary(folder: Path) -> RunSummary:
     """Read summary.json; empty if it is missing or damaged."""
     return cast(RunSummary, read_json(folder / "summary.json"))
+
+
+def pruned_by(folder: Path) -> str | None:
+    """Why a search has asked the run to end; None if it has not."""
+    try:
+        return (folder / PRUNED).read_text(encoding="utf-8")
+    except OSError:
+        return None

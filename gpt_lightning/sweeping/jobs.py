@@ -16,7 +16,7 @@ from typing import Literal
 from gpt_lightning.config.command_line import key_of
 from gpt_lightning.data.files import atomic_write
 from gpt_lightning.rundir.ledger import LEDGER, read_ledger
-from gpt_lightning.rundir.summary import read_summary, write_summary
+from gpt_lightning.rundir.summary import read_summary
 
 LONGEST_NAME = 120  # characters
 ENDED = {124: "time limit", **{128 + number: number.name for number in (signal.SIGINT, signal.SIGTERM)}}
@@ -63,16 +63,13 @@ class Job:
         self.result = summary.get("best_val_loss")
         if exit_code == 0 or summary.get("status") == "finished":  # a signal came when all was written
             self.status = "finished"
+        elif summary.get("status") == "pruned":
+            self.status = "pruned"
         elif exit_code in ENDED:
             self.status, self.error = "interrupted", ENDED[exit_code]
         else:
             killed = f"killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else ""
             self.status, self.error = "failed", killed or last_line.removeprefix("error: ")
-
-    def prune(self, folder: Path) -> None:
-        """Note, also in its summary.json, that a search has stopped the run, which is not to be resumed."""
-        self.status, self.error = "pruned", None
-        write_summary(folder, {**read_summary(folder), "status": "pruned"})
 
 
 class Ledger:

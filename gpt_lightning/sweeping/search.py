@@ -150,20 +150,23 @@ class Search:
     def _count(self) -> int:
         return len(self.study.get_trials(deepcopy=False))
 
-    def is_hopeless(self, job: Job) -> bool:
-        """Report the validations of a job since the last call, and ask the pruner whether to stop it."""
+    def hopeless(self, job: Job) -> str | None:
+        """Report the validations of a job since the last call; why the pruner would stop it, if it does."""
         trial, reported = self.trials[job.name], self.reported[job.name]
         try:
             rows = read_metrics(self.folder / job.name / "metrics.csv")
         except OSError:
-            return False  # it has not begun
+            return None  # it has not begun
         for row in rows:
             if "val/loss" in row and int(row["step"]) not in reported:
                 reported.add(int(row["step"]))
                 trial.report(row["val/loss"], int(row["step"]))
                 if trial.should_prune():
-                    return True
-        return False
+                    return (
+                        f"pruned by {type(self.study.pruner).__name__} of the study {self.study.study_name}: "
+                        f"validation loss {row['val/loss']:.4f} at step {row['step']:.0f}"
+                    )
+        return None
 
     def end(self, job: Job) -> None:
         """Tell the study how a job ended; one that was interrupted goes on in the next start.
@@ -175,7 +178,7 @@ class Search:
 
         if job.status == "interrupted":
             return
-        self.is_hopeless(job)  # reports its last validations
+        self.hopeless(job)  # reports its last validations
         trial, failures = self.trials.pop(job.name), self.failures
         self.failures = 0
         if job.status == "pruned":

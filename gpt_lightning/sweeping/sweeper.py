@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.rules import check, number, optional_text, text
-from gpt_lightning.sweeping.jobs import Job
+from gpt_lightning.rundir.summary import PRUNED
 from gpt_lightning.sweeping.launcher import ProcessLauncher
 from gpt_lightning.sweeping.search import Search, pruner_of, sampler_of, shared_storage
 from gpt_lightning.sweeping.slurm import SlurmLauncher
@@ -84,26 +84,22 @@ class OptunaSweeper(Sweeper):
 @contextmanager
 def _pruning(launcher: ProcessLauncher, search: Search) -> Iterator[None]:
     """Ask hopeless jobs to stop while the block runs them."""
-    hopeless: set[str] = set()
+    asked: set[str] = set()
     over = threading.Event()
-
-    def end(job: Job) -> None:
-        if job.name in hopeless and job.status == "interrupted":
-            job.prune(search.ledger.place(job))
-        search.end(job)
 
     def watch() -> None:
         while not over.wait(POLL):
             with launcher.guard:
                 for job in search.ledger.jobs:
                     process = launcher.running.get(job.name)
-                    if process is None or job.name in hopeless or not search.is_hopeless(job):
+                    if process is None or job.name in asked or (reason := search.hopeless(job)) is None:
                         continue
-                    hopeless.add(job.name)
-                    with suppress(ProcessLookupError):
+                    asked.add(job.name)
+                    with suppress(OSError):  # it has ended, or the disk is full: then it goes on
+                        (search.ledger.place(job) / PRUNED).write_text(reason, encoding="utf-8")
                         os.kill(int(process.pid or 0), signal.SIGTERM)
 
-    launcher.on_end = end
+    launcher.on_end = search.end
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:

@@ -17,7 +17,14 @@ from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.windows import split_batch
 from gpt_lightning.rundir.curves import plot_curves
 from gpt_lightning.rundir.metrics import read_metrics
-from gpt_lightning.rundir.summary import RunSummary, Status, read_summary, write_summary
+from gpt_lightning.rundir.summary import (
+    PRUNED,
+    RunSummary,
+    Status,
+    pruned_by,
+    read_summary,
+    write_summary,
+)
 from gpt_lightning.training.callbacks.checkpoints import LastCheckpoint
 from gpt_lightning.training.callbacks.incidents import Incidents
 from gpt_lightning.training.callbacks.interruption import Interrupted, Interruption
@@ -73,7 +80,7 @@ def fit(
             write_summary(folder, summary)
         return summary
 
-    _remove_temporary_files(folder, trainer)
+    _remove_leftovers(folder, trainer)
     record("interrupted", earlier)  # which stays if the process is killed
     last = next((c for c in trainer.callbacks if isinstance(c, LastCheckpoint)), None)  # type: ignore[attr-defined]
     interruption, ranks = Interruption(deadline), Ranks(f"go on with resume={folder}")
@@ -86,7 +93,7 @@ def fit(
         with ranks:
             status = _train(module, data, trainer, checkpoint)
     except Interrupted:
-        status = "interrupted"
+        status = "pruned" if pruned_by(folder) else "interrupted"
         raise
     finally:
         try:
@@ -118,10 +125,11 @@ def _train(
     return "finished" if finished else "interrupted"
 
 
-def _remove_temporary_files(folder: Path, trainer: pl.Trainer) -> None:
-    """Remove what a kill left of files that were being written."""
-    for path in [*folder.glob("*.tmp"), *folder.glob("checkpoints/*.tmp")] if trainer.is_global_zero else ():
-        path.unlink()
+def _remove_leftovers(folder: Path, trainer: pl.Trainer) -> None:
+    """Remove what an earlier attempt left: files that were being written, and the request to end."""
+    for name in ("*.tmp", "checkpoints/*.tmp", PRUNED) if trainer.is_global_zero else ():
+        for path in folder.glob(name):
+            path.unlink()
 
 
 def _results(module: LanguageModel, data: TextDataModule, trainer: pl.Trainer) -> RunSummary:

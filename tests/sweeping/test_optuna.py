@@ -18,7 +18,7 @@ from support.sweeps import OPTIONS, end, ledger, reached, start, wait_for
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.resolvers import CONF
 from gpt_lightning.rundir.checkpoint import read_checkpoint
-from gpt_lightning.rundir.report import Result
+from gpt_lightning.rundir.report import Result, notes, read_results
 from gpt_lightning.rundir.report_study import JOURNAL, study_figures
 from gpt_lightning.sweeping.jobs import Job
 from gpt_lightning.sweeping.search import Search, pruner_of, shared_storage
@@ -126,9 +126,17 @@ def test_hopeless_trial_is_stopped_and_one_that_diverges_ends_no_study(
     }
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "pruned"
+    reason = "pruned by ThresholdPruner of the study gpt: validation loss 5."
+    assert reason in (run / "train.log").read_text()
+    assert "resume=" not in (run / "train.log").read_text()
     assert 40 <= summary["steps"] < 1_000_000
     assert "not finite" in jobs["lr=1e+30,max_steps=60"]["error"]
     assert "trials of the study: 1 failed, 1 finished, 1 pruned\n" in out
+
+    assert notes(read_results([study]))[-3:-1] == [
+        "1 of 3 runs were pruned by a search",
+        "1 of 3 runs are not finished: 1 failed",
+    ]
 
     before = contents(run)
     end(start(tmp_path, *command), 0)  # nothing is left to do
