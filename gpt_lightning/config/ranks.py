@@ -94,3 +94,17 @@ def _check_srun() -> None:
     tasks = os.environ.get("SLURM_NTASKS", "1")
     if _srun_used() and tasks != "1" and "SLURM_NTASKS_PER_NODE" not in os.environ:
         raise ConfigError(f"SLURM_NTASKS={tasks}: give srun --ntasks-per-node= instead of --ntasks=")
+
+
+def refuse_several_sweeps() -> None:
+    """Refuse a sweep that torchrun or srun starts several times.
+
+    Raises:
+        ConfigError: With the variable that says so.
+    """
+    for variable in ("WORLD_SIZE", "SLURM_NTASKS"):
+        if (size := os.environ.get(variable, "1")) != "1" and (variable == "WORLD_SIZE" or _srun_used()):
+            raise ConfigError(
+                f"{variable}={size} in the environment: each of these processes would start the whole sweep; "
+                "start it once, without torchrun or srun, and its jobs with sweep.jobs= and device.devices="
+            )

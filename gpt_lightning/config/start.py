@@ -22,7 +22,12 @@ from gpt_lightning.config.command_line import (
     verbatim,
 )
 from gpt_lightning.config.errors import ConfigError
-from gpt_lightning.config.ranks import OTHER_RANK, arguments_of_other_rank, is_first_rank
+from gpt_lightning.config.ranks import (
+    OTHER_RANK,
+    arguments_of_other_rank,
+    is_first_rank,
+    refuse_several_sweeps,
+)
 from gpt_lightning.config.recorded import read_recorded, read_yaml, recorded_overrides
 from gpt_lightning.config.resolvers import CONF
 from gpt_lightning.rundir.directory import HYDRA, newest_run, refuse_links, runs_below
@@ -48,6 +53,8 @@ def start_arguments(arguments: list[str]) -> list[str]:
     found, flags, given = split_arguments(arguments)
     given = readable(given) if not found.multirun else readable([*flags, *given])[len(flags) :]
     arguments = [*flags, *given]
+    if found.multirun or "hydra.mode=MULTIRUN" in given:
+        refuse_several_sweeps()
     if not is_first_rank() and begins_a_run(arguments):
         return arguments_of_other_rank(arguments)
     directory = value_of(given, "hydra.run.dir")
@@ -64,6 +71,7 @@ def start_arguments(arguments: list[str]) -> list[str]:
     if found.multirun:
         raise ConfigError("resume= continues one run; it cannot be combined with -m")
     if (resume / SWEEP).is_file():
+        refuse_several_sweeps()
         return [*flags, "--multirun", *_sweep_arguments(given, resume)]
     if directory and Path(directory).resolve() != resume:
         raise ConfigError(f"resume= goes on in {resume}; leave out hydra.run.dir={directory}")

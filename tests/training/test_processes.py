@@ -156,6 +156,20 @@ def test_process_that_lightning_started_says_that_the_first_one_was_killed(
     assert line in first.out.read_text()  # the output of both
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("starter", STARTERS)
+def test_sweep_that_torchrun_or_srun_would_start_several_times_is_refused(
+    zygote: Zygote, options: list[str], starter: str, rank: int, tmp_path: Path
+) -> None:
+    process = zygote.start("train", "-m", *options, "seed=1,2", **STARTERS[starter](rank, free_port(), 2))
+    assert process.wait() == 1
+    variable = "WORLD_SIZE" if starter == "torchrun" else "SLURM_NTASKS"
+    text = f"error: {variable}=2 in the environment: each of these processes would start the whole sweep"
+    assert process.out.read_text().startswith(text)
+    assert process.out.read_text().count("\n") == 1
+    assert not (tmp_path / "outputs").exists()
+
+
 @pytest.mark.parametrize(
     ("environment", "override", "line"),
     [
