@@ -52,6 +52,28 @@ def test_run_that_its_time_limit_ends_is_returned_as_interrupted(tiny: list[str]
     assert 0 < run.summary["steps"] < 100000
 
 
+@pytest.mark.slow
+def test_runs_of_several_processes_follow_each_other(tiny: list[str], tmp_path: Path) -> None:
+    several = [*tiny[:-1], "logger=none", "callbacks.samples=null", f"paths.outputs={tmp_path / 'outputs'}"]
+    (tmp_path / "runs.py").write_text(
+        "import os, gpt_lightning\n"
+        "variables = dict(os.environ)\n"
+        "for _ in range(2):\n"
+        f"    run = gpt_lightning.train(*{several!r}, 'device.devices=2')\n"
+        "    print('trained', run.summary['processes'], run.metrics['train/loss'].tolist())\n"
+        "    assert os.environ == variables\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(
+        [sys.executable, "runs.py"], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    found = [line for line in result.stdout.splitlines() if line.startswith("trained 2 [")]
+    assert len(found) == 2
+    assert found[0] == found[1]
+    assert len(list((tmp_path / "outputs").glob("*/*"))) == 2
+
+
 def test_plan_gives_numbers(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     plan = gpt_lightning.plan(*tiny)
     assert (plan.max_steps, plan.tokens_per_step, plan.tokens) == (8, 8 * 32, 8 * 8 * 32)

@@ -210,7 +210,7 @@ def isolated(program: str) -> Iterator[None]:
     root, argv, folder = logging.getLogger(), sys.argv, Path.cwd()
     handlers, level = list(root.handlers), root.level
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    variables = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    variables = dict(os.environ)  # the ranks of a run are none of the next one
     outer, config = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
     GlobalHydra.instance().clear()
     sys.argv = [program]
@@ -219,8 +219,9 @@ def isolated(program: str) -> Iterator[None]:
     finally:
         sys.argv = argv
         os.chdir(folder)
-        for name, value in variables.items():
-            set_environment(name, value)
+        for name in variables.keys() | os.environ.keys():
+            if os.environ.get(name) != variables.get(name):
+                set_environment(name, variables.get(name))
         GlobalHydra.instance().hydra, HydraConfig.instance().cfg = outer, config
         for handler in [handler for handler in root.handlers if handler not in handlers]:
             root.removeHandler(handler)

@@ -40,6 +40,11 @@ class Meeting(ParallelStrategy):
         meet(self.cluster_environment, self.seconds)
         super().setup_environment()
 
+    def teardown(self) -> None:
+        super().teardown()
+        if torch.distributed.is_initialized():  # else the next run in this process would use its connections
+            torch.distributed.destroy_process_group()
+
 
 class DataParallel(Meeting, DDPStrategy):
     """Every device has the whole model and a part of each batch.
