@@ -32,7 +32,8 @@ def show(store: TokenStore | None) -> None:
 @command("prepare", show=show)
 def main(cfg: DictConfig) -> TokenStore | None:
     """The token store; None while other shards are missing."""
-    from gpt_lightning.data.token_store import prepare, prepare_shard
+    from gpt_lightning.data.shards import prepare_shard
+    from gpt_lightning.data.token_store import prepare
 
     corpus, tokenizer, cache = build(cfg, "data.corpus"), build(cfg, "tokenizer"), cfg.paths.cache
     if (cfg.shard is None) != (cfg.shards is None):

@@ -6,39 +6,37 @@ document begins after an E and its end is a target too. A text without documents
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import logging
 import math
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
-import filelock
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
 from gpt_lightning.data import tokenizer as tokenizers
-from gpt_lightning.data.corpus.base import Corpus, Split, file_sha256, one_line, stable
+from gpt_lightning.data.cache_files import locked, output, replacing, writing
+from gpt_lightning.data.corpus.base import Corpus, DocumentParts, Split, check_chosen, file_sha256, stable
 from gpt_lightning.data.corpus.files import TextFiles
 from gpt_lightning.data.corpus.token_bins import TokenBins
-from gpt_lightning.data.files import atomic_write, sealed, unsealed, write_json
+from gpt_lightning.data.files import sealed, unsealed, write_json
 from gpt_lightning.data.remembered import remembered
 from gpt_lightning.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 SPLITS: tuple[Split, Split] = ("train", "val")
-MAX_SHARDS = 512  # each is an open file when they are merged
 GROUP = 1 << 19  # characters per task of a thread
+DOCUMENT = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("floor", "<f8")])  # in bits; NaN if unknown
 VERIFY_BELOW = 64 << 20  # bytes; larger files are checked by their size alone when opened
 
 
@@ -119,68 +117,47 @@ def prepare(
     """
     if isinstance(corpus, TokenBins):
         return _open_bins(corpus, tokenizer)
-    job = _Job(corpus, tokenizer, cache, threads or os.cpu_count() or 1, progress)
-    return job.reopen(warn=False) or job.build(job.tokenize)
+    job = Job(corpus, tokenizer, cache, threads or os.cpu_count() or 1, progress)
+    return job.reopen(warn=False) or job.build(job.encoded)
 
 
-def prepare_shard(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    cache: str | Path,
-    *,
-    shard: int,
-    shards: int,
-    threads: int | None = None,
-    progress: bool = True,
-) -> TokenStore | None:
-    """Tokenize one of several shards; the process that completes the last one merges them into the store.
+class Group(NamedTuple):
+    """Consecutive documents that a thread encodes in one task.
 
-    Run it once for each shard 0 … shards - 1, on one or several machines that share the cache folder. The
-    store has the same bytes as that of `prepare`. Each process reads the whole corpus but encodes its shard.
-
-    Returns:
-        The store, None if shards are still missing.
-
-    Raises:
-        ValueError: If shard is out of range, or as `prepare`.
-        OSError: As `prepare`.
+    Attributes:
+        stream: Index of what they were read from, among `Job.streams`.
+        place: Orders the groups of a stream.
+        ids: Their tokens, each with its end-of-text token, shape (tokens,).
+        documents: A row for each, of the type DOCUMENT.
     """
-    if type(shards) is not int or not 1 <= shards <= MAX_SHARDS:
-        raise ValueError(f"shards={shards!r} must be a whole number from 1 to {MAX_SHARDS}")
-    if type(shard) is not int or not 0 <= shard < shards:
-        raise ValueError(f"shard={shard!r} must be a whole number from 0 to {shards - 1}, since {shards=}")
-    if isinstance(corpus, TokenBins):
-        raise ValueError(f"data.path={corpus.path} is tokenized already; use it without shards")
-    job = _Job(corpus, tokenizer, cache, threads or os.cpu_count() or 1, progress)
-    if (store := job.reopen(warn=False)) is not None:
-        return store
-    parts = [_Part(job.folder, i, shards, job.dtype) for i in range(shards)]
-    with _locked(parts[shard].folder):
-        if not parts[shard].is_whole():
-            with _replacing(parts[shard].folder) as partial:
-                groups = {split: job.tokenize(split, partial, shard, shards) for split in SPLITS}
-                sums = {split: file_sha256(partial / f"{split}.bin") for split in SPLITS}
-                job.check_unchanged()
-                with _writing(partial):
-                    write_json(partial / "part.json", sealed({"groups": groups, "bins": sums}))
-    if not all(part.folder.is_dir() for part in parts):
-        return job.reopen(warn=False)  # another process may have merged them just now
-    store = job.build(lambda split, folder: _merge(parts, split, folder))
-    for part in parts:
-        shutil.rmtree(part.folder, ignore_errors=True)  # also by a process that merges at the same time
-    return store
+
+    stream: int
+    place: int
+    ids: np.ndarray
+    documents: np.ndarray
 
 
-class _Group(NamedTuple):
-    """Consecutive documents that a thread encodes in one task; bytes count the text."""
-
-    tokens: int
-    bytes: int
-    documents: int
-    floor_bits: float | None
+def order(group: Group) -> tuple[int, int]:
+    return group.stream, group.place
 
 
-class _Job:
+class _Split:
+    """The token file of a split while it is written, and what is counted of it."""
+
+    def __init__(self, write: Callable[[bytes], None]):
+        self.write = write
+        self.tokens = self.bytes = self.documents = 0
+        self.floors: list[float] = []  # of groups, in bits; NaN if unknown
+
+    def add(self, ids: np.ndarray, documents: np.ndarray) -> None:
+        self.write(ids.tobytes())
+        self.tokens += len(ids)
+        self.bytes += int(documents["bytes"].sum())
+        self.documents += len(documents)
+        self.floors.append(math.fsum(documents["floor"]))
+
+
+class Job:
     """Builds the store of a corpus and a tokenizer."""
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, cache: str | Path, threads: int, progress: bool):
@@ -217,7 +194,7 @@ class _Job:
         if path.is_file():
             with contextlib.suppress(ValueError):
                 return tokenizers.load(path)
-        with _locked(path):
+        with locked(path):
             if path.is_file():  # another process may have saved it meanwhile
                 try:
                     return tokenizers.load(path)
@@ -225,18 +202,18 @@ class _Job:
                     log.warning("%s; training it again", error)
             encoding = tokenizer.build(self.corpus.documents)
             self.check_unchanged()
-            with _writing(path.parent):
+            with writing(path.parent):
                 tokenizers.save(encoding, path)
         return encoding
 
-    def build(self, write: Callable[[Split, Path], list[_Group]]) -> TokenStore:
-        """Make the store of token files that `write` writes; another process may have made it meanwhile."""
-        with _locked(self.folder):
+    def build(self, groups: Callable[[], Iterable[Group]]) -> TokenStore:
+        """Make the store of the groups, in their order; another process may have made it meanwhile."""
+        with locked(self.folder):
             if (store := self.reopen(warn=True)) is None:
-                with _replacing(self.folder) as partial:
-                    groups = {split: write(split, partial) for split in SPLITS}
+                with replacing(self.folder) as partial:
+                    splits = self.write(partial, groups())
                     self.check_unchanged()
-                    self.finish(partial, groups)
+                    self.finish(partial, splits)
                 store = self.open()
         return store
 
@@ -277,61 +254,115 @@ class _Job:
         n_vocab = self.encoding.n_vocab
         return StoreMeta(1, self.dtype, n_vocab, self.corpus_digest, self.tokenizer_digest, splits)
 
-    def finish(self, folder: Path, groups: dict[Split, list[_Group]]) -> None:
+    @cached_property
+    def streams(self) -> list[DocumentParts]:
+        """What is read: the documents of both splits at once, or of one after the other."""
+        found: list[DocumentParts] = []
+        for split in SPLITS:
+            read = self.corpus.documents(split)
+            if not isinstance(read, DocumentParts):
+                read = DocumentParts([partial(iter, read)], split, None, "the text of data.corpus")
+            found.append(read)
+            if read.fraction is not None:
+                break
+        return found
+
+    def write(self, folder: Path, groups: Iterable[Group]) -> dict[Split, _Split]:
+        """Write the token files of both splits.
+
+        Raises:
+            ValueError: If a split has no document.
+        """
+        seen, fraction = 0, self.streams[0].fraction
+        with contextlib.ExitStack() as stack:
+            splits = {s: _Split(stack.enter_context(output(folder / f"{s}.bin"))) for s in SPLITS}
+            if self.corpus.separated:
+                for file in splits.values():
+                    file.add(self.end, np.zeros(0, dtype=DOCUMENT))
+            for group in groups:
+                if fraction is None:
+                    splits[SPLITS[group.stream]].add(group.ids, group.documents)
+                    continue
+                numbers = np.arange(seen, seen + len(group.documents) + 1)
+                of_val = np.diff(np.floor(numbers * fraction)) > 0  # as `select` has it
+                seen += len(of_val)
+                for split, chosen in zip(SPLITS, (~of_val, of_val), strict=True):
+                    ids = group.ids[np.repeat(chosen, group.documents["tokens"])]
+                    splits[split].add(ids, group.documents[chosen])
+            for split, stream in zip(SPLITS, self.streams * 2, strict=False):
+                chosen = splits[split].documents
+                check_chosen(seen or chosen, chosen, split, fraction, stream.name)
+        return splits
+
+    def finish(self, folder: Path, written: dict[Split, _Split]) -> None:
         """Write tokenizer.json and, last, meta.json."""
         splits = {}
-        for split in SPLITS:
-            tokens, size, documents, floors = zip(*groups[split], strict=True)
-            floor = None if None in floors else math.fsum(floors)
-            sha = file_sha256(folder / f"{split}.bin")
-            count = sum(documents) if self.corpus.separated else 1
-            splits[split] = SplitMeta(sum(tokens), sum(size), count, floor, sha)
-        with _writing(folder):
+        for name, split in written.items():
+            floor = math.fsum(split.floors)
+            count = split.documents if self.corpus.separated else 1
+            sha = file_sha256(folder / f"{name}.bin")
+            known = None if math.isnan(floor) else floor
+            splits[name] = SplitMeta(split.tokens, split.bytes, count, known, sha)
+        with writing(folder):
             tokenizers.save(self.encoding, folder / "tokenizer.json")
             write_json(folder / "meta.json", sealed(asdict(self.meta(splits))))
 
-    def tokenize(self, split: Split, folder: Path, shard: int = 0, shards: int = 1) -> list[_Group]:
-        """Write the token file of a split, or every `shards`-th group of it."""
-        log.info("tokenizing the %s split into %s", split, self.folder)
-        done: list[_Group] = []
-        pending: deque[Future[tuple[np.ndarray, _Group]]] = deque()
+    def encoded(self, shard: int = 0, shards: int = 1) -> Iterator[Group]:
+        """The groups of a shard, encoded by several threads, in their order."""
+        log.info("tokenizing into %s", self.folder)
+        pending: deque[Future[Group]] = deque()
         hide = None if self.progress else True  # None: only on a terminal
-        bar = tqdm(desc=f"tokenizing {split}", unit="B", unit_scale=True, disable=hide)
-        with _output(folder / f"{split}.bin") as write, ThreadPoolExecutor(self.threads) as pool, bar:
+        bar = tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=hide)
+        with ThreadPoolExecutor(self.threads) as pool, bar:
 
-            def write_next() -> None:
-                ids, group = pending.popleft().result()
-                write(ids.tobytes())
-                bar.update(group.bytes)
-                done.append(group)
+            def finished(most: int) -> Iterator[Group]:
+                while len(pending) > most:
+                    group = pending.popleft().result()
+                    bar.update(int(group.documents["bytes"].sum()))
+                    yield group
 
-            for index, texts in enumerate(_groups(self.corpus.documents(split))):
-                if index % shards == shard:
-                    pending.append(pool.submit(self._encode, texts, index == 0))
-                if len(pending) > 2 * self.threads:  # bounds the memory
-                    write_next()
-            while pending:
-                write_next()
-        return done
+            for stream, documents in enumerate(self.streams):
+                for place, texts in _shard_of(documents, shard, shards):
+                    pending.append(pool.submit(self._encode, stream, place, texts))
+                    yield from finished(2 * self.threads)  # bounds the memory
+            yield from finished(0)
 
-    def _encode(self, texts: list[str], is_first: bool) -> tuple[np.ndarray, _Group]:
-        separated = self.corpus.separated
-        end = np.array([self.encoding.eot_token], dtype=self.dtype)
-        arrays = [end] if separated and is_first else []
+    @property
+    def end(self) -> np.ndarray:
+        """The end-of-text token."""
+        return np.array([self.encoding.eot_token], dtype=self.dtype)
+
+    def _encode(self, stream: int, place: int, texts: list[str]) -> Group:
+        arrays, rows = [], []
         for text in texts:
-            arrays.append(tokenizers.encode_array(self.encoding, text).astype(self.dtype))
-            if separated:
-                arrays.append(end)
-        ids = np.concatenate(arrays)
-        floors = [self.corpus.floor_bits(text) for text in texts]
-        floor = None if None in floors else math.fsum(f for f in floors if f is not None)
-        return ids, _Group(len(ids), sum(len(text.encode()) for text in texts), len(texts), floor)
+            ids = tokenizers.encode_array(self.encoding, text).astype(self.dtype)
+            arrays += [ids, self.end] if self.corpus.separated else [ids]
+            floor = self.corpus.floor_bits(text)
+            size = len(ids) + self.corpus.separated
+            rows.append((size, len(text.encode()), math.nan if floor is None else floor))
+        return Group(stream, place, np.concatenate(arrays), np.array(rows, dtype=DOCUMENT))
 
 
 def _times(corpus: Corpus) -> dict[Path, int]:
     """When each file of a text was written, in nanoseconds; empty for other kinds of corpora."""
     files = [corpus.files(split) for split in SPLITS] if isinstance(corpus, TextFiles) else []
     return {file: file.stat().st_mtime_ns for file in itertools.chain(*files)}
+
+
+def _shard_of(documents: DocumentParts, shard: int, shards: int) -> Iterator[tuple[int, list[str]]]:
+    """The groups of every `shards`-th part, or if there are too few parts, every `shards`-th group.
+
+    Each group comes with its place among all of them.
+    """
+    own_parts = len(documents.parts) >= shards
+    number = 0
+    for place in range(shard if own_parts else 0, len(documents.parts), shards if own_parts else 1):
+        for texts in _groups(documents.parts[place]()):
+            if own_parts:
+                yield place, texts
+            elif number % shards == shard:
+                yield number, texts
+            number += 1
 
 
 def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -346,53 +377,6 @@ def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
             group, size = [], 0
     if group:
         yield group
-
-
-class _Part:
-    """The folder of a shard: the token files of its groups, and part.json with their checksums."""
-
-    def __init__(self, store: Path, shard: int, shards: int, dtype: str):
-        self.folder = store.with_name(f"{store.name}.part-{shard}-of-{shards}")
-        self.remedy = f"prepare it again with shard={shard} shards={shards}"
-        self.itemsize = np.dtype(dtype).itemsize
-
-    def groups(self, split: Split) -> Iterator[tuple[_Group, bytes]]:
-        """The groups of a split with their token ids, verified when the last one has been read.
-
-        Raises:
-            ValueError: If the part is damaged.
-        """
-        sha = hashlib.sha256()
-        try:
-            content = unsealed(json.loads((self.folder / "part.json").read_bytes()))
-            with (self.folder / f"{split}.bin").open("rb") as file:
-                for group in map(_Group._make, content["groups"][split]):
-                    data = file.read(group.tokens * self.itemsize)
-                    sha.update(data)
-                    yield group, data
-                if file.read(1) or sha.hexdigest() != content["bins"][split]:
-                    raise ValueError(f"the checksum of {split}.bin differs")
-        except (KeyError, OSError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.folder} is damaged ({one_line(error)}); {self.remedy}") from error
-
-    def is_whole(self) -> bool:
-        """Whether the part is there and undamaged; a damaged one is reported."""
-        try:
-            return self.folder.is_dir() and all(True for split in SPLITS for _ in self.groups(split))
-        except ValueError as error:
-            log.warning("%s", error)
-            return False
-
-
-def _merge(parts: list[_Part], split: Split, folder: Path) -> list[_Group]:
-    """Join the token files of all shards in the order of the corpus."""
-    merged: list[_Group] = []
-    with _output(folder / f"{split}.bin") as write:
-        for turn in itertools.zip_longest(*(part.groups(split) for part in parts)):  # shards take turns
-            for group, data in filter(None, turn):
-                write(data)
-                merged.append(group)
-    return merged
 
 
 def _open_bins(corpus: TokenBins, tokenizer: Tokenizer) -> TokenStore:
@@ -422,74 +406,6 @@ def _count_ids(file: Path) -> list[int]:
     for start in range(0, len(ids), 1 << 22):
         counts += np.bincount(ids[start : start + (1 << 22)], minlength=1 << 16)
     return counts[: int(counts.nonzero()[0][-1]) + 1].tolist()
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"cannot write to the token cache {folder} ({error.strerror or error}); "
-            "make room or give the right to write there, or set paths.cache= to another folder"
-        ) from error
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file against other processes, also on other machines that share the folder."""
-    lock = filelock.FileLock(f"{path}.lock")
-    with _writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            log.info("waiting for another process that prepares %s", path)
-            lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """Create a temporary folder that replaces `folder` when the block ends; an error removes it.
-
-    The caller holds the lock of `folder`, so an existing temporary folder was left by a killed process.
-    """
-    partial, old = (folder.with_name(folder.name + ending) for ending in (".tmp", ".old"))
-    with _writing(folder.parent):
-        for left_over in (partial, old):
-            if left_over.exists():
-                shutil.rmtree(left_over)
-        partial.mkdir()
-    try:
-        yield partial
-        with _writing(folder.parent):
-            if folder.exists():
-                folder.rename(old)
-            partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _output(path: Path) -> Iterator[Callable[[bytes], None]]:
-    """Open a new file for writing; only errors of the file itself are reported as errors of the cache."""
-
-    def write(data: bytes) -> None:
-        with _writing(path.parent):
-            file.write(data)
-
-    with contextlib.ExitStack() as stack:
-        with _writing(path.parent):
-            file = stack.enter_context(atomic_write(path))
-        yield write
-        with _writing(path.parent):
-            stack.close()
 
 
 def _check_file(path: Path, meta: SplitMeta, itemsize: int) -> None:

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -21,7 +21,7 @@ from gpt_lightning.data.files import json_object, reading, sealed, unsealed, wri
 
 log = logging.getLogger(__name__)
 
-Documents: TypeAlias = Callable[[Split], Iterator[str]]
+Documents: TypeAlias = Callable[[Split], Iterable[str]]
 
 # GPT-2's split into words, https://github.com/openai/gpt-2/blob/master/src/encoder.py. Every BPE here uses
 # it, so that the export to Hugging Face's GPT-2 tokenizer is exact.

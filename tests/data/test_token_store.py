@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,8 @@ from gpt_lightning.data.corpus.files import TextFiles
 from gpt_lightning.data.corpus.huggingface import HuggingFace
 from gpt_lightning.data.corpus.shakespeare import Shakespeare
 from gpt_lightning.data.corpus.token_bins import TokenBins
-from gpt_lightning.data.token_store import GROUP, TokenStore, prepare, prepare_shard
+from gpt_lightning.data.shards import prepare_shard
+from gpt_lightning.data.token_store import GROUP, TokenStore, prepare
 from gpt_lightning.data.tokenizer import BPE, GPT2, Byte, Char, FixedTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -338,7 +339,8 @@ SCRIPT = """
 import logging, resource, sys
 from pathlib import Path
 from gpt_lightning.data.corpus.files import TextFiles
-from gpt_lightning.data.token_store import prepare, prepare_shard
+from gpt_lightning.data.shards import prepare_shard
+from gpt_lightning.data.token_store import prepare
 from gpt_lightning.data.tokenizer import BPE, Byte
 
 logging.basicConfig(level=logging.INFO)
@@ -374,7 +376,7 @@ def test_concurrent_processes_build_a_store_once(larger, tmp_path):
     for process in [start(code, larger.path, tmp_path / "cache") for _ in range(3)]:
         finish(process)
     reads = (tmp_path / "reads.txt").read_text().split()
-    assert sorted(reads) == ["train", "train", "val"]  # once to train the tokenizer, once to encode
+    assert reads == ["train", "train"]  # to train the tokenizer, and both splits to encode
     (folder,) = (p for p in (tmp_path / "cache").iterdir() if p.is_dir() and p.name != "tokenizers")
     assert files_of(folder) == files_of(prepare(larger, BPE(300), tmp_path / "own cache").folder)
 
@@ -468,6 +470,99 @@ def test_shards_of_a_small_corpus_may_be_empty(stories, tmp_path):
     assert files_of(results[2].folder) == expected
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """A corpus that notes which of its parts are read."""
+
+    corpus: TextFiles | HuggingFace
+    read: list[tuple[str, int]]
+    separated = True
+
+    def digest(self):
+        return self.corpus.digest()
+
+    def documents(self, split):
+        found = self.corpus.documents(split)
+        name = split if found.fraction is None else "both"
+
+        def noted(part, number):
+            self.read.append((name, number))
+            return part()
+
+        return replace(found, parts=[partial(noted, part, n) for n, part in enumerate(found.parts)])
+
+    def floor_bits(self, document):
+        return -float(len(document)) / 3
+
+
+def hub_folder(folder: Path) -> Path:
+    """A dataset in the layout of the hub: four files of three row groups, and one of validation."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (folder / "data").mkdir(parents=True)
+    random.seed(2)
+    names = [f"train-{i:05}-of-00004.parquet" for i in range(4)] + ["validation-00000-of-00001.parquet"]
+    for name in names:
+        texts = [random.choice(["", " ", "a", "words é "]) * random.randint(1, 300) for _ in range(300)]
+        table = pyarrow.table({"id": range(300), "text": texts})
+        parquet.write_table(table, folder / "data" / name, row_group_size=100)
+    return folder
+
+
+CORPORA = {
+    "row groups": (lambda hub: TextFiles(f"{hub}/data/train-0000[01]*"), 6),
+    "row groups and a text of validation": (
+        lambda hub: TextFiles(f"{hub}/data", val_path=f"{hub}/data/validation*"),
+        15,
+    ),
+    "files": (lambda hub: TextFiles(f"{hub}/lines"), 4),
+    "rows of a dataset": (lambda hub: HuggingFace(str(hub)), 12),
+    "files of a dataset that streams": (lambda hub: HuggingFace(str(hub), streaming=True), 4),
+    "a dataset that streams and has both splits": (
+        lambda hub: HuggingFace(str(hub), streaming=True, val_split="validation"),
+        5,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_each_shard_reads_its_own_parts(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("gpt_lightning.data.corpus.files.PART", 1)
+    monkeypatch.setattr("gpt_lightning.data.corpus.huggingface.ROWS", 100)
+    if "dataset" in name:
+        pytest.importorskip("datasets")
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    hub = hub_folder(tmp_path / "hub")
+    (hub / "lines").mkdir()
+    for i in range(4):
+        lines = (json.dumps({"text": f"{j} " * (j % 7)}) + "\n" for j in range(i, 200))
+        write(hub / "lines" / f"{i}.jsonl", "".join(lines))
+    make, parts = CORPORA[name]
+    one = Recorded(make(hub), [])
+    store = prepare(one, Byte(), tmp_path / "one")
+    assert len(one.read) == len(set(one.read)) == parts  # each is read once
+    for split in ("train", "val"):  # as they are read without parts
+        expected = [E, *(i for text in one.corpus.documents(split) for i in [*text.encode(), E])]
+        assert store.tokens(split).tolist() == expected
+    read: list[tuple[str, int]] = []
+    for shard in (2, 0, 1):
+        found = Recorded(make(hub), [])
+        many = prepare_shard(found, Byte(), tmp_path / "many", shard=shard, shards=3)
+        found.read[:] = [(name, n) for name, n in found.read if name != "val"]  # may have fewer parts
+        assert {number % 3 for _, number in found.read} == {shard}
+        read += found.read
+    assert sorted(read) == sorted((name, number) for name, number in one.read if name != "val")
+    assert many is not None
+    assert files_of(many.folder) == files_of(store.folder)
+
+
+def test_more_shards_than_parts_share_the_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr("gpt_lightning.data.token_store.GROUP", 100)
+    corpus = TextFiles(f"{hub_folder(tmp_path / 'hub')}/data/validation*")
+    expected = files_of(prepare(corpus, Byte(), tmp_path / "one").folder)
+    stores = [prepare_shard(corpus, Byte(), tmp_path / "many", shard=i, shards=5) for i in range(5)]
+    assert files_of(stores[-1].folder) == expected
+
+
 def test_shards_in_processes_of_their_own_make_one_store(larger, tmp_path):
     code = (
         "print(prepare_shard(TextFiles(path), BPE(300), cache, shard=int(sys.argv[3]), shards=3) is not None)"
@@ -498,10 +593,10 @@ def test_streamed_dataset_of_several_files_is_prepared_in_parts_and_goes_on_afte
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        ("train.bin", lambda path: _flip(path)),
-        ("val.bin", lambda path: os.truncate(path, path.stat().st_size // 2)),
-        ("val.bin", lambda path: path.write_bytes(path.read_bytes() + b"\0\0")),
-        ("train.bin", lambda path: path.unlink()),
+        ("groups.bin", lambda path: _flip(path)),
+        ("groups.bin", lambda path: os.truncate(path, path.stat().st_size // 2)),
+        ("groups.bin", lambda path: path.write_bytes(path.read_bytes() + b"\0\0")),
+        ("groups.bin", lambda path: path.unlink()),
         ("part.json", lambda path: _flip(path)),
         ("part.json", lambda path: path.write_bytes(path.read_bytes()[:50])),
     ],

@@ -4,7 +4,9 @@ import hashlib
 import importlib
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
@@ -29,11 +31,33 @@ class Corpus(Protocol):
     def digest(self) -> str:
         """SHA-256 of the content and of everything that changes documents, splits or floors."""
 
-    def documents(self, split: Split) -> Iterator[str]:
-        """The documents of a split, in a fixed order, none of them empty."""
+    def documents(self, split: Split) -> Iterable[str]:
+        """The documents of a split, in a fixed order, none empty; `DocumentParts` if there are parts."""
 
     def floor_bits(self, document: str) -> float | None:
         """-log2 of the probability of a document under its true source; None where that is unknown."""
+
+
+@dataclass(frozen=True)
+class DocumentParts:
+    """The documents of a split, in parts that are read without each other.
+
+    Attributes:
+        parts: Functions that read consecutive documents, none of them empty.
+        split: The one that iterating gives.
+        fraction: Share of validation, by the numbers of the documents over all parts; None if all documents
+            belong to the split. With a fraction, both splits have the same parts.
+        name: Of the text, for errors.
+    """
+
+    parts: Sequence[Callable[[], Iterable[str]]]
+    split: Split
+    fraction: float | None
+    name: str
+
+    def __iter__(self) -> Iterator[str]:
+        texts = chain.from_iterable(part() for part in self.parts)
+        return select(texts, self.split, self.fraction, self.name)
 
 
 class Floor(Protocol):
@@ -57,6 +81,11 @@ def select(texts: Iterable[T], split: Split, fraction: float | None, source: str
         if fraction is None or is_val == (split == "val"):
             chosen += 1
             yield text
+    check_chosen(seen, chosen, split, fraction, source)
+
+
+def check_chosen(seen: int, chosen: int, split: Split, fraction: float | None, source: str) -> None:
+    """Refuse a split without documents."""
     if not seen:
         raise ValueError(f"{source} holds no text for the {split} split; give more text")
     if not chosen:

@@ -5,13 +5,14 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from gpt_lightning.data.corpus.base import (
     BLOCK,
     END_OF_TEXT,
     KINDS,
+    DocumentParts,
     Floor,
     Split,
     check_fraction,
@@ -21,7 +22,9 @@ from gpt_lightning.data.corpus.base import (
     select,
     stable,
 )
-from gpt_lightning.data.corpus.readers import count_characters, read_documents, text_blocks
+from gpt_lightning.data.corpus.readers import count_characters, pieces, read_documents, text_blocks
+
+PART = 4 << 20  # bytes that a part of a source has at least, where that is possible
 
 
 @dataclass(frozen=True)
@@ -101,20 +104,37 @@ class TextFiles:
         ]
         return digest_files(settings, self._files["train"], self._files["val"] if self.val_path else [])
 
-    def documents(self, split: Split) -> Iterator[str]:
-        files = self._files[split]
-        fraction = None if self.val_path else self.val_fraction
-        from_val_path = self.val_path and split == "val"
-        source = f"data.val_path={self.val_path}" if from_val_path else f"data.path={self.path or files[0]}"
+    def documents(self, split: Split) -> Iterable[str]:
+        """In parts, unless the text has no documents."""
+        name = f"data.path={self.path or self._files[split][0]}"
+        if self.val_path and split == "val":
+            name = f"data.val_path={self.val_path}"
         if self._characters is None:
-            texts = (text for file in files for text in read_documents(file, self.field, self.separator))
-            return select(filter(str.strip, texts), split, fraction, source)
-        blocks = text_blocks(files[0])
-        if fraction is not None:
-            boundary = int(self._characters * (1 - fraction))
+            fraction = None if self.val_path else self.val_fraction
+            return DocumentParts(self._parts(split), split, fraction, name)
+        blocks = text_blocks(self._files[split][0])
+        if self.val_path is None:
+            boundary = int(self._characters * (1 - self.val_fraction))
             span = (0, boundary) if split == "train" else (boundary, self._characters)
             blocks = _characters_between(blocks, *span)
-        return select(_pieces(blocks), split, None, source)
+        return select(_pieces(blocks), split, None, name)
+
+    def _parts(self, split: Split) -> list[partial[Iterator[str]]]:
+        """Files and row groups of Parquet files, small ones together."""
+        parts: list[list[tuple[Path, int | None]]] = []
+        size = PART
+        for more, file, group in pieces(self._files[split]):
+            if size >= PART:
+                parts.append([])
+                size = 0
+            parts[-1].append((file, group))
+            size += more
+        return [partial(self._read, part) for part in parts]
+
+    def _read(self, part: Iterable[tuple[Path, int | None]]) -> Iterator[str]:
+        for file, group in part:
+            groups = None if group is None else [group]
+            yield from filter(str.strip, read_documents(file, self.field, self.separator, groups))
 
     def floor_bits(self, document: str) -> float | None:
         return None if self.floor is None else self.floor.bits(document)

@@ -3,10 +3,12 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gpt_lightning.data.corpus.base import (
+    DocumentParts,
     Split,
     check_fraction,
     digest_files,
@@ -14,9 +16,10 @@ from gpt_lightning.data.corpus.base import (
     files_below,
     one_line,
     require,
-    select,
     text_of,
 )
+
+ROWS = 1000  # that a part of a source has at most
 
 
 @dataclass(frozen=True)
@@ -66,22 +69,27 @@ class HuggingFace:
             return digest_files(settings, files_below(self._folder))
         return digest_files([*settings, self.name, self._load("load_dataset_builder").hash])  # of the commit
 
-    def documents(self, split: Split) -> Iterator[str]:
+    def documents(self, split: Split) -> DocumentParts:
+        """In parts: the files of a dataset that streams, or ranges of rows of one that is stored here."""
         name = self.val_split if split == "val" and self.val_split else self.split
+        dataset = self._load("load_dataset", split=name, streaming=self.streaming)
+        if self.field in (dataset.column_names or ()):
+            dataset = dataset.select_columns([self.field])  # does not read the others
+        count = dataset.num_shards if self.streaming else -(-len(dataset) // ROWS)
+        parts = [partial(self._texts, dataset, index, count) for index in range(count)]
         fraction = None if self.val_split else self.val_fraction
-        return select(filter(str.strip, self._texts(name)), split, fraction, f"data.name={self.name}")
+        return DocumentParts(parts, split, fraction, f"data.name={self.name}")
 
     def floor_bits(self, document: str) -> float | None:
         return None
 
-    def _texts(self, split: str) -> Iterator[str]:
+    def _texts(self, dataset: Any, part: int, parts: int) -> Iterator[str]:
         where = f"data.name={self.name}"
-        dataset = self._load("load_dataset", split=split, streaming=self.streaming)
-        if self.field in (dataset.column_names or ()):
-            dataset = dataset.select_columns([self.field])  # does not read the others
-        for batch in dataset.iter(batch_size=256):
-            for text in field_of(batch, self.field, where):
-                yield text_of(text, f"{where}: data.field={self.field}")
+        for batch in dataset.shard(num_shards=parts, index=part, contiguous=True).iter(batch_size=256):
+            texts = field_of(batch, self.field, where)
+            yield from filter(
+                str.strip, (text_of(text, f"{where}: data.field={self.field}") for text in texts)
+            )
 
     def _load(self, function: str, **options: object) -> Any:
         datasets = require("datasets", f"data.name={self.name}")

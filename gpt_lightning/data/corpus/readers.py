@@ -6,15 +6,19 @@ import importlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from gpt_lightning.data.corpus.base import BLOCK, field_of, kind_of, one_line, require, text_of
 
 
-def read_documents(path: Path, field: str, separator: str | None) -> Iterator[str]:
-    """The documents of one file."""
+def read_documents(
+    path: Path, field: str, separator: str | None, row_groups: list[int] | None = None
+) -> Iterator[str]:
+    """The documents of one file, or of some row groups of a Parquet file."""
     if kind_of(path) == "parquet":
-        yield from _parquet(path, field)
+        yield from _parquet(path, field, row_groups)
     elif kind_of(path) == "jsonl":
         for row, where in read_objects(path):
             yield text_of(field_of(row, field, where), f"{where}: data.field={field}")
@@ -88,14 +92,31 @@ def _json(line: str, where: str) -> dict[str, object]:
     return row
 
 
-def _parquet(path: Path, field: str) -> Iterator[str]:
+def pieces(paths: Iterable[Path]) -> Iterator[tuple[int, Path, int | None]]:
+    """What of files can be read without the rest, in their order: bytes, path, and row group in it."""
+    for path in paths:
+        if kind_of(path) != "parquet":
+            yield path.stat().st_size, path, None
+            continue
+        with _parquet_file(path) as file:
+            for group in range(file.num_row_groups):
+                yield file.metadata.row_group(group).total_byte_size, path, group
+
+
+def _parquet(path: Path, field: str, row_groups: list[int] | None) -> Iterator[str]:
+    with _parquet_file(path) as file:
+        field_of(dict.fromkeys(file.schema_arrow.names), field, str(path))
+        for batch in file.iter_batches(batch_size=256, row_groups=row_groups, columns=[field]):
+            for text in batch.column(0).to_pylist():
+                yield text_of(text, f"{path}: data.field={field}")
+
+
+@contextmanager
+def _parquet_file(path: Path) -> Iterator[Any]:
     pyarrow = require("pyarrow", f"reading {path}")
     parquet = importlib.import_module("pyarrow.parquet")
     try:
         with parquet.ParquetFile(path) as file:
-            field_of(dict.fromkeys(file.schema_arrow.names), field, str(path))
-            for batch in file.iter_batches(batch_size=256, columns=[field]):
-                for text in batch.column(0).to_pylist():
-                    yield text_of(text, f"{path}: data.field={field}")
+            yield file
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no readable parquet file ({one_line(error)})") from error
