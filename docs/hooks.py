@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import posixpath
 import re
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ PAGES = {  # files of the repository that are pages of the site
     "benchmarks/RESULTS.md": "benchmarks.md",
     "examples/plugin/README.md": "plugin.md",
 }
-FOLDERS = {"examples/plugin": "plugin.md", "docs": "index.md"}
+FOLDERS = {"examples/plugin": "plugin.md", "notebooks": "notebooks/01_quickstart.md", "docs": "index.md"}
 COMMANDS = ["train", "prepare", "plan", "generate", "evaluate", "export", "report", "demo"]
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)]*)?\)")
 
@@ -32,8 +34,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, uri in PAGES.items():
         text = (ROOT / path).read_text(encoding="utf-8")
         files.append(File.generated(config, uri, content=text + plugin_files() * (uri == "plugin.md")))
-    for name, text in reference().items():
-        files.append(File.generated(config, f"reference/{name}.md", content=text))
+    generated: dict[str, str | bytes] = {f"reference/{name}.md": text for name, text in reference().items()}
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        generated |= notebook(path)
+    for uri, content in generated.items():
+        files.append(File.generated(config, uri, content=content))
     return files
 
 
@@ -68,6 +73,24 @@ def plugin_files() -> str:
         text = path.read_text(encoding="utf-8")
         parts.append(f"\n## `{path.relative_to(folder).as_posix()}`\n\n```{kind}\n{text}```\n")
     return "".join(parts)
+
+
+def notebook(path: Path) -> dict[str, str | bytes]:
+    """A notebook as a page, and its pictures."""
+    found: dict[str, str | bytes] = {}
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                name = f"{path.stem}-{len(found)}.png"
+                found[f"notebooks/{name}"] = base64.b64decode("".join(data["image/png"]))
+                parts.append(f"![Picture]({name})")
+            elif text := "".join(output.get("text", data.get("text/plain", ""))).rstrip():
+                parts.append(f"````text\n{text}\n````")
+    return {f"notebooks/{path.stem}.md": "\n\n".join(parts) + "\n", **found}
 
 
 def reference() -> dict[str, str]:
