@@ -14,7 +14,7 @@ from gpt_lightning.inference.inspection import Inspection
 STYLE = """
 .tokens { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7 }
 .token { background: rgb(229 72 58 / var(--heat)); border-radius: 2px; box-shadow: inset -1px 0 #8884 }
-.token.prompt { opacity: .65 }
+.token.prompt { color: color-mix(in srgb, currentColor 60%, transparent) }
 .token:hover, .token:focus { outline: 1px solid }
 .tip { display: none; position: fixed; right: 1rem; bottom: 1rem; z-index: 99; white-space: pre; margin: 0;
   font: 13px/1.4 ui-monospace, monospace; padding: .5rem .8rem; border: 1px solid #8888; border-radius: 4px;

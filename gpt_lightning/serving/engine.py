@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from gpt_lightning.inference.inspection import Inspection, inspect
 from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.inference.text import BATCH, Piece, TextGenerator
 
@@ -67,6 +68,11 @@ class Engine:
                 yield new
         finally:
             task.cancel()
+
+    async def inspect(self, ids: list[int]) -> Inspection:
+        """As `inspection.inspect`, in its turn."""
+        async with self._turn:
+            return await asyncio.get_running_loop().run_in_executor(self._worker, inspect, self.model, ids)
 
     async def _compute(
         self, steps: Iterator[list[Piece]], made: asyncio.Queue[list[Piece] | Exception | None]

@@ -1,4 +1,4 @@
-"""The web page: a prompt, settings, streaming answers, and a table about the model."""
+"""The web page: a prompt, settings, streaming answers, the loss of each token, a table about the model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import html
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,35 @@ import gradio as gr
 from fastapi import FastAPI
 
 from gpt_lightning.inference.sampling import SamplingSettings
+from gpt_lightning.inference.token_page import STYLE, tokens_html
 from gpt_lightning.interop.folder import ModelCard
 from gpt_lightning.serving.engine import STOP_LENGTH, STOPS, Busy, Engine
 
 SAMPLES = 4  # side by side, at most
 REFRESH = 0.05  # seconds between updates of the page; browsers cannot take more
-SHOWN = ["data", "tokenizer", "parameters", "n_layer", "n_head", "n_embd", "block_size", "vocab_size"]
-SHOWN += ["step", "train_loss", "val_loss", "perplexity", "bits_per_byte"]
+SHOWN = {
+    "data": "training text",
+    "tokenizer": "tokenizer",
+    "parameters": "parameters",
+    "n_layer": "layers",
+    "n_head": "attention heads per layer",
+    "n_embd": "width",
+    "block_size": "context in tokens",
+    "vocab_size": "vocabulary",
+    "step": "training steps",
+    "train_loss": "training loss, nats per token",
+    "val_loss": "validation loss, nats per token",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
+}
+# .dark is gradio's; the picture is drawn on white
 CSS = """
-#card :is(table, tr, td) {border: 0; padding: 0 0.8em 0.1em 0} #card div {display: flex; gap: 2em}
-#card img {max-height: 20em; max-width: 65%; object-fit: contain}
+.text {white-space: pre-wrap; overflow-wrap: anywhere; min-height: 12em}
+.text .given {opacity: .6}
+#card :is(table, tr, td) {border: 0; padding: 0 0.8em 0.1em 0} #card table {width: auto}
+#card div {display: flex; flex-wrap: wrap; gap: 2em}
+#card img {flex: 1 1 18em; max-width: min(100%, 36em); object-fit: contain}
+.dark #card img {filter: invert(1) hue-rotate(180deg)} .dark .tip {color-scheme: dark}
 """
 
 
@@ -36,11 +55,21 @@ def card_html(info: ModelCard, curves: Path | None) -> str:
         return html.escape(format(value, spec))
 
     values: dict[str, Any] = {**info}
-    known = ((key.replace("_", " "), values[key]) for key in SHOWN if values.get(key) is not None)
-    rows = "".join(f"<tr><td>{key}</td><td>{text(value)}</td></tr>" for key, value in known)
+    known = [(label, values[key]) for key, label in SHOWN.items() if values.get(key) is not None]
+    rows = "".join(f"<tr><td>{label}</td><td>{text(value)}</td></tr>" for label, value in known)
     data = base64.b64encode(curves.read_bytes()).decode() if curves else ""
     image = f'<img alt="Losses over the run\'s steps" src="data:image/png;base64,{data}">' if data else ""
     return f"<div><table>{rows}</table>{image}</div>"
+
+
+def sample_html(prompt: str, text: str) -> str:
+    """A text, with the prompt that it begins with set off.
+
+    It is shown as Markdown, because gradio 6.31 drops updates of HTML that follow one another quickly; on a
+    single line, nothing in an HTML block is read as Markdown.
+    """
+    given, new = (html.escape(part).replace("\n", "&#10;") for part in (prompt, text[len(prompt) :]))
+    return f'<div class="text"><span class="given">{given}</span>{new}</div>'
 
 
 def settings_of(engine: Engine) -> dict[str, gr.components.Component]:
@@ -63,36 +92,68 @@ def settings_of(engine: Engine) -> dict[str, gr.components.Component]:
 
 def build_page(engine: Engine, curves: Path | None) -> gr.Blocks:
     """The page of a model; `curves` is a picture of its run."""
-    with gr.Blocks(title="gpt_lightning", analytics_enabled=False) as page:
-        gr.Markdown(f"# {html.escape(str(engine.model.info.get('name') or 'gpt_lightning'))}")
+    info = engine.model.info
+    name = str(info.get("name") or "gpt_lightning")
+    title = f"# {html.escape(name)}: {info.get('parameters', 0):,} parameters"
+    title += f", trained on {html.escape(str(info['data']))}" if info.get("data") else ""
+    with gr.Blocks(title=f"{name} - gpt_lightning", analytics_enabled=False) as page:
+        gr.Markdown(title)
         with gr.Row():
             with gr.Column(scale=3):
                 prompt = gr.Textbox(
                     "Once upon a time", label="Prompt", lines=3, max_length=engine.max_prompt_chars
                 )
                 with gr.Row():
-                    start, stop = gr.Button("Generate", variant="primary"), gr.Button("Stop")
+                    start = gr.Button("Generate", variant="primary")
+                    stop = gr.Button("Stop", variant="stop", interactive=False)
                 status = gr.Markdown("Nothing generated yet.", elem_id="status")
                 with gr.Row():
                     boxes = [
-                        gr.Textbox(label=f"Sample {n}", lines=14, visible=n == 1, elem_id=f"sample-{n}")
+                        gr.Markdown(
+                            sample_html("", ""), label=f"Sample {n}", show_label=True, container=True,
+                            padding=True, latex_delimiters=[], visible=n == 1, elem_id=f"sample-{n}",
+                        )
                         for n in range(1, SAMPLES + 1)
-                    ]
-                gr.HTML(card_html(engine.model.info, curves), elem_id="card")
+                    ]  # fmt: skip
+                with gr.Accordion("Loss of each token", open=False):
+                    tokens = gr.HTML("Appears when a text is complete.", elem_id="tokens")
+                gr.HTML(card_html(info, curves), elem_id="card")
             with gr.Column(scale=1, min_width=280):
                 settings = settings_of(engine)
 
-        async def answer(prompt: str, *values: Any) -> AsyncGenerator[list[Any], None]:
+        async def answer(prompt: str | None, *values: Any) -> AsyncGenerator[list[Any], None]:
             updates = respond(engine, prompt, **dict(zip(settings, values, strict=True)))
             async with contextlib.aclosing(updates):
                 async for line, texts in updates:
+                    shown = [gr.update(value=sample_html(prompt or "", text), visible=True) for text in texts]
                     hidden = [gr.update(visible=False)] * (SAMPLES - len(texts))
-                    yield [line, *(gr.update(value=text, visible=True) for text in texts), *hidden]
+                    yield [line, *shown, *hidden, gr.skip()]
+                yield [line, *shown, *hidden, await losses(engine, prompt or "", texts)]
 
-        inputs, outputs = [prompt, *settings.values()], [status, *boxes]
-        run = start.click(answer, inputs, outputs, api_visibility="private", show_progress="hidden")
-        stop.click(None, cancels=[run])
+        inputs, outputs = [prompt, *settings.values()], [status, *boxes, tokens]
+        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        begun = start.click(lambda: gr.update(interactive=True), None, stop, **quiet)
+        run = begun.then(answer, inputs, outputs, **quiet)
+        for over in (run.success, run.failure):
+            over(lambda: gr.update(interactive=False), None, stop, **quiet)
+        stop.click(lambda: gr.update(interactive=False), None, stop, cancels=[run], **quiet)
     return page.queue(max_size=engine.queue + 1, default_concurrency_limit=None)  # the engine queues
+
+
+async def losses(engine: Engine, prompt: str, texts: Sequence[str]) -> str:
+    """HTML of the samples, coloured by the loss of each token, as far as the model reads a text at once."""
+    parts = []
+    for number, text in enumerate(texts, start=1):
+        ids = engine.model.encode(prompt)
+        length = len(ids)
+        with contextlib.suppress(ValueError):  # a character that the vocabulary lacks, or a single token
+            ids += engine.model.encode(text[len(prompt) :])
+            seen = await engine.inspect(ids)
+            heading = f"Sample {number}" + (
+                f", its first {len(seen.tokens)} tokens" if len(ids) > len(seen.tokens) else ""
+            )
+            parts.append(f"<h4>{heading}</h4>{tokens_html(seen, prompt=length)}")
+    return "".join(parts)
 
 
 async def respond(
@@ -139,6 +200,6 @@ async def respond(
 def mount(app: FastAPI, page: gr.Blocks) -> None:
     """Mount the page at the root of a server; it serves no files and uses no other servers."""
     gr.mount_gradio_app(
-        app, page, path="/", css=CSS, footer_links=[], allowed_paths=[], run_history=False, ssr_mode=False,
-        mcp_server=False, pwa=False,
+        app, page, path="/", css=CSS + STYLE, footer_links=[], allowed_paths=[], run_history=False,
+        ssr_mode=False, mcp_server=False, pwa=False,
     )  # fmt: skip

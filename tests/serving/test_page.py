@@ -42,7 +42,10 @@ class Page:
         self.page.get_by_role("button", name=name, exact=True).click()
 
     def text(self, sample: int = 1) -> str:
-        return str(self.page.locator(f"#sample-{sample} textarea").input_value())
+        return str(self.page.locator(f"#sample-{sample} .text").text_content())
+
+    def can_stop(self) -> bool:
+        return bool(self.page.get_by_role("button", name="Stop").is_enabled())
 
     def status(self) -> str:
         return str(self.page.locator("#status span.prose").inner_text())
@@ -80,7 +83,9 @@ def test_page_streams_the_text_of_the_model(page: Page, checkpoint: Path) -> Non
         lengths.add(len(page.text()))
     assert len(lengths) > 3
     model = load(checkpoint, "cpu")
-    assert page.text() == "abc\nd" + model.generate("abc\nd", max_new_tokens=800, seed=7)
+    expected = model.generate("abc\nd", max_new_tokens=800, seed=7)
+    page.wait_for(lambda: page.text() == "abc\nd" + expected)
+    assert page.page.locator("#sample-1 .given").text_content() == "abc\nd"
     assert page.status().startswith("Done: 800 tokens in ")
     assert page.status().endswith("seed 7")
 
@@ -91,20 +96,23 @@ def test_settings_change_the_answer(page: Page, checkpoint: Path) -> None:
     page.click("Generate")
     page.finish()
     expected = model.generate("x", num_samples=3, max_new_tokens=30, seed=1)
-    assert [page.text(n) for n in (1, 2, 3)] == ["x" + text for text in expected]
+    page.wait_for(lambda: [page.text(n) for n in (1, 2, 3)] == ["x" + text for text in expected])
     page.set(Samples=1, Temperature=0, Stop_before="h")
     page.click("Generate")
-    page.wait_for(lambda: page.text() != "x" + expected[0] and page.status().startswith("Done"))
-    assert page.text() == "x" + model.generate("x", max_new_tokens=30, temperature=0, stop="h")
-    assert not page.page.locator("#sample-2 textarea").is_visible()
+    page.wait_for(
+        lambda: page.text() == "x" + model.generate("x", max_new_tokens=30, temperature=0, stop="h")
+    )
+    assert not page.page.locator("#sample-2 .text").is_visible()
 
 
 def test_stop_ends_the_computation(page: Page, server: Any) -> None:
     page.set(Prompt="x", New_tokens=100_000)
+    assert not page.can_stop()
     page.click("Generate")
     page.wait_for(lambda: len(page.text()) > 20)
     assert requests(server) == 1
     page.click("Stop")
+    page.wait_for(lambda: not page.can_stop())
     page.wait_for(lambda: requests(server) == 0)
     page.page.wait_for_timeout(300)  # what was on its way
     length = len(page.text())
@@ -114,7 +122,7 @@ def test_stop_ends_the_computation(page: Page, server: Any) -> None:
     page.set(New_tokens=10)
     page.click("Generate")
     page.finish()
-    assert len(page.text()) == 11
+    page.wait_for(lambda: len(page.text()) == 11 and not page.can_stop())
 
 
 def test_reload_ends_the_computation_and_gives_a_fresh_page(page: Page, server: Any) -> None:
@@ -127,7 +135,7 @@ def test_reload_ends_the_computation_and_gives_a_fresh_page(page: Page, server: 
     page.set(New_tokens=5)
     page.click("Generate")
     page.finish()
-    assert len(page.text()) == len("Once upon a time") + 5
+    page.wait_for(lambda: len(page.text()) == len("Once upon a time") + 5)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +147,7 @@ def test_bad_input_shows_a_message(page: Page, server: Any, settings: dict[str, 
     page.set(**settings)
     page.click("Generate")
     page.page.get_by_text(message).wait_for()
+    page.wait_for(lambda: not page.can_stop())
     assert server.log.read_text() == before
     page.set(Seed=1, Top_k=5, New_tokens=5)
     page.click("Generate")
@@ -172,12 +181,53 @@ def test_prompt_cannot_be_longer_than_the_limit(page: Page) -> None:
     assert prompt.input_value() == "a" * 1999 + "b"
 
 
-def test_card_shows_the_model_and_the_picture_of_its_run(page: Page) -> None:
+def test_page_says_which_model_and_shows_the_picture_of_its_run(page: Page) -> None:
+    page.wait_for(lambda: page.page.title() == "letters - gpt_lightning")
+    heading = page.page.locator("h1").inner_text()
+    assert heading == "letters: 8,944 parameters, trained on <b>corpus"  # a name is text, not HTML
     card = page.page.locator("#card")
-    assert "parameters\t8,944" in card.inner_text()
-    assert "step\t1,234" in card.inner_text()
-    assert "data\t<b>corpus\n" in card.inner_text()  # a name is text, not HTML
+    for row in ("parameters\t8,944", "training steps\t1,234", "training text\t<b>corpus\n", "layers\t1\n"):
+        assert row in card.inner_text()
     page.wait_for(lambda: card.locator("img").evaluate("image => image.complete && image.naturalWidth > 0"))
+
+
+def test_tokens_of_a_text_have_their_losses(page: Page, checkpoint: Path) -> None:
+    page.set(Prompt="${1+1} {{x}} <b>", New_tokens=8, Seed=3)
+    page.click("Generate")
+    page.page.get_by_text("Loss of each token").click()
+    tokens = page.page.locator("#tokens .token")
+    page.wait_for(lambda: tokens.count() == 16 + 8)
+    text = "${1+1} {{x}} <b>" + load(checkpoint, "cpu").generate("${1+1} {{x}} <b>", max_new_tokens=8, seed=3)
+    assert page.text() == text
+    assert "".join(tokens.evaluate_all("all => all.map(one => one.firstChild.textContent)")) == text
+    assert page.page.locator("#tokens .token.prompt").count() == 16
+    tokens.nth(20).hover()
+    first, _, *expected = page.page.locator(".tip:visible").inner_text().splitlines()
+    assert first == f'"{text[20]}"  12.5%, loss 2.079 nats'  # one of eight letters: ln 8
+    assert len(expected) == 5
+    assert all(line.split()[0] == "12.5%" for line in expected)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_fits_a_phone_and_follows_its_colours(browser: Any, server: Any, scheme: str) -> None:
+    context = browser.new_context(
+        http_credentials={"username": "anyone", "password": KEY},
+        viewport={"width": 390, "height": 800},
+        color_scheme=scheme,
+    )
+    page = Page(context.new_page(), server.url)
+    page.page.locator("#card img").evaluate("image => { image.style.width = '1000px' }")
+    page.set(New_tokens=100)
+    page.click("Generate")
+    page.finish()
+    assert page.page.evaluate("document.documentElement.scrollWidth") == 390
+    for part in ("#card img", "#card table", "#sample-1", "button:text('Generate')"):
+        box = page.page.locator(part).bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 390
+    colour = page.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, colour[4:-1].split(","))) < 3 * 128) == (scheme == "dark")
+    context.close()
 
 
 def test_page_uses_no_other_servers(page: Page, server: Any) -> None:
