@@ -25,6 +25,7 @@ from gpt_lightning.rundir.summary import (
     read_summary,
     write_summary,
 )
+from gpt_lightning.training.callbacks.charts import Charts
 from gpt_lightning.training.callbacks.checkpoints import LastCheckpoint
 from gpt_lightning.training.callbacks.incidents import Incidents
 from gpt_lightning.training.callbacks.interruption import Interrupted, Interruption
@@ -84,7 +85,9 @@ def fit(
     record("interrupted", earlier)  # which stays if the process is killed
     last = next((c for c in trainer.callbacks if isinstance(c, LastCheckpoint)), None)  # type: ignore[attr-defined]
     interruption, ranks = Interruption(deadline), Ranks(f"go on with resume={folder}")
-    trainer.callbacks.append(ranks)  # type: ignore[attr-defined]
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks.append(ranks)
+    callbacks.insert(0, Charts(data.store.floor_bits_per_byte("val")))
     if last is not None:
         last.after_save, last.interruption = lambda: record("interrupted"), interruption
         interruption.listen(trainer)

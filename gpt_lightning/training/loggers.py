@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.utils.tensorboard.summary import hparams
 
 from gpt_lightning.rundir.metrics import MetricsFile
 from gpt_lightning.rundir.summary import RunSummary
@@ -63,16 +64,22 @@ def log_metrics(trainer: pl.Trainer, metrics: Mapping[str, float], step: int) ->
 
 
 def log_hyperparameters(trainer: pl.Trainer, results: RunSummary, overrides: Sequence[str]) -> None:
-    """Fill TensorBoard's HParams page: a column for each override of the run and for each of its losses."""
-    keys = ("val_loss", "best_val_loss", "bits_per_byte")
-    metrics = {f"hparams/{key}": value for key, value in results.items() if key in keys and value is not None}
+    """Fill TensorBoard's HParams page: a column for each override of the run and for each of its losses.
+
+    The losses are those of the charts, so that no chart has a single point.
+    """
+    tags = {"val_loss": "val/loss", "best_val_loss": "val/best_loss", "bits_per_byte": "val/bits_per_byte"}
+    metrics = {tags[key]: value for key, value in results.items() if key in tags and value is not None}
     pairs = (text.lstrip("+").partition("=") for text in overrides)
     columns = {key: _number_or_text(value) for key, _, value in pairs}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and metrics:
+            # without a point in each chart, there is no public way: add_hparams makes another run
+            writer = logger.experiment._get_file_writer()
+            for summary in hparams(columns, metrics):
+                writer.add_summary(summary, trainer.global_step)
             with true_reason():
-                logger.log_hyperparams(columns, metrics, step=trainer.global_step)
-            logger.save()
+                logger.experiment.flush()
 
 
 def _number_or_text(value: str) -> float | str:

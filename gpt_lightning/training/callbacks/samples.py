@@ -11,7 +11,6 @@ from pathlib import Path
 import lightning.pytorch as pl
 import tiktoken
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from tqdm import tqdm
 
 from gpt_lightning.data import tokenizer as tokenizers
@@ -21,6 +20,7 @@ from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.model.gpt import CausalLM
 from gpt_lightning.model.own import as_causal_lm
 from gpt_lightning.model.weights import NETWORKS, EmptyInit
+from gpt_lightning.training.callbacks.charts import show_sample
 from gpt_lightning.training.module import LanguageModel
 from gpt_lightning.training.strategies import Sharded, whole_state
 
@@ -112,9 +112,7 @@ class Samples(Callback):
                 log.info("%s\n", self.latest)
         step = trainer.global_step
         self._write(step, f"## Step {step}\n\n```text\n{self.latest}\n```\n\n".encode())
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("sample", self.latest, step)
+        show_sample(trainer, self.prompt, self.latest)
 
     def _write(self, step: int, section: bytes = b"") -> None:
         """Replace the sections of a step and of later ones, in bytes, so that a damaged file is no error."""
