@@ -277,6 +277,10 @@ def _check_device(cfg: DictConfig) -> None:
             )
         if device.compile:
             raise ConfigError("device.compile=true does not work on mps; use device.compile=false")
+    if device.compile and cfg.callbacks.get("diagnostics") is not None:
+        raise ConfigError(
+            "callbacks=diagnostics sees no layers of a compiled network; use device.compile=false"
+        )
     if precision.startswith("16") and device.accelerator != "cuda":
         raise ConfigError(
             f"device.precision={precision} needs a CUDA GPU; use device.precision=32-true or bf16-mixed"

@@ -70,6 +70,8 @@ TABLE: list[tuple[str, str, str]] = [
     ("train", "tokenizer=bpe tokenizer.vocab_size=100", "tokenizer.vocab_size=100 must be .* from 257"),
     ("train", "tokenizer=bpe tokenizer.vocab_size=many", "tokenizer.vocab_size='many' must be a whole number"),
     ("train", "scheduler=wsd scheduler.decay_ratio=3", "scheduler.decay_ratio=3 is a share"),
+    ("train", "callbacks=diagnostics callbacks.diagnostics.every_steps=0", "callbacks.diagnostics.every_steps=0 must be at least 1"),
+    ("train", "callbacks=diagnostics device=cpu device.compile=true", "sees no layers of a compiled network; use device.compile=false"),
     ("train", "callbacks=early_stopping callbacks.early_stopping.patience=x", "patience='x' must be a whole number"),
     ("train", "init_from=run lora.r=2 lora.lora_alpha=0", "lora.lora_alpha=0 must be a number above 0"),
     ("train", "init_from=run lora.r=2 lora.target_modules=all", "lora.target_modules='all' must be a list"),

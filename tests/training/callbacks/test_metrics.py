@@ -28,6 +28,7 @@ from gpt_lightning.model.gpt import GPT, GPTConfig
 from gpt_lightning.rundir.checkpoint import read_checkpoint
 from gpt_lightning.rundir.metrics import Row, read_metrics
 from gpt_lightning.training.callbacks.checkpoints import LastCheckpoint
+from gpt_lightning.training.callbacks.diagnostics import Diagnostics
 from gpt_lightning.training.callbacks.metrics import StepMetrics
 from gpt_lightning.training.callbacks.progress import Layers, Progress, format_duration
 from gpt_lightning.training.callbacks.samples import Samples
@@ -209,6 +210,49 @@ def test_samples_do_not_change_the_training(fit: Fit, store: TokenStore, tmp_pat
         draws.append(torch.rand(3).tolist())
     assert all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
     assert draws[0] == draws[1]
+
+
+class Observer(pl.Callback):
+    """The weights of the first block before and after each step, and its last output in each."""
+
+    def __init__(self) -> None:
+        self.weights: list[torch.Tensor] = []
+        self.outputs: list[torch.Tensor] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.block = pl_module.net.transformer.h[0]
+        self.block.register_forward_hook(lambda *all: self.outputs.append(all[-1].detach()))
+        self.weights.append(torch.cat([p.detach().flatten() for p in self.block.parameters()]))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        if pl_module.step_ended:
+            self.weights.append(torch.cat([p.detach().flatten() for p in self.block.parameters()]))
+
+
+def test_diagnostics_measure_each_layer_and_do_not_change_the_training(
+    fit: Fit, store: TokenStore, tmp_path: Path
+) -> None:
+    nets, draws, observer = [], [], Observer()
+    for callbacks in ([], [Diagnostics(every_steps=3), observer]):
+        net = module(store)
+        fit(*callbacks, net=net, val_every_steps=100)
+        nets.append(net.state_dict())
+        draws.append(torch.rand(3).tolist())
+    assert all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
+    assert draws[0] == draws[1]
+    layers = ["transformer.wte", "transformer.wpe", "transformer.h.0", "transformer.h.1", "transformer.ln_f"]
+    logged = rows(tmp_path, "update_ratio/transformer.h.0")
+    assert [row["step"] for row in logged] == [1, 3, 6]
+    for row in logged:
+        assert row.keys() == {"step"} | {
+            f"{kind}/{n}" for kind in ("update_ratio", "activation_std") for n in layers
+        }
+        step = int(row["step"])
+        before, after = observer.weights[step - 1 : step + 1]
+        ratio = float((after - before).norm() / before.norm())
+        assert row["update_ratio/transformer.h.0"] == pytest.approx(ratio, rel=1e-5)
+        last = observer.outputs[step * PARTS - 1]
+        assert row["activation_std/transformer.h.0"] == pytest.approx(float(last.std()), rel=1e-5)
 
 
 def sections(path: Path) -> dict[int, str]:
