@@ -19,6 +19,7 @@ from gpt_lightning.training.module import LanguageModel
 log = logging.getLogger(__name__)
 
 LONGEST_SILENCE = 5.0  # seconds between two log lines
+BAR = "{n}/{total} {percentage:3.0f}% |{bar}| {remaining} left{postfix}"  # fits into 80 columns
 
 
 class Layers(Callback):
@@ -64,6 +65,7 @@ class Progress(Callback):
     def __init__(self) -> None:
         self.bar: tqdm | None = None
         self._shown: dict[str, float] = {}
+        self._losses: dict[str, float] = {}  # in the bar
         self._shown_at = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -74,7 +76,7 @@ class Progress(Callback):
             self.bar = tqdm(
                 total=trainer.max_steps,
                 initial=trainer.global_step,
-                unit="step",
+                bar_format=BAR,
                 dynamic_ncols=True,
                 leave=False,
             )
@@ -97,7 +99,9 @@ class Progress(Callback):
         self._shown_at = time.monotonic()
         speed = f"{row['speed/tokens_per_second']:,.0f} tokens/s"
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {row['train/loss']:.3f}, {speed}")
+            self._losses["loss"] = row["train/loss"]
+            losses = "".join(f"{name} {loss:.3f}, " for name, loss in self._losses.items())
+            self.bar.set_postfix_str(losses + speed)
         left = (trainer.max_steps - trainer.global_step) * row["speed/ms_per_step"] / 1000
         log.log(
             logging.DEBUG if self.bar is not None else logging.INFO,
@@ -116,6 +120,7 @@ class Progress(Callback):
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         m = pl_module.metrics
+        self._losses["val"] = m["val/loss"]
         text = (
             f"step {trainer.global_step} | validation loss {m['val/loss']:.4f} | "
             f"perplexity {m['val/perplexity']:.2f} | {m['val/bits_per_byte']:.4f} bits per byte"

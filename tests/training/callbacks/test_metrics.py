@@ -346,14 +346,14 @@ def test_notebook_shows_a_progress_bar() -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals on this system")
 def test_progress_on_a_terminal_is_one_bar(
-    fit: Fit, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    fit: Fit, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fcntl
     import termios
 
     caplog.set_level(logging.INFO, "gpt_lightning")
     ours, theirs = os.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # rows and columns
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # rows and columns
     shown: list[bytes] = []
 
     def read() -> None:
@@ -367,12 +367,19 @@ def test_progress_on_a_terminal_is_one_bar(
     reader.start()
     with os.fdopen(theirs, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        progress = Progress()
-        fit(StepMetrics(every_steps=1), progress)
+        progress, metrics = Progress(), StepMetrics(every_steps=1)
+        fit(metrics, progress)
     reader.join()
     os.close(ours)
     text = b"".join(shown).decode()
-    assert re.search(r"0/7 \[", text)
+    lines = re.split(r"[\r\n]", text)
+    assert max(map(len, lines)) <= 80
+    assert re.match(r"0/7   0% \|", lines[1])
+    last = [line for line in lines if line.startswith("7/7 100% |")][-1]
+    pattern = r"7/7 100% \|[^|]{4,}\| 00:00 left, loss (\d\.\d{3}), val (\d\.\d{3}), [\d,]+ tokens/s"
+    train, val = re.match(pattern, last).groups()  # type: ignore[union-attr]
+    assert train == f"{metrics.latest['train/loss']:.3f}"
+    assert val == f"{rows(tmp_path, 'val/loss')[-1]['val/loss']:.3f}"
     assert progress.bar is not None
     assert progress.bar.n == progress.bar.total == STEPS
     assert not [line for line in caplog.messages if "ms/step" in line]  # the bar says it
