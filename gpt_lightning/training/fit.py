@@ -174,20 +174,19 @@ def _draw(folder: Path, data: TextDataModule, title: str) -> None:
 def describe(summary: RunSummary, trainer: pl.Trainer, folder: Path) -> str:
     """The last lines that a user sees of a run."""
     sample = next((c.latest for c in trainer.callbacks if isinstance(c, Samples)), "")  # type: ignore[attr-defined]
-    lines = [f"\n{sample}\n"] if sample else []
-    bits, floor = summary["bits_per_byte"], summary["floor_bits_per_byte"]
+    bits, floor, speed = (summary[k] for k in ("bits_per_byte", "floor_bits_per_byte", "tokens_per_second"))
+    rows = {"steps": f"{summary['steps']:,}", "tokens": f"{summary['tokens']:,}"}
+    rows["time"] = format_duration(summary["seconds"]) + (f", {speed:,.0f} tokens/s" if speed else "")
     if bits is not None:
-        compared = f", {bits / floor - 1:.1%} above the corpus entropy of {floor:.4f}" if floor else ""
-        lines += [
-            f"validation loss {summary['val_loss']:.4f} | perplexity {summary['perplexity']:.2f} | "
-            f"{bits:.4f} bits per byte{compared}",
-            "(over windows end to end; evaluate uses sliding windows, whose loss is lower)",
-        ]
-    speed = summary["tokens_per_second"]
-    lines.append(
-        f"{summary['steps']} steps, {summary['tokens']:,} tokens in {format_duration(summary['seconds'])}"
-        + (f" ({speed:,.0f} tokens/s)" if speed else "")
-    )
+        above = f", {bits / floor - 1:.1%} above the corpus entropy of {floor:.4f}" if floor else ""
+        rows |= {
+            "validation loss": f"{summary['val_loss']:.4f} nats per token",
+            "perplexity": f"{summary['perplexity']:.2f}",
+            "bits per byte": f"{bits:.4f}{above}",
+            "": "over windows end to end; evaluate uses sliding windows, whose loss is lower",
+        }
+    lines = [f"\n{sample}\n"] if sample else []
+    lines += [f"{name:<15}  {value}" for name, value in rows.items()]
     if summary["status"] != "finished":
         lines.append(f"stopped before step {trainer.max_steps}; go on with resume={folder}")
     lines.append(f"run: {folder}")
