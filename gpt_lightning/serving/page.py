@@ -65,8 +65,8 @@ def card_html(info: ModelCard, curves: Path | None) -> str:
 def sample_html(prompt: str, text: str) -> str:
     """A text, with the prompt that it begins with set off.
 
-    It is shown as Markdown, because gradio 6.31 drops updates of HTML that follow one another quickly; on a
-    single line, nothing in an HTML block is read as Markdown.
+    It is shown as Markdown, which gradio updates more reliably than HTML while a text grows; on a single line,
+    nothing in an HTML block is read as Markdown.
     """
     given, new = (html.escape(part).replace("\n", "&#10;") for part in (prompt, text[len(prompt) :]))
     return f'<div class="text"><span class="given">{given}</span>{new}</div>'
@@ -122,17 +122,22 @@ def build_page(engine: Engine, curves: Path | None) -> gr.Blocks:
                 settings = settings_of(engine)
 
         async def answer(prompt: str | None, *values: Any) -> AsyncGenerator[list[Any], None]:
-            updates = respond(engine, prompt, **dict(zip(settings, values, strict=True)))
+            given, chosen = prompt or "", dict(zip(settings, values, strict=True))
+            updates = respond(engine, prompt, **chosen)
             async with contextlib.aclosing(updates):
                 async for line, texts in updates:
-                    shown = [gr.update(value=sample_html(prompt or "", text), visible=True) for text in texts]
-                    hidden = [gr.update(visible=False)] * (SAMPLES - len(texts))
-                    yield [line, *shown, *hidden, gr.skip()]
-                yield [line, *shown, *hidden, await losses(engine, prompt or "", texts)]
+                    rest = [""] * (SAMPLES - len(texts))
+                    shown = [sample_html(given, text) for text in texts] + rest
+                    yield [line, *shown, gr.skip()]
+                yield [line, *shown, await losses(engine, given, texts)]
+
+        def show(number: int) -> list[Any]:
+            """As many samples as will be generated, and the button that stops them."""
+            return [gr.update(visible=n < number) for n in range(SAMPLES)] + [gr.update(interactive=True)]
 
         inputs, outputs = [prompt, *settings.values()], [status, *boxes, tokens]
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        begun = start.click(lambda: gr.update(interactive=True), None, stop, **quiet)
+        begun = start.click(show, settings["num_samples"], [*boxes, stop], **quiet)
         run = begun.then(answer, inputs, outputs, **quiet)
         for over in (run.success, run.failure):
             over(lambda: gr.update(interactive=False), None, stop, **quiet)

@@ -55,7 +55,8 @@ class Page:
             if condition():
                 return
             self.page.wait_for_timeout(50)
-        raise AssertionError(f"it did not happen within 30 s; the page says {self.status()!r}")
+        state = f"the page says {self.status()!r} and has {len(self.text())} characters"
+        raise AssertionError(f"it did not happen within 30 s; {state}")
 
     def finish(self) -> None:
         self.wait_for(lambda: self.status().startswith("Done"))
