@@ -65,8 +65,8 @@ def card_html(info: ModelCard, curves: Path | None) -> str:
 def sample_html(prompt: str, text: str) -> str:
     """A text, with the prompt that it begins with set off.
 
-    It is shown as Markdown, which gradio updates more reliably than HTML while a text grows; on a single line,
-    nothing in an HTML block is read as Markdown.
+    It is shown as Markdown, which gradio updates more reliably than HTML while a text grows; on a single
+    line, nothing in an HTML block is read as Markdown.
     """
     given, new = (html.escape(part).replace("\n", "&#10;") for part in (prompt, text[len(prompt) :]))
     return f'<div class="text"><span class="given">{given}</span>{new}</div>'
