@@ -55,12 +55,7 @@ class Diagnostics(Callback):
 
         return hook
 
-    def on_before_optimizer_step(
-        self,
-        trainer: pl.Trainer,
-        pl_module: LanguageModel,
-        optimizer: Any,  # type: ignore[override]
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:  # type: ignore[override]
         if self._due(trainer):
             self._before = {name: p.detach().clone() for name, p in pl_module.net.named_parameters()}
 
