@@ -62,6 +62,17 @@ def card_html(info: ModelCard, curves: Path | None) -> str:
     return f"<div><table>{rows}</table>{image}</div>"
 
 
+def name_of(info: ModelCard) -> str:
+    """The name of a model."""
+    return str(info.get("name") or "gpt_lightning")
+
+
+def heading(info: ModelCard) -> str:
+    """Which model it is, in Markdown."""
+    text = f"# {html.escape(name_of(info))}: {info.get('parameters', 0):,} parameters"
+    return text + (f", trained on {html.escape(str(info['data']))}" if info.get("data") else "")
+
+
 def sample_html(prompt: str, text: str) -> str:
     """A text, with the prompt that it begins with set off.
 
@@ -93,11 +104,8 @@ def settings_of(engine: Engine) -> dict[str, gr.components.Component]:
 def build_page(engine: Engine, curves: Path | None) -> gr.Blocks:
     """The page of a model; `curves` is a picture of its run."""
     info = engine.model.info
-    name = str(info.get("name") or "gpt_lightning")
-    title = f"# {html.escape(name)}: {info.get('parameters', 0):,} parameters"
-    title += f", trained on {html.escape(str(info['data']))}" if info.get("data") else ""
-    with gr.Blocks(title=f"{name} - gpt_lightning", analytics_enabled=False) as page:
-        gr.Markdown(title)
+    with gr.Blocks(title=f"{name_of(info)} - gpt_lightning", analytics_enabled=False) as page:
+        gr.Markdown(heading(info))
         with gr.Row():
             with gr.Column(scale=3):
                 prompt = gr.Textbox(
@@ -110,8 +118,8 @@ def build_page(engine: Engine, curves: Path | None) -> gr.Blocks:
                 with gr.Row():
                     boxes = [
                         gr.Markdown(
-                            sample_html("", ""), label=f"Sample {n}", show_label=True, container=True,
-                            padding=True, latex_delimiters=[], visible=n == 1, elem_id=f"sample-{n}",
+                            sample_html("", ""), container=True, padding=True, latex_delimiters=[],
+                            visible=n == 1, elem_id=f"sample-{n}",
                         )
                         for n in range(1, SAMPLES + 1)
                     ]  # fmt: skip
