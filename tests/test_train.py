@@ -307,7 +307,7 @@ def test_log_file_has_every_step_beside_a_progress_bar(
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     call("train", *tiny, "logger=none")
-    assert re.search(r"\d/8 \[.*loss \d\.\d{3}", terminal.getvalue())
+    assert re.search(r"\d/8 .*left, loss \d\.\d{3}", terminal.getvalue())
     out, log = capsys.readouterr().out, (tmp_path / "run" / "train.log").read_text()
     step, validation = r"(?m)^%sstep (\d+)/8 \| loss \d", r"(?m)^%sstep (\d+) \| validation loss "
     dated = r"\[\d{4}-.*?\]\[gpt_lightning\.training\.callbacks\.progress\]\[%s\] "
