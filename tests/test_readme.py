@@ -48,7 +48,7 @@ def run(folder: Path, command: str, **options: object) -> subprocess.CompletedPr
     result = subprocess.run(
         ["bash", "-c", command],
         cwd=folder,
-        env={**os.environ, "PATH": path},
+        env={**{k: v for k, v in os.environ.items() if not k.startswith("MAKE")}, "PATH": path},
         capture_output=True,
         text=True,
         timeout=300,

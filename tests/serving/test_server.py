@@ -278,7 +278,7 @@ def test_page_requests_are_subject_to_the_limits(server: Any, change: dict[int, 
     values = ["a", 1, 5, 0.8, 50, 1, 0, 1, -1, ""]
     for position, value in change.items():
         values[position] = value
-    body = {"data": values, "fn_index": 0, "session_hash": "test"}
+    body = {"data": values, "fn_index": 1, "session_hash": "test"}  # 0 makes its button "Stop" active
     assert ask(server, "POST", "/gradio_api/queue/join", body)[0] == 200
     with closing(http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)) as connection:
         key = {"Authorization": f"Bearer {KEY}"}
