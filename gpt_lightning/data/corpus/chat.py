@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gpt_lightning.data.corpus.base import END_OF_TEXT, Split, digest_files, kind_of, select
@@ -81,10 +82,14 @@ class Chat(TextFiles):
         settings: list[object] = ["Chat", 1, None if self.val_path else self.val_fraction]
         return digest_files(settings, self.files("train"), self.files("val") if self.val_path else [])
 
-    def documents(self, split: Split) -> Iterator[str]:
-        for file in self.files(split):
+    def files(self, split: Split) -> list[Path]:
+        found = super().files(split)
+        for file in found:
             if kind_of(file) != "jsonl":
                 raise ValueError(f"{file}: data=chat reads .jsonl files, a conversation per line")
+        return found
+
+    def documents(self, split: Split) -> Iterator[str]:
         rows = (exchanges(*row) for file in self.files(split) for row in read_objects(file))
         fraction = None if self.val_path else self.val_fraction
         for conversation in select(rows, split, fraction, f"data.path={self.path}"):
