@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from gpt_lightning.model.gpt import CHUNK
-
 GIB = 2**30
 DEFAULT_MICRO_BATCH_SIZE = 32  # sequences per device per forward where the configuration has null
 
@@ -38,6 +36,8 @@ def memory_estimate(
         recomputed: Whether only the inputs of the blocks are kept, in 32 bits, and those of one block whole.
         chunked: Whether the loss is computed in chunks of `CHUNK` logits.
     """
+    from gpt_lightning.model.gpt import CHUNK  # imports torch, for which --help does not wait
+
     size = 2 if "16" in precision else 4
     kept = 17 * size + 4 * n_layer if recomputed and n_layer else 17 * size * n_layer
     logits = (size + 4) * tokens * vocab_size
