@@ -145,7 +145,8 @@ def _results(module: LanguageModel, data: TextDataModule, trainer: pl.Trainer) -
         "parameters": module.n_parameters,
         "steps": trainer.global_step,
         "tokens": trainer.global_step * data.tokens_per_step,
-        "train_loss": float(module.train_loss),
+        # other ranks may be gone, so it is the mean that was last logged or saved
+        "train_loss": module.mean_loss if trainer.world_size > 1 else float(module.train_loss),
         "val_loss": module.metrics.get("val/loss"),
         "best_val_loss": module.best_val_loss if math.isfinite(module.best_val_loss) else None,
         "perplexity": module.metrics.get("val/perplexity"),

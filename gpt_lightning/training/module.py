@@ -44,6 +44,7 @@ class LanguageModel(pl.LightningModule):
 
     Attributes:
         train_loss: Mean loss of the last optimizer step's micro-batches on this rank, () nats.
+        mean_loss: Mean of it over all ranks, as it was last asked for, in nats.
         grad_norm: Gradient norm of the last optimizer step before clipping, ().
         lr: Learning rate of the last optimizer step.
         step_ended: Whether the last micro-batch ended an optimizer step.
@@ -77,7 +78,7 @@ class LanguageModel(pl.LightningModule):
         self.n_parameters = sum(p.numel() for p in net.parameters())
         self._loss_sum = torch.zeros(())  # not a buffer, so that it stays in 32 bits if the weights do not
         self.train_loss, self.grad_norm = torch.tensor(math.nan), torch.tensor(math.nan)
-        self.lr = math.nan
+        self.lr, self.mean_loss = math.nan, math.nan
         self.step_ended = False
         self.before_step: Callable[[], None] = lambda: None
         self.metrics: dict[str, float] = {}
@@ -166,8 +167,10 @@ class LanguageModel(pl.LightningModule):
             log_metrics(self.trainer, self.metrics, self.global_step)
 
     def mean_train_loss(self) -> float:
-        """Mean of `train_loss` over all ranks; a collective operation."""
-        return float(self.trainer.strategy.reduce(self.train_loss.clone().to(self.device), reduce_op="mean"))
+        """Mean of `train_loss` over all ranks, which `mean_loss` keeps; a collective operation."""
+        loss = self.train_loss.clone().to(self.device)
+        self.mean_loss = float(self.trainer.strategy.reduce(loss, reduce_op="mean"))
+        return self.mean_loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokenizer"] = tokenizers.to_state(self.tokenizer)
