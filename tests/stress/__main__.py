@@ -20,7 +20,10 @@ from pathlib import Path
 
 from tests.stress.configurations import Material
 from tests.stress.rounds import Failure, Round
+from tests.stress.sweeps import SweepRound
 from tests.support.zygote import Zygote
+
+SWEEPS = 0.15  # share of the rounds that interrupt a sweep
 
 
 class Stress:
@@ -40,7 +43,9 @@ class Stress:
         with Zygote(out) as zygote:
             while time.monotonic() < self.end and (round_number := self.next()) is not None:
                 folder = self.folder / f"round{round_number}"
-                self.tell(Round(round_number, self.seed, zygote, self.material, folder))
+                is_sweep = random.Random(f"{self.seed} {round_number} sweep").random() < SWEEPS
+                kind = SweepRound if is_sweep else Round
+                self.tell(kind(round_number, self.seed, zygote, self.material, folder))
 
     def next(self) -> int | None:
         with self.lock:

@@ -19,7 +19,7 @@ from gpt_lightning.rundir.metrics import read_metrics
 
 MEASURED = {"seconds", "tokens_per_second", "git_revision", "slurm_job", "overrides"}  # in summary.json
 # what a resumed run may be told to do otherwise, though its result is the same
-HARMLESS = {"num_workers", "time_limit", "resume", "paths"}
+HARMLESS = {"num_workers", "time_limit", "resume", "trust", "paths"}
 VARYING = ("tensorboard/", "checkpoints/last-", ".hydra/", "train.log")  # files that need not be in both
 
 
