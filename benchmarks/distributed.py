@@ -28,11 +28,7 @@ def step_time(processes: int, steps: int, overrides: list[str], folder: Path) ->
     command += [f"device.devices={processes}", "trainer.log_every_steps=1", f"trainer.max_steps={steps}"]
     command += ["callbacks.samples=null", "callbacks.best=null", "callbacks.last=null", "logger=none"]
     command += [f"trainer.val_every_steps={steps}", "trainer.val_batches=1", "device=cpu"]
-    command += [
-        f"data.batch_size={4 * processes}",
-        "device.micro_batch_size=4",
-        "device.devices=" + str(processes),
-    ]
+    command += [f"data.batch_size={4 * processes}", "device.micro_batch_size=4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a thread for each process
     subprocess.run(command, check=True, capture_output=True, env=environment)
     times = [
