@@ -45,10 +45,12 @@ def place(tmp_path_factory: pytest.TempPathFactory, small_text: Path, zygote: Zy
 def run(folder: Path, command: str, **options: object) -> subprocess.CompletedProcess[str]:
     """Run a command of a shell, in which `python` is this one."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    # without what the make that runs the tests was given
+    variables = {k: v for k, v in os.environ.items() if k != "ARGS" and not k.startswith(("MAKE", "MFLAGS"))}
     result = subprocess.run(
         ["bash", "-c", command],
         cwd=folder,
-        env={**{k: v for k, v in os.environ.items() if not k.startswith("MAKE")}, "PATH": path},
+        env={**variables, "PATH": path},
         capture_output=True,
         text=True,
         timeout=300,
