@@ -94,17 +94,15 @@ def predicted_seconds(
 ) -> float | None:
     """Seconds of the steps and validations of a run whose devices take so many sequences in a step each."""
     from gpt_lightning.training.intervals import save_interval
+    from gpt_lightning.training.precision import multiplies_bfloat16
     from gpt_lightning.training.speed import measure_speed
 
-    block_size, steps = prepared.windows["block_size"], prepared.max_steps
-    if accelerator_of(cfg) != "cpu" or cfg.lora.r or cfg.device.compile:
+    block_size, steps, precision = prepared.windows["block_size"], prepared.max_steps, precision_of(cfg, net)
+    is_slow = precision == "bf16-mixed" and not multiplies_bfloat16("cpu")  # and so would measuring be
+    if accelerator_of(cfg) != "cpu" or is_slow or cfg.lora.r or cfg.device.compile:
         return None
-    speed = measure_speed(
-        getattr(net, "config", None),
-        parts.optimizer,
-        block_size=block_size,
-        precision=precision_of(cfg, net),
-    )
+    config = getattr(net, "config", None)
+    speed = measure_speed(config, parts.optimizer, block_size=block_size, precision=precision)
     if speed is None:
         return None
     validations = math.ceil(steps / (cfg.trainer.val_every_steps or save_interval(steps)))
