@@ -194,7 +194,7 @@ def plan_run(cfg: DictConfig) -> Plan:
         steps_per_epoch=prepared.steps_per_epoch,
         max_steps=steps,
         flops_per_token=flops,
-        memory=memory_needs(cfg, prepared, net, micro),
+        memory=memory_needs(cfg, net, tokens=micro * block_size, vocab_size=prepared.vocab_size),
         learning_rates=[lr * factor for factor in sampled(schedule, steps)],
         # the peak may lie between the points
         peak_learning_rate=lr * max(map(schedule, range(0, steps, max(1, steps // 1000)))),

@@ -185,8 +185,9 @@ def too_large(cfg: DictConfig, prepared: Prepared, net: Any, world_size: int) ->
     from gpt_lightning.training.memory import out_of_memory
 
     size, _ = split_batch(cfg.data.batch_size, cfg.device.micro_batch_size, world_size)
+    tokens = size * prepared.windows["block_size"]
     return out_of_memory(
-        memory_needs(cfg, prepared, net, size),
+        memory_needs(cfg, net, tokens=tokens, vocab_size=prepared.vocab_size),
         parameters=sum(p.numel() for p in net.parameters()),
         micro_batch_size=size,
         block_size=prepared.windows["block_size"],

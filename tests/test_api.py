@@ -52,6 +52,16 @@ def test_run_that_its_time_limit_ends_is_returned_as_interrupted(tiny: list[str]
     assert 0 < run.summary["steps"] < 100000
 
 
+def output_of(program: Path) -> list[str]:
+    """The lines that a program prints, which must succeed, in its folder."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(
+        [sys.executable, program.name], cwd=program.parent, capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
 @pytest.mark.slow
 def test_runs_of_several_processes_follow_each_other(tiny: list[str], tmp_path: Path) -> None:
     several = [*tiny[:-1], "logger=none", "callbacks.samples=null", f"paths.outputs={tmp_path / 'outputs'}"]
@@ -63,12 +73,8 @@ def test_runs_of_several_processes_follow_each_other(tiny: list[str], tmp_path: 
         "    print('trained', run.summary['processes'], run.metrics['train/loss'].tolist())\n"
         "    assert os.environ == variables\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(
-        [sys.executable, "runs.py"], cwd=tmp_path, capture_output=True, text=True, env=environment
-    )
-    assert result.returncode == 0, result.stderr
-    found = [line for line in result.stdout.splitlines() if line.startswith("trained 2 [")]
+    printed = output_of(tmp_path / "runs.py")
+    found = [line for line in printed if line.startswith("trained 2 [")]
     assert len(found) == 2
     assert found[0] == found[1]
     assert len(list((tmp_path / "outputs").glob("*/*"))) == 2
@@ -98,9 +104,5 @@ def test_library_works_inside_another_hydra_program(tiny: list[str], tmp_path: P
         "    print('trained', run.summary['steps'], HydraConfig.get().job.name)\n"
         "main()\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(
-        [sys.executable, "other.py"], cwd=tmp_path, capture_output=True, text=True, env=environment
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "trained 8 other"
+    printed = output_of(tmp_path / "other.py")
+    assert printed[-1] == "trained 8 other"

@@ -156,20 +156,18 @@ def build_data(cfg: DictConfig, prepared: Prepared) -> TextDataModule:
     )
 
 
-def memory_needs(
-    cfg: DictConfig, prepared: Prepared, net: nn.Module, micro_batch_size: int
-) -> dict[str, float]:
-    """Bytes that a run needs on a device, as `memory_estimate`."""
+def memory_needs(cfg: DictConfig, net: nn.Module, *, tokens: int, vocab_size: int) -> dict[str, float]:
+    """Bytes that a run needs on a device for forwards of so many tokens, as `memory_estimate`."""
     from gpt_lightning.training.memory import memory_estimate
 
     config = getattr(net, "config", None)  # a model of the user's own may have none
     return memory_estimate(
         parameters=sum(p.numel() for p in net.parameters()),
         trained=sum(p.numel() for p in net.parameters() if p.requires_grad),
-        tokens=micro_batch_size * prepared.windows["block_size"],
+        tokens=tokens,
         n_embd=getattr(config, "n_embd", 0),
         n_layer=getattr(config, "n_layer", 0),
-        vocab_size=prepared.vocab_size,
+        vocab_size=vocab_size,
         precision=precision_of(cfg, net),
         shards=device_count(cfg) if cfg.trainer.strategy == "fsdp" else 1,
         recomputed=cfg.trainer.activation_checkpointing,

@@ -17,9 +17,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from packaging.requirements import Requirement
 
-from gpt_lightning.config.build import build_net, precision_of
+from gpt_lightning.config.build import build_net, memory_needs
 from gpt_lightning.config.help import choices_of
-from gpt_lightning.training.memory import DEFAULT_MICRO_BATCH_SIZE, GIB, memory_estimate
+from gpt_lightning.training.memory import DEFAULT_MICRO_BATCH_SIZE, GIB
 
 EXTRAS = {  # what users may want, and what for
     "hf": "data=huggingface, data=tinystories, .parquet files and init_from=hf:…",
@@ -189,16 +189,6 @@ def _need(group: str, name: str) -> float | None:
     vocab_size = cfg.model.vocab_size or cfg.tokenizer.get("vocab_size") or 50257
     with torch.device("meta"):
         net = build_net(cfg, vocab_size)
-    parameters = sum(weight.numel() for weight in net.parameters())
     sequences = min(cfg.device.micro_batch_size or DEFAULT_MICRO_BATCH_SIZE, cfg.data.batch_size)
-    estimate = memory_estimate(
-        parameters=parameters,
-        trained=parameters,
-        tokens=sequences * cfg.model.block_size,
-        n_embd=cfg.model.n_embd,
-        n_layer=cfg.model.n_layer,
-        vocab_size=vocab_size,
-        precision=precision_of(cfg, net),
-        chunked=str(cfg.device.accelerator) == "cpu",
-    )
-    return sum(estimate.values())
+    tokens = sequences * cfg.model.block_size
+    return sum(memory_needs(cfg, net, tokens=tokens, vocab_size=vocab_size).values())

@@ -12,7 +12,6 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from torch.utils.tensorboard.summary import hparams
 
 from gpt_lightning.rundir.metrics import MetricsFile
 from gpt_lightning.rundir.summary import RunSummary
@@ -68,6 +67,8 @@ def log_hyperparameters(trainer: pl.Trainer, results: RunSummary, overrides: Seq
 
     The losses are those of the charts, so that no chart has a single point.
     """
+    from torch.utils.tensorboard.summary import hparams  # a run without TensorBoard does not wait for it
+
     tags = {"val_loss": "val/loss", "best_val_loss": "val/best_loss", "bits_per_byte": "val/bits_per_byte"}
     metrics = {tags[key]: value for key, value in results.items() if key in tags and value is not None}
     pairs = (text.lstrip("+").partition("=") for text in overrides)

@@ -24,11 +24,15 @@ TEMPLATE = (
 def render(messages: Sequence[Mapping[str, str]]) -> str:
     """The prompt that asks for an answer to the messages, in the form that the training text has."""
     turns = (
-        f"<|{message['role']}|>\n{message['content'].strip()}"
-        + (END_OF_TEXT if message["role"] == "assistant" else "\n")
+        turn(message["role"], message["content"]) + (END_OF_TEXT if message["role"] == "assistant" else "\n")
         for message in messages
     )
     return END_OF_TEXT + "".join(turns) + ANSWER
+
+
+def turn(role: str, content: str) -> str:
+    """A message as the training text has it, without what follows."""
+    return f"<|{role}|>\n{content.strip()}"
 
 
 def exchanges(row: Mapping[str, Any], where: str) -> list[str]:
@@ -55,7 +59,7 @@ def exchanges(row: Mapping[str, Any], where: str) -> list[str]:
             raise ValueError(f"{where}: a message needs a text `content` and a `role` of {', '.join(ROLES)}")
         if any(marker in content for marker in MARKERS):
             raise ValueError(f"{where}: a message has {', '.join(MARKERS)} in it; they separate messages")
-        text += f"<|{role}|>\n{content.strip()}"
+        text += turn(role, content)
         if role == "assistant":
             texts.append(text)
         text = "" if role == "assistant" else text + "\n"

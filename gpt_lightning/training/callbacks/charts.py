@@ -7,7 +7,6 @@ import math
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.plugins.text.summary_v2 import text_pb
 
 from gpt_lightning.training.loggers import true_reason
 from gpt_lightning.training.module import LanguageModel
@@ -63,6 +62,8 @@ def tensorboards(trainer: pl.Trainer) -> list[TensorBoardLogger]:
 
 def show_sample(trainer: pl.Trainer, prompt: str, text: str) -> None:
     """Show a text on TensorBoard's page Text, below its prompt, line by line as it is."""
+    from tensorboard.plugins.text.summary_v2 import text_pb  # a run without TensorBoard does not wait for it
+
     asked = f"`{prompt}`" if prompt else "none, a new document"
     lines = text.replace("\n", "  \n")  # Markdown's line break
     for logger in tensorboards(trainer):

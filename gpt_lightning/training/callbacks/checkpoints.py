@@ -20,7 +20,7 @@ from torch import Tensor
 from gpt_lightning.rundir.checkpoint import write_checkpoint
 from gpt_lightning.training.callbacks.interruption import Interruption
 from gpt_lightning.training.callbacks.stop import rule_reached
-from gpt_lightning.training.intervals import save_interval
+from gpt_lightning.training.intervals import is_due, save_interval
 from gpt_lightning.training.module import LanguageModel
 
 LAST = "last.ckpt"
@@ -194,7 +194,7 @@ class LastCheckpoint(Checkpoint):
         if self.snapshot_every_steps and step % self.snapshot_every_steps == 0:
             # before last.ckpt, from which a run that is killed in between would not come here again
             self._save(trainer, f"step-{step}.ckpt")
-        if ends or step == 1 or step % self.interval == 0:
+        if ends or is_due(step, self.interval):
             self.save_last(trainer)
         if not ends:
             self._leave_if_asked(trainer)

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from gpt_lightning.training.intervals import log_interval
+from gpt_lightning.training.intervals import is_due, log_interval
 from gpt_lightning.training.loggers import log_metrics
 from gpt_lightning.training.module import LanguageModel
 from gpt_lightning.training.strategies import whole
@@ -44,9 +44,8 @@ class Diagnostics(Callback):
             pl_module.net.get_submodule(layer).register_forward_hook(self._keep(trainer, layer))
 
     def _due(self, trainer: pl.Trainer) -> bool:
-        """Whether the step that is being computed is logged, as StepMetrics decides."""
-        step = trainer.global_step + 1
-        return step % self.interval == 0 or step == 1
+        """Whether the step that is being computed is logged."""
+        return is_due(trainer.global_step + 1, self.interval)
 
     def _keep(self, trainer: pl.Trainer, layer: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:

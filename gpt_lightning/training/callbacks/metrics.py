@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from gpt_lightning.training.intervals import log_interval
+from gpt_lightning.training.intervals import is_due, log_interval
 from gpt_lightning.training.loggers import log_metrics
 from gpt_lightning.training.module import LanguageModel
 
@@ -72,7 +72,7 @@ class StepMetrics(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:  # type: ignore[override]
         step = trainer.global_step
-        due = pl_module.step_ended and (step % self.interval == 0 or step == 1)
+        due = pl_module.step_ended and is_due(step, self.interval)
         loss = pl_module.mean_train_loss() if due else 0.0  # waits for the device
         self._seconds += time.perf_counter() - self._started
         self._steps += pl_module.step_ended

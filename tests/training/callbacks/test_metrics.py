@@ -200,16 +200,23 @@ def test_run_ends_with_one_validation_at_its_last_step(fit: Fit, tmp_path: Path)
     assert [row["step"] for row in rows(tmp_path, "val/loss")] == [4, STEPS]
 
 
-def test_samples_do_not_change_the_training(fit: Fit, store: TokenStore, tmp_path: Path) -> None:
-    """Not the weights, under dropout, nor what is drawn afterwards."""
+def check_that_training_is_the_same(
+    fit: Fit, store: TokenStore, *callbacks: pl.Callback, val_every_steps: int
+) -> None:
+    """Neither the weights, under dropout, nor what is drawn afterwards depends on the callbacks."""
     nets, draws = [], []
-    for callbacks in ([], [Samples(tmp_path / "samples.md", max_new_tokens=20)]):
+    for chosen in ((), callbacks):
         net = module(store)
-        fit(*callbacks, net=net, val_every_steps=2)
+        fit(*chosen, net=net, val_every_steps=val_every_steps)
         nets.append(net.state_dict())
         draws.append(torch.rand(3).tolist())
     assert all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
     assert draws[0] == draws[1]
+
+
+def test_samples_do_not_change_the_training(fit: Fit, store: TokenStore, tmp_path: Path) -> None:
+    samples = Samples(tmp_path / "samples.md", max_new_tokens=20)
+    check_that_training_is_the_same(fit, store, samples, val_every_steps=2)
 
 
 class Observer(pl.Callback):
@@ -232,14 +239,8 @@ class Observer(pl.Callback):
 def test_diagnostics_measure_each_layer_and_do_not_change_the_training(
     fit: Fit, store: TokenStore, tmp_path: Path
 ) -> None:
-    nets, draws, observer = [], [], Observer()
-    for callbacks in ([], [Diagnostics(every_steps=3), observer]):
-        net = module(store)
-        fit(*callbacks, net=net, val_every_steps=100)
-        nets.append(net.state_dict())
-        draws.append(torch.rand(3).tolist())
-    assert all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
-    assert draws[0] == draws[1]
+    observer = Observer()
+    check_that_training_is_the_same(fit, store, Diagnostics(every_steps=3), observer, val_every_steps=100)
     layers = ["transformer.wte", "transformer.wpe", "transformer.h.0", "transformer.h.1", "transformer.ln_f"]
     logged = rows(tmp_path, "update_ratio/transformer.h.0")
     assert [row["step"] for row in logged] == [1, 3, 6]
