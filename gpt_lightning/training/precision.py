@@ -6,8 +6,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 
-# Parameters above which bfloat16 makes a CPU's steps faster: 1.64 x at 10.7 million, 1.40 x at a vocabulary
-# of 50,304, nothing at 0.8 million, whose products are too small to matter.
+# Parameters above which bfloat16 is taken to make a CPU's steps faster; the products of small networks gain
+# nothing. benchmarks/steps.py compares both, but has not run on a CPU with native bfloat16.
 WORTHWHILE = 4_000_000
 
 
