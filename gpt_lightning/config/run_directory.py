@@ -20,27 +20,8 @@ OURS = "hydra_plugins.gpt_lightning_sweeps."  # launchers that go on with a swee
 SWEEP = {"sweep.jobs": number(int, least=1, most=1000), "sweep.retries": number(int, least=0)}
 
 
-class RunDirectory(Callback):
-    """Locks the run directory, and refuses one that is in use or holds a run.
-
-    Judged here are the directories that the whole configuration results in, not the command line alone.
-    """
-
-    def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        if not is_first_rank():
-            return  # the first rank judges; it may have begun already
-        with refusing():
-            check_processes(config)
-            paths: Any = OmegaConf.to_container(config.paths, resolve=False)
-            if paths["run"] != "${hydra:runtime.output_dir}":
-                raise ConfigError(f"paths.run={paths['run']} would separate a run; set hydra.run.dir instead")
-            folder = Path(str(config.hydra.run.dir)).resolve()
-            if config.resume is None:
-                refuse_to_overwrite(folder)
-            take_lock(folder)
-
-    def on_run_end(self, config: DictConfig, **_: Any) -> None:
-        release_lock(Path(str(config.hydra.run.dir)).resolve())
+class SweepDirectory(Callback):
+    """Refuses the directory of another sweep, and wrong numbers of a sweep."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         with refusing():
@@ -62,6 +43,29 @@ class RunDirectory(Callback):
                 )
             if (folder / "multirun.yaml").exists():
                 check_same_sweep(folder, config)
+
+
+class RunDirectory(SweepDirectory):
+    """Locks the run directory, and refuses one that is in use or holds a run.
+
+    Judged here are the directories that the whole configuration results in, not the command line alone.
+    """
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        if not is_first_rank():
+            return  # the first rank judges; it may have begun already
+        with refusing():
+            check_processes(config)
+            paths: Any = OmegaConf.to_container(config.paths, resolve=False)
+            if paths["run"] != "${hydra:runtime.output_dir}":
+                raise ConfigError(f"paths.run={paths['run']} would separate a run; set hydra.run.dir instead")
+            folder = Path(str(config.hydra.run.dir)).resolve()
+            if config.resume is None:
+                refuse_to_overwrite(folder)
+            take_lock(folder)
+
+    def on_run_end(self, config: DictConfig, **_: Any) -> None:
+        release_lock(Path(str(config.hydra.run.dir)).resolve())
 
 
 def check_same_sweep(folder: Path, config: DictConfig) -> None:

@@ -33,7 +33,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM] + [s for s in [getattr(signal, "SIGHUP
 
 
 class ProcessLauncher(Launcher):
-    """Runs each job as a process of its own, with the command line `train OVERRIDES hydra.run.dir=DIR`.
+    """Runs each job as a process of its own, with the command line `COMMAND OVERRIDES hydra.run.dir=DIR`.
 
     A crash, a kill or a time limit of one job ends no other. The same sweep started again skips the jobs that
     are finished, resumes those that were interrupted, and tries the failed ones again.
@@ -44,6 +44,8 @@ class ProcessLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config, self.stopped = config, 0
+        # train, or prepare, whose jobs leave no run directories and know themselves what is finished
+        self.command: str = task_function.__self__.config_name  # type: ignore[attr-defined]
         self.running: dict[str, BaseProcess] = {}
         self.guard = threading.RLock()  # of the ledger and its jobs
         self.on_end: Callable[[Job], None] = lambda job: None
@@ -91,7 +93,7 @@ class ProcessLauncher(Launcher):
 
     def run_all(self, jobs: Iterable[Job]) -> None:
         """Run jobs, `sweep.jobs` at once; a job is taken from the iterable when it can start."""
-        self.pool, iterator = Pool(), iter(jobs)
+        self.pool, iterator = Pool(self.command), iter(jobs)
 
         def work(variables: dict[str, str]) -> None:
             while not self.stopped:
@@ -147,8 +149,8 @@ class ProcessLauncher(Launcher):
         hydra = [text for text in given if not key_of(text).replace("/", ".").startswith(OF_THE_SWEEP)]
         sources = [source for source in runtime.config_sources if source.provider == "command-line"]
         flags = [f"--config-dir={source.path}" for source in sources]
-        flags += [f"--config-name={name}"] * (name != "train")
-        place = verbatim("hydra.run.dir")([f"hydra.run.dir={folder}"])
+        flags += [f"--config-name={name}"] * (name != self.command)
+        place = verbatim("hydra.run.dir")([f"hydra.run.dir={folder}"]) if self.command == "train" else []
         return [*flags, *hydra, *job.overrides, *place]
 
     def _progress(self, job: Job) -> str:

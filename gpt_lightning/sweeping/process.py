@@ -16,9 +16,16 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["lightning.pytorch", "gpt_lightning.config.build", "gpt_lightning.training.fit"]
-PRELOADED += ["gpt_lightning.inference.run", "torch.utils.tensorboard"]
-MODULE = "gpt_lightning.train"
+PRELOADED = {  # what the jobs of a command import
+    "train": [
+        "lightning.pytorch",
+        "gpt_lightning.config.build",
+        "gpt_lightning.training.fit",
+        "gpt_lightning.inference.run",
+        "torch.utils.tensorboard",
+    ],
+    "prepare": ["gpt_lightning.config.nodes", "gpt_lightning.data.shards"],
+}
 # Variables that a job must not take for its own: the rank of a process, and what the command sets for itself
 OWN = {"RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
 OWN |= {"HYDRA_FULL_ERROR"}
@@ -26,13 +33,14 @@ PREFIXES = ("MASTER_", "PL_", "TORCHELASTIC_")
 
 
 class Pool:
-    """Starts jobs as `python -m gpt_lightning.train ARGUMENTS` would, without the seconds of the imports."""
+    """Starts jobs as `python -m gpt_lightning.COMMAND ARGUMENTS` would, without the seconds of imports."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: str) -> None:
+        self.module = f"gpt_lightning.{command}"
         kind = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"  # Windows
         self._context: Any = mp.get_context(kind)
         if kind == "forkserver":
-            self._context.set_forkserver_preload(PRELOADED)
+            self._context.set_forkserver_preload(PRELOADED[command])
         self._lock = threading.Lock()  # starting a process looks at the exit codes of the others
 
     def run(
@@ -57,7 +65,7 @@ class Pool:
         reader, writer = self._context.Pipe(duplex=False)
         environment = {**job_environment(os.environ), **variables}
         process = self._context.Process(
-            target=job, args=(list(arguments), environment, str(Path.cwd()), writer)
+            target=job, args=(self.module, list(arguments), environment, str(Path.cwd()), writer)
         )
         begun, last = time.monotonic(), ""
         with self._lock:
@@ -79,7 +87,9 @@ def job_environment(variables: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in variables.items() if k not in OWN and not k.startswith(PREFIXES)}
 
 
-def job(arguments: list[str], variables: dict[str, str], folder: str, output: Connection) -> None:
+def job(
+    module: str, arguments: list[str], variables: dict[str, str], folder: str, output: Connection
+) -> None:
     """Runs in the process of the job."""
     if hasattr(os, "setsid"):
         os.setsid()  # signals of the terminal go to the sweep, which passes them on
@@ -94,10 +104,10 @@ def job(arguments: list[str], variables: dict[str, str], folder: str, output: Co
         import torch
 
         torch.set_num_threads(int(threads))
-    spec = importlib.util.find_spec(MODULE)
+    spec = importlib.util.find_spec(module)
     assert spec is not None
     sys.argv = [str(spec.origin), *arguments]
-    runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def end_with_sweep() -> None:

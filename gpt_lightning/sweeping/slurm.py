@@ -63,8 +63,9 @@ class SlurmLauncher(ProcessLauncher):
             "output": f"{folder}/slurm-%a.log",
         }
         lines = [f"#SBATCH --{key}={value}" for key, value in {**options, **self.sbatch}.items()]
+        program = [sys.executable, "-m", f"gpt_lightning.{self.command}"]
         commands = [
-            f"{index}) {shlex.join([sys.executable, '-m', 'gpt_lightning.train', *arguments])} & ;;"
+            f"{index}) {shlex.join([*program, *arguments])} & ;;"
             for index, arguments in enumerate(self.arguments(job, self.ledger.place(job)) for job in waiting)
         ]
         script = TEMPLATE.format(

@@ -563,16 +563,6 @@ def test_more_shards_than_parts_share_the_groups(tmp_path, monkeypatch):
     assert files_of(stores[-1].folder) == expected
 
 
-def test_shards_in_processes_of_their_own_make_one_store(larger, tmp_path):
-    code = (
-        "print(prepare_shard(TextFiles(path), BPE(300), cache, shard=int(sys.argv[3]), shards=3) is not None)"
-    )
-    processes = [start(code, larger.path, tmp_path / "cache", shard) for shard in range(3)]
-    assert "True" in {finish(process)[0].strip() for process in processes}
-    (folder,) = (p for p in (tmp_path / "cache").iterdir() if p.is_dir() and p.name != "tokenizers")
-    assert files_of(folder) == files_of(prepare(larger, BPE(300), tmp_path / "own cache").folder)
-
-
 def test_streamed_dataset_of_several_files_is_prepared_in_parts_and_goes_on_after_the_finished_ones(tmp_path):
     pytest.importorskip("datasets")
     parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").table

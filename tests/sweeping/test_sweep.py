@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +123,29 @@ def test_jobs_of_a_sweep_may_have_several_processes_and_end_by_themselves(
         [row["val/loss"] for row in read_metrics(run / "metrics.csv") if "val/loss" in row] for run in (a, b)
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_shards_that_a_sweep_prepares_make_the_tokens_of_one_process(
+    small_text: Path, tmp_path: Path, command: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    source = ["data=text", f"data.path={small_text}", "tokenizer.vocab_size=300"]
+    shards = ["shard=range(3)", "shards=3", "sweep.jobs=2", f"paths.cache={tmp_path / 'many'}"]
+    done = command("prepare", "-m", *source, *shards)
+    assert done.returncode == 0, done.stderr
+    sweep = next((tmp_path / "outputs" / "prepare").iterdir())
+    assert {job["status"] for job in ledger(sweep).values()} == {"finished"}
+    assert {path.name for path in sweep.iterdir()} == {".hydra", "multirun.yaml", "sweep.jsonl"}
+    again = command("prepare", "-m", *source, "shard=1,3", *shards[1:])  # finished shards are kept
+    assert (again.returncode, ledger(sweep)["shard=1"]["status"]) == (1, "finished")
+    assert "shard=3: failed (shard=3 must be a whole number from 0 to 2, since shards=3)" in again.stdout
+    command("prepare", *source, f"paths.cache={tmp_path / 'one'}")
+    one, many = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*/*.bin")}
+        for name in ("one", "many")
+    )
+    assert set(one) == {"train.bin", "val.bin"}
+    assert one == many
 
 
 @pytest.mark.parametrize(
