@@ -5,9 +5,9 @@
 DIR is a checkout of nanoGPT, which gets FILE, tiny Shakespeare, as its data. For each seed nanoGPT's
 train.py runs with the settings that its README gives for a CPU, then each experiment of ours, all as
 processes of their own, one after the other. The seconds are of the whole process: start, data, every
-validation, checkpoints. The loss is over the whole validation split in windows of the block size,
-nanoGPT's computed from the checkpoint that it leaves. Prints every run, then medians and ratios. An
-experiment may carry overrides: "NAME trainer.max_steps=2000".
+validation, checkpoints. The loss is over the whole validation split in windows of the block size, end to
+end, computed afterwards: nanoGPT's from the checkpoint that it leaves, ours from the last one. Prints every
+run, then medians and ratios. An experiment may carry overrides: "NAME trainer.max_steps=2000".
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import tempfile
 import time
 from pathlib import Path
 
+BLOCK = 64  # of every model here
 RECIPE = (  # nanoGPT's README, "I only have a macbook"
-    "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 "
+    f"--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size={BLOCK} --batch_size=12 "
     "--n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
 )
 EXPERIMENTS = ["nanogpt_shakespeare_char_cpu"]
@@ -80,7 +81,9 @@ def ours(experiment: str, text: Path, folder: Path, seed: int, threads: int) -> 
     run = folder / "run"
     command = [sys.executable, "-m", "gpt_lightning.train", f"experiment={name}", f"data.path={text}"]
     seconds = timed([*command, f"seed={seed}", f"hydra.run.dir={run}", *overrides], folder, threads)
-    return seconds, json.loads((run / "summary.json").read_text(encoding="utf-8"))["val_loss"]
+    command = [sys.executable, "-m", "gpt_lightning.evaluate", f"checkpoint={run}/checkpoints/last.ckpt"]
+    timed([*command, f"stride={BLOCK}", "output=loss.json"], folder, threads)
+    return seconds, json.loads((folder / "loss.json").read_text())["loss"]
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
 """What the framework costs: steps of `train` beside the same steps in a bare PyTorch loop.
 
 Both train the same network on the same windows of input.txt with fused AdamW and clipping, in turn, in one
-process; the loop does nothing else. Prints tokens per second of each turn, the medians and their ratio.
+process; the loop does nothing else. The time is that from the end of the first step to the end of the last,
+with everything in between but checkpoints, which have their own interval. Prints milliseconds per step of
+each turn, the medians, and what a step of `train` takes longer.
 
     python benchmarks/training.py [--rounds 5] [--steps 40] [--device cpu] [overrides of train …]
 """
@@ -14,6 +16,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -30,30 +33,44 @@ from gpt_lightning.config.build import (
 )
 from gpt_lightning.config.parts import Parts, build_loggers, build_parts, build_trainer
 from gpt_lightning.config.resolvers import CONF
-from gpt_lightning.training.callbacks.metrics import StepMetrics
 from gpt_lightning.training.fit import fit, quiet_lightning
 from gpt_lightning.training.optimizers import parameter_groups
 from gpt_lightning.training.precision import use_precision
 
 
+class Clock(pl.Callback):
+    """When micro-batches ended."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.times.append(time.perf_counter())
+
+
+def per_step(times: list[float], accumulation: int) -> float:
+    """Milliseconds per optimizer step, from the end of the first one on."""
+    ends = times[accumulation - 1 :: accumulation]
+    return 1000 * (ends[-1] - ends[0]) / (len(ends) - 1)
+
+
 def framework(cfg: DictConfig, prepared: Prepared, folder: Path) -> float:
-    """Tokens per second of training steps as `train` logs them."""
+    """Milliseconds per step of `train`."""
     pl.seed_everything(cfg.seed, verbose=False)
     with open_dict(cfg):
         cfg.paths.run = str(folder)
     parts = build_parts(cfg)  # callbacks have a state, so each run has its own
     data, module = build_data(cfg, prepared), build_module(cfg, parts, prepared)
-    trainer = build_trainer(cfg, parts.callbacks, build_loggers(cfg, None))
+    clock = Clock()
+    trainer = build_trainer(cfg, [*parts.callbacks, clock], build_loggers(cfg, None))
     if cfg.device.precision == "auto":
         use_precision(trainer, precision_of(cfg, module.net))
     fit(module, data, trainer, folder=folder, val_every_steps=10**9, facts={})
-    metrics = StepMetrics.of(trainer)
-    assert metrics is not None
-    return metrics.steps * data.tokens_per_step / metrics.seconds
+    return per_step(clock.times, trainer.accumulate_grad_batches)
 
 
 def plain(cfg: DictConfig, parts: Parts, prepared: Prepared) -> float:
-    """Tokens per second of the same steps without the framework."""
+    """Milliseconds per step of the same steps without the framework."""
     torch.manual_seed(cfg.seed)
     data, device = build_data(cfg, prepared), torch.device(cfg.device.accelerator)
     net = build_net(cfg, prepared.vocab_size).to(device)
@@ -61,7 +78,7 @@ def plain(cfg: DictConfig, parts: Parts, prepared: Prepared) -> float:
     loader = data.train_dataloader()
     accumulation = data.tokens_per_step // (loader.dataset[0][0].numel())
     bf16 = precision_of(cfg, net).startswith("bf16")
-    started = time.perf_counter()
+    times = []
     for number, (x, y) in enumerate(loader, start=1):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = net(x.to(device), y.to(device)) / accumulation
@@ -70,9 +87,11 @@ def plain(cfg: DictConfig, parts: Parts, prepared: Prepared) -> float:
             torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.trainer.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
+        times.append(time.perf_counter())
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return len(loader) // accumulation * data.tokens_per_step / (time.perf_counter() - started)
+        times[-1] = time.perf_counter()
+    return per_step(times, accumulation)
 
 
 def main() -> None:
@@ -88,7 +107,8 @@ def main() -> None:
     fixed = [
         f"device={arguments.device}", f"trainer.max_steps={arguments.steps}", "trainer.val_batches=1",
         "scheduler=constant", "scheduler.warmup_steps=0", "callbacks.samples=null", "paths.run=.",
-        "trainer.log_every_steps=10", "callbacks.layers=null", "logger=none",
+        "trainer.log_every_steps=10", "trainer.save_every_steps=1000000", "callbacks.layers=null",
+        "logger=none",
     ]  # fmt: skip
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", overrides=[*fixed, *overrides])
@@ -101,13 +121,11 @@ def main() -> None:
             if turn >= 0:
                 ours.append(pair[0])
                 bare.append(pair[1])
-                print(
-                    f"round {turn + 1}: train {pair[0]:,.0f} tokens/s, bare loop {pair[1]:,.0f} tokens/s",
-                    flush=True,
-                )
-    ratios = [a / b for a, b in zip(ours, bare, strict=True)]
+                print(f"round {turn + 1}: train {pair[0]:.2f} ms, bare loop {pair[1]:.2f} ms", flush=True)
+    more, ratios = zip(*((a - b, a / b) for a, b in zip(ours, bare, strict=True)), strict=True)
     print(
-        f"median: train {statistics.median(ours):,.0f}, bare loop {statistics.median(bare):,.0f} tokens/s; "
+        f"median: train {statistics.median(ours):.2f} ms per step, bare loop {statistics.median(bare):.2f}; "
+        f"{statistics.median(more):.2f} ms longer ({min(more):.2f} to {max(more):.2f}), "
         f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
     )
 

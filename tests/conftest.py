@@ -115,7 +115,11 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def run(name: str, *arguments: str) -> Any:
         import importlib
 
-        monkeypatch.chdir(Path.cwd())  # a run that goes on does so where it was started
+        # a run that goes on does so where it was started, and its modules come from here
+        monkeypatch.chdir(Path.cwd())
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        for variable in ("PYTHONPATH", "PYTHONSAFEPATH"):
+            monkeypatch.setenv(variable, os.environ.get(variable, ""))
         monkeypatch.setattr(sys, "argv", [f"gpt-lightning-{name}", *arguments])
         return importlib.import_module(f"gpt_lightning.{name}").main()
 

@@ -186,7 +186,13 @@ PUBLISHED: list[tuple[str, Published]] = [
     ),
     (
         "nanogpt_shakespeare_char_cpu",
-        {**CHARACTERS, **shape(4, 4, 128, 64), **batches(12, 1), "trainer.max_steps": 2000},
+        {
+            **CHARACTERS,
+            **shape(4, 4, 128, 64),
+            **batches(12, 1),
+            "trainer.max_steps": 2000,
+            "trainer.val_batches": 20,
+        },
     ),
 ]
 

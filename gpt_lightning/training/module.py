@@ -112,11 +112,11 @@ class LanguageModel(pl.LightningModule):
         self.lr, self.step_ended = optimizer.param_groups[0]["lr"], True
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.grad_norm = whole(nn.utils.get_total_norm(gradients))
+        trained = [p for p in self.parameters() if p.grad is not None]
+        self.grad_norm = whole(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
         self.before_step()
         if self.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters(), self.clip_norm, self.grad_norm)
+            nn.utils.clip_grads_with_norm_(trained, self.clip_norm, self.grad_norm)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(parameter_groups(self.net, by_role=by_role(self.optimizer)))

@@ -19,6 +19,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from support.runs import ROOT
 
 from gpt_lightning.data.corpus.files import TextFiles
 from gpt_lightning.data.datamodule import TextDataModule
@@ -341,7 +342,7 @@ def test_notebook_shows_a_progress_bar() -> None:
     pytest.importorskip("ipykernel")
     code = "from gpt_lightning.training.callbacks.progress import can_show_bar\nprint(can_show_bar())"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
-    nbclient.NotebookClient(notebook, timeout=120).execute()
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
     assert notebook.cells[0].outputs[-1]["text"] == "True\n"
 
 
