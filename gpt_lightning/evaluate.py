@@ -6,7 +6,6 @@ import importlib.util
 import json
 import logging
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from gpt_lightning.data.corpus.base import Corpus
-    from gpt_lightning.inference.sampling import SamplingSettings
     from gpt_lightning.inference.text import TextGenerator
 
 log = logging.getLogger(__name__)
@@ -36,12 +34,11 @@ TABLE = {  # what is printed, with its format
     "loss": "{:.4f} nats per token",
     "standard_error": "{:.4f}",
     "perplexity": "{:.2f}",
-    "word_perplexity": "{:.4f}",
     "bits_per_byte": "{:.4f}",
     "floor_bits_per_byte": "{:.4f}, the corpus entropy",
     "bleu": "{:.2f}",
 }
-RESULT = {*TABLE, "checkpoint", "words", "stride", "block_size", "samples", "validation"}  # keys of output=
+RESULT = {*TABLE, "checkpoint", "stride", "block_size"}  # keys of output=
 PAGE = b"<!doctype html><!-- gpt_lightning tokens"  # how the page of tokens=true begins
 WINDOWS = (
     "windows overlap by {0} tokens of context; training's validation loss, with windows end to end, "
@@ -54,10 +51,8 @@ RULES: dict[str, Rule] = {
     "samples": readable_path,
     "reference": readable_path,
     "split": one_of("train", "val"),
-    "num_samples": number(int, least=0),
     "batch_size": number(int, least=1, optional=True),
     "stride": number(int, least=1, optional=True),
-    "per_document": one_of(True, False),
     "tokens": one_of(True, False),
     "layer": number(int, least=0),
     "head": number(int, least=0),
@@ -77,16 +72,16 @@ def validate(cfg: DictConfig) -> None:
     """
     if cfg.get("data") is not None and cfg.text is not None:
         raise ConfigError(f"text={cfg.text} and data= exclude each other; give one of them")
-    if cfg.reference is not None and cfg.samples is None:
-        raise ConfigError(f"reference={cfg.reference} is compared with texts; give them with samples=FILE")
+    if (cfg.reference is None) != (cfg.samples is None):
+        raise ConfigError("samples=FILE and reference=FILE, texts and what they should be, go together")
     check(cfg, RULES)
     inputs = (cfg.text, cfg.samples, cfg.reference)
     if cfg.tokens and not str(cfg.output).endswith(".html"):
         raise ConfigError(
             f"tokens=true writes a page, but output={cfg.output}; name a file that ends in .html"
         )
-    if cfg.tokens and cfg.get("data") is None and cfg.text is None and (cfg.samples or cfg.num_samples):
-        raise ConfigError("tokens=true shows a text; give text= or data= beside samples= or num_samples=")
+    if cfg.tokens and cfg.get("data") is None and cfg.text is None and cfg.samples:
+        raise ConfigError("tokens=true shows a text; give text= or data= beside samples=")
     check_output(cfg.output, PAGE if cfg.tokens else is_result, *inputs)
     if cfg.reference is not None and importlib.util.find_spec("sacrebleu") is None:
         raise ModuleNotFoundError(name="sacrebleu")
@@ -96,13 +91,13 @@ def choose_corpus(cfg: DictConfig, source: Path) -> Corpus | None:
     """The corpus of data=, that of the run where nothing else is to be evaluated, else None."""
     if cfg.get("data") is not None:
         return build(cfg, "data.corpus")
-    if cfg.text is not None or cfg.samples is not None or cfg.num_samples:
+    if cfg.text is not None or cfg.samples is not None:
         return None
     corpus = corpus_of_run(source)
     if corpus is None:
         raise ConfigError(
             f"nothing to evaluate: {source} does not tell which corpus of gpt_lightning it was trained on; "
-            "give data=, text=, num_samples= or samples="
+            "give data=, text=, or samples= and reference="
         )
     return corpus
 
@@ -122,15 +117,14 @@ def corpus_tokens(cfg: DictConfig, corpus: Corpus, model: TextGenerator) -> tupl
 def file_tokens(cfg: DictConfig, model: TextGenerator, source: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """The tokens of text=, and what is known about it."""
     from gpt_lightning.data.corpus.files import TextFiles
-    from gpt_lightning.evaluation.losses import count_words, lay_out
+    from gpt_lightning.evaluation.losses import lay_out
 
     text = TextFiles(cfg.text, val_fraction=sys.float_info.min)  # so small that all is training text
     for file in text.files("train"):
         if match := training_file(file, source):
             log.warning("text=%s was training text of the run (%s): its loss is too low", file, match)
-    documents = list(text.documents("train"))
-    tokens = lay_out(documents, model.tokenizer, separated=text.separated or cfg.per_document)
-    return tokens, {"text": cfg.text, "words": sum(map(count_words, documents))}
+    tokens = lay_out(text.documents("train"), model.tokenizer, separated=text.separated)
+    return tokens, {"text": cfg.text}
 
 
 def training_file(file: Path, source: Path) -> Path | None:
@@ -162,44 +156,27 @@ def read_lines(path: str) -> list[str]:
         raise ConfigError(f"{path} has a line without a text ({error!r}); use what generate wrote") from error
 
 
-def compare_samples(
-    cfg: DictConfig, corpus: Corpus | None, model: TextGenerator, settings: SamplingSettings
-) -> dict[str, Any]:
-    """The overlap of texts with the training text, beside that of unseen text, and BLEU."""
-    from gpt_lightning.evaluation.originality import excerpt, originality, pieces_like, variety
+def bleu(cfg: DictConfig) -> float:
+    """BLEU of the texts of samples= against those of reference=."""
+    import sacrebleu
 
-    samples = read_lines(cfg.samples) if cfg.samples is not None else model.generate(**asdict(settings))
-    found: dict[str, Any] = {"samples": variety(samples)}
-    if corpus is not None:
-        training, unseen = excerpt(corpus, "train"), pieces_like(excerpt(corpus, "val"), samples)
-        found = {"samples": originality(samples, training), "validation": originality(unseen, training)}
-    if cfg.reference is not None:
-        import sacrebleu
-
-        references = read_lines(cfg.reference)
-        if len(references) != len(samples):
-            raise ConfigError(
-                f"reference={cfg.reference} has {len(references)} texts for the {len(samples)} of "
-                f"samples={cfg.samples}; write one a line for each"
-            )
-        found["bleu"] = sacrebleu.corpus_bleu(samples, [references]).score
-    return found
+    samples, references = read_lines(cfg.samples), read_lines(cfg.reference)
+    if len(references) != len(samples):
+        raise ConfigError(
+            f"reference={cfg.reference} has {len(references)} texts for the {len(samples)} of "
+            f"samples={cfg.samples}; write one a line for each"
+        )
+    return float(sacrebleu.corpus_bleu(samples, [references]).score)
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the results, with a column for each kind of text where several are compared."""
+    """Print the results."""
     for key, layout in TABLE.items():
         if result.get(key) is not None:
             print(f"{key:>24}  {layout.format(result[key])}")
     block_size, stride = result.get("block_size", 0), result.get("stride", 0)
     if stride < block_size:
         print(WINDOWS.format(block_size - stride, block_size))
-    columns = [key for key in ("samples", "validation") if key in result]
-    if columns:
-        print(f"\n{'':>24}  " + "".join(f"{column:>12}" for column in columns))
-    for key in result.get("samples", {}):
-        values = [result[column][key] for column in columns]
-        print(f"{key:>24}  " + "".join(f"{'-' if v is None else format(v, '.3f'):>12}" for v in values))
 
 
 @command("evaluate", arguments=verbatim("checkpoint", "text", "samples", "reference", "output"), show=show)
@@ -209,10 +186,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     validate(cfg)
     from gpt_lightning.evaluation.losses import evaluate
     from gpt_lightning.inference.loading import load
-    from gpt_lightning.inference.sampling import SamplingSettings
 
-    options = {key: cfg[key] for key in ("max_new_tokens", "temperature", "top_k", "seed")}
-    settings = SamplingSettings(num_samples=max(1, cfg.num_samples), **options)
     corpus = choose_corpus(cfg, source)
     model = load(source, cfg.device.accelerator, cfg.dtype, model=network_of(cfg))
     result: dict[str, Any] = {"checkpoint": str(source)}
@@ -222,10 +196,9 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     elif cfg.text is not None:
         found = file_tokens(cfg, model, source)
     if found:
-        windows = {key: cfg[key] for key in ("stride", "batch_size", "per_document")}
-        result |= found[1] | {**evaluate(model, found[0], **windows, words=found[1].get("words"))}
-    if cfg.num_samples or cfg.samples is not None:
-        result |= compare_samples(cfg, corpus, model, settings)
+        result |= found[1] | {**evaluate(model, found[0], stride=cfg.stride, batch_size=cfg.batch_size)}
+    if cfg.samples is not None:
+        result["bleu"] = bleu(cfg)
     if cfg.tokens and found:
         write_page(cfg, model, found[0], f"{result['text']}, read by {source}")
     elif cfg.output is not None:

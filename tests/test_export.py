@@ -109,9 +109,7 @@ def test_command_refuses_a_checkpoint_with_code(
     contents = torch.load(checkpoint, weights_only=True)
     torch.save({**contents, "callbacks": Evil(tmp_path / "ran")}, checkpoint)
     (tmp_path / "bare.ckpt").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
-    more = {"generate": [], "evaluate": ["num_samples=1"], "export": [f"output={tmp_path / 'model'}"]}[
-        command
-    ]
+    more = [f"output={tmp_path / 'model'}"] if command == "export" else []
     for path in (checkpoint, tmp_path / "bare.ckpt"):
         with pytest.raises(SystemExit) as stop:
             call(command, f"checkpoint={path}", *more)

@@ -5,10 +5,8 @@ N tokens of the text, B windows in a forward, T positions of the longest of them
 
 from __future__ import annotations
 
-import itertools
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TypedDict
 
 import numpy as np
@@ -24,8 +22,6 @@ from gpt_lightning.model.gpt import CausalLM
 LOGITS = 1 << 24  # computed at once, 64 MB
 FORWARD = 8192  # tokens in a forward, by default
 
-Segment = tuple[int, int]  # first token and end of a part that is scored without the rest
-
 
 class Scores(TypedDict):
     """Means over the scored tokens, in nats unless the name says otherwise; None where undefined."""
@@ -35,7 +31,6 @@ class Scores(TypedDict):
     loss: float
     standard_error: float | None
     perplexity: float
-    word_perplexity: float | None
     bits_per_byte: float | None
 
 
@@ -53,7 +48,6 @@ def token_losses(
     *,
     stride: int,
     batch_size: int | None = None,
-    segments: Sequence[Segment] | None = None,
 ) -> np.ndarray:
     """The loss of every token but the first, given the tokens before it.
 
@@ -66,8 +60,6 @@ def token_losses(
         tokens: Ids, (N,).
         stride: Tokens by which the window advances, at most block_size.
         batch_size: Windows in a forward; None is as many as have about 8,000 tokens.
-        segments: Parts that are scored independently, with their last windows moved back until they are
-            full, as lm-evaluation-harness does; None is the whole text, as in validation.
 
     Returns:
         Nats, (N,) float32; NaN where a token is not scored.
@@ -78,7 +70,7 @@ def token_losses(
     T = net.config.block_size
     if type(stride) is not int or not 1 <= stride <= T:
         raise ValueError(f"stride={stride!r} must be a whole number from 1 to the model's block_size={T}")
-    windows = _windows(segments or [(0, len(tokens))], T, stride, fill=segments is not None)
+    windows = _windows(len(tokens) - 1, T, stride)
     if not len(windows):
         raise ValueError(f"the text has {len(tokens)} tokens; two are the least to measure a loss")
     windows = windows[np.argsort(-windows[:, 1], kind="stable")]  # windows of equal length together
@@ -108,16 +100,15 @@ def token_losses(
     return losses
 
 
-def _windows(segments: Sequence[Segment], block_size: int, stride: int, *, fill: bool) -> np.ndarray:
+def _windows(last: int, block_size: int, stride: int) -> np.ndarray:
     """First token, length, and number of already scored positions of every window, (n, 3)."""
     windows = []
-    for start, end in segments:
-        done, last = start, end - 1  # tokens up to `done` are scored; the last token predicts nothing
-        while done < last:
-            reach = min(last, start + block_size if done == start else done + stride)
-            begin = max(start, (reach if fill else done + stride) - block_size)
-            windows.append((begin, reach - begin, done - begin))
-            done = reach
+    done = 0  # tokens up to here are scored; the last token predicts nothing
+    while done < last:
+        reach = min(last, done + stride if done else block_size)
+        begin = max(0, done + stride - block_size)
+        windows.append((begin, reach - begin, done - begin))
+        done = reach
     return np.array(windows, dtype=np.int64).reshape(-1, 3)
 
 
@@ -127,8 +118,6 @@ def evaluate(
     *,
     stride: int | None = None,
     batch_size: int | None = None,
-    per_document: bool = False,
-    words: int | None = None,
 ) -> Evaluation:
     """Loss, perplexity and bits per byte of a text.
 
@@ -136,24 +125,18 @@ def evaluate(
         model: The model.
         tokens: The text, (N,), as from `lay_out` or a token store.
         stride, batch_size: As in `token_losses`; the default stride is half of the block.
-        per_document: Scores each document by itself, with the <|endoftext|> before it, without the one after.
-        words: Number of words of the text, for word_perplexity.
 
     Raises:
         ValueError: As `token_losses`.
     """
     block_size = model.net.config.block_size
     stride = -(-block_size // 2) if stride is None else stride
-    parts = documents_in(tokens, model.tokenizer.eot_token) if per_document else None
-    losses = token_losses(model.net, tokens, stride=stride, batch_size=batch_size, segments=parts)
-    sizes = tokenizers.token_bytes(model.tokenizer)
-    found = summarize(losses, tokens, sizes, block=block_size, words=words)
+    losses = token_losses(model.net, tokens, stride=stride, batch_size=batch_size)
+    found = summarize(losses, tokens, tokenizers.token_bytes(model.tokenizer), block=block_size)
     return {**found, "stride": stride, "block_size": block_size}
 
 
-def summarize(
-    losses: np.ndarray, tokens: np.ndarray, token_bytes: np.ndarray, *, block: int, words: int | None = None
-) -> Scores:
+def summarize(losses: np.ndarray, tokens: np.ndarray, token_bytes: np.ndarray, *, block: int) -> Scores:
     """Means over the tokens that were scored.
 
     Args:
@@ -162,7 +145,6 @@ def summarize(
         token_bytes: UTF-8 bytes of each id, (V,).
         block: Tokens per block. The standard error is that of block means, because neighbouring tokens are
             not independent; blocks are smaller if there would be fewer than 16.
-        words: Number of words of the text.
     """
     scored = ~np.isnan(losses)
     nats, ids = losses[scored].astype(np.float64), np.asarray(tokens)[scored]
@@ -174,14 +156,9 @@ def summarize(
         "bytes": size,
         "loss": total / n,
         "standard_error": float(means.std(ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else None,
-        "perplexity": _exp(total / n),
-        "word_perplexity": _exp(total / words) if words else None,
+        "perplexity": math.exp(min(total / n, 700.0)),  # beyond it a float overflows
         "bits_per_byte": total / math.log(2) / size if size else None,
     }
-
-
-def _exp(nats: float) -> float:
-    return math.exp(min(nats, 700.0))  # beyond it a float overflows
 
 
 def lay_out(documents: Iterable[str], encoding: tiktoken.Encoding, *, separated: bool) -> np.ndarray:
@@ -195,16 +172,3 @@ def lay_out(documents: Iterable[str], encoding: tiktoken.Encoding, *, separated:
     for document in documents:
         arrays += [tokenizers.encode_array(encoding, document), *end]
     return np.concatenate(arrays)
-
-
-def documents_in(tokens: np.ndarray, end: int) -> list[Segment]:
-    """Each document with the <|endoftext|> before it; the whole text if there is none."""
-    ends = np.flatnonzero(tokens == end).tolist()
-    return [pair for pair in itertools.pairwise([*ends, len(tokens)]) if pair[1] - pair[0] > 1] or [
-        (0, len(tokens))
-    ]
-
-
-def count_words(text: str) -> int:
-    """Words between white space, counted as lm-evaluation-harness does."""
-    return len(re.split(r"\s+", text))

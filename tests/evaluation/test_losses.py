@@ -16,19 +16,11 @@ from gpt_lightning.data.corpus.files import TextFiles
 from gpt_lightning.data.token_store import prepare
 from gpt_lightning.data.tokenizer import Byte, token_bytes
 from gpt_lightning.data.windows import EvalBatches
-from gpt_lightning.evaluation.losses import (
-    count_words,
-    documents_in,
-    evaluate,
-    lay_out,
-    summarize,
-    token_losses,
-)
+from gpt_lightning.evaluation.losses import evaluate, lay_out, summarize, token_losses
 from gpt_lightning.inference.cpu_kernels import pack
 from gpt_lightning.inference.text import TextGenerator
 
 T = 32  # block_size of the model
-END = BYTES.eot_token
 
 
 def tokens(n: int, seed: int = 0) -> np.ndarray:
@@ -36,15 +28,14 @@ def tokens(n: int, seed: int = 0) -> np.ndarray:
 
 
 @torch.no_grad()
-def slow(net, ids: np.ndarray, stride: int, *, fill: bool = False) -> list[float]:
+def slow(net, ids: np.ndarray, stride: int) -> list[float]:
     """Loss of every token but the first, each from a forward of its own over what its window shows of it."""
     losses = []
     for target in range(1, len(ids)):
         k = 0  # the first window that reaches the target
         while k * stride + T < target:
             k += 1
-        begin = min(k * stride, max(0, len(ids) - 1 - T)) if fill else k * stride
-        context = torch.from_numpy(ids[begin:target].astype(np.int64))
+        context = torch.from_numpy(ids[k * stride : target].astype(np.int64))
         logits = net(context[None])[0, -1]
         losses.append(float(F.cross_entropy(logits, torch.tensor(int(ids[target])))))
     return losses
@@ -67,15 +58,6 @@ def test_every_token_has_at_least_a_block_minus_a_stride_of_context() -> None:
     differs = np.flatnonzero(token_losses(net, changed, stride=stride)[1:] != losses[1:]) + 1
     assert set(range(40, 40 + T - stride + 1)) <= set(differs.tolist())
     assert max(differs) <= 40 + T
-
-
-def test_segments_are_scored_independently() -> None:
-    net, ids = random_net(), tokens(120)
-    parts = [(0, 50), (50, 51), (53, 120)]
-    losses = token_losses(net, ids, stride=11, batch_size=2, segments=parts)
-    expected = np.full(120, np.nan)
-    expected[1:50], expected[54:] = (slow(net, part, 11, fill=True) for part in (ids[:50], ids[53:]))
-    np.testing.assert_allclose(losses, expected, atol=2e-5, rtol=2e-5)
 
 
 @torch.no_grad()
@@ -113,10 +95,9 @@ def test_impossible_stride_or_text_is_refused(n: int, stride: float) -> None:
 def test_summary_by_hand() -> None:
     ids = np.array([256, 97, 98, 256])  # the end of a text has a loss, but no bytes
     losses = np.array([np.nan, 1.0, 2.0, 6.0], dtype=np.float32)
-    found = summarize(losses, ids, token_bytes(BYTES), block=8, words=2)
+    found = summarize(losses, ids, token_bytes(BYTES), block=8)
     assert (found["tokens"], found["bytes"], found["loss"]) == (3, 2, 3.0)
     assert found["perplexity"] == pytest.approx(math.exp(3))
-    assert found["word_perplexity"] == pytest.approx(math.exp(9 / 2))
     assert found["bits_per_byte"] == pytest.approx(9 / math.log(2) / 2)
     assert found["standard_error"] == pytest.approx(np.std([1, 2, 6], ddof=1) / math.sqrt(3))
 
@@ -140,13 +121,3 @@ def test_layout_equals_that_of_a_token_store(tmp_path: Path) -> None:
         expected = prepare(corpus, Byte(), tmp_path / "cache").tokens("train")
         laid_out = lay_out(corpus.documents("train"), BYTES, separated=corpus.separated)
         np.testing.assert_array_equal(laid_out, expected)
-
-
-def test_documents_include_the_separator_before_them() -> None:
-    assert documents_in(np.array([END, 1, 2, END, 3, END, END]), END) == [(0, 3), (3, 5)]
-    assert documents_in(np.array([1, 2, 3]), END) == [(0, 3)]
-
-
-def test_words_are_counted_as_by_lm_evaluation_harness() -> None:
-    # re.split(r"\s+", …) counts an empty word at a border of white space
-    assert [count_words(text) for text in ("one", "a b\n c", " a ", "")] == [1, 3, 3, 1]

@@ -315,13 +315,14 @@ def test_corpus_that_no_run_wrote_is_not_built(good: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("command", ["generate", "evaluate", "export", "train"])
 def test_every_command_refuses_a_configuration_that_claims_more_than_its_weights(
-    command: str, call: Callable[..., Any], good: Path, tiny: list[str], tmp_path: Path, capsys: Any
-) -> None:
+    command: str, call: Callable[..., Any], good: Path, tiny: list[str], small_text: Path, tmp_path: Path,
+    capsys: Any,
+) -> None:  # fmt: skip
     checkpoint = torch.load(good, weights_only=True)
     model(n_layer=HUGE)(checkpoint)
     path = save(checkpoint, tmp_path / "bad.ckpt")
     source = f"init_from={path}" if command == "train" else f"checkpoint={path}"
-    more = {"train": tiny, "evaluate": ["num_samples=1"], "export": [f"output={tmp_path / 'new'}"]}
+    more = {"train": tiny, "evaluate": [f"text={small_text}"], "export": [f"output={tmp_path / 'new'}"]}
     with pytest.raises(SystemExit) as stop:
         call(command, source, *more.get(command, []))
     error = capsys.readouterr().err
