@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,6 @@ from gpt_lightning.config.source import checkpoint_source, network_of
 
 if TYPE_CHECKING:
     from gpt_lightning.inference.sampling import SamplingSettings
-    from gpt_lightning.inference.session import Session
     from gpt_lightning.inference.text import TextGenerator
 
 log = logging.getLogger(__name__)
@@ -95,11 +94,11 @@ def write(model: TextGenerator, prompts: list[str], settings: SamplingSettings, 
         log.info("%d answers: %s", len(prompts) * settings.num_samples, output)
 
 
-def converse(session: Session) -> None:
-    """Read prompts and commands from the terminal until Ctrl-D."""
+def converse(model: TextGenerator, settings: SamplingSettings) -> None:
+    """Continue prompts from the terminal until Ctrl-D; the seed grows, so that the next answer differs."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # adds line editing and history to input()
-    print("/help lists the commands; Ctrl-D quits.")
+    print("A line is continued, an empty one begins a new text. Ctrl-C stops an answer, Ctrl-D quits.")
     while True:
         try:
             line = input("> ")
@@ -109,13 +108,12 @@ def converse(session: Session) -> None:
                 return
             continue
         try:
-            for text in session.respond(line):
-                print(text, end="", flush=True)
+            show(model, [line], settings)
         except ValueError as error:
-            print(f"error: {error}", end="")
+            print(f"error: {error}")
         except KeyboardInterrupt:
-            pass  # stops the answer
-        print()
+            print()  # below what there is of the answer
+        settings = replace(settings, seed=settings.seed + settings.num_samples)
 
 
 @command("generate", arguments=verbatim("checkpoint", "prompt", "prompt_file", "output", "stop"))
@@ -131,7 +129,6 @@ def main(cfg: DictConfig) -> list[str] | None:
     check_output(cfg.output, lambda row: row.keys() == ANSWER, cfg.prompt_file)
     from gpt_lightning.inference.loading import load
     from gpt_lightning.inference.sampling import SamplingSettings
-    from gpt_lightning.inference.session import Session
 
     values = plain(cfg)
     settings = SamplingSettings(**{field.name: values[field.name] for field in fields(SamplingSettings)})
@@ -142,7 +139,7 @@ def main(cfg: DictConfig) -> list[str] | None:
         return model.generate(prompts, **asdict(settings))
     try:
         if cfg.interactive:
-            converse(Session(model, settings))
+            converse(model, settings)
         elif cfg.output is None and cfg.prompt_file is None:
             show(model, prompts, settings)
         else:
