@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from gpt_lightning.config.command import command
-from gpt_lightning.config.errors import ConfigError
+from gpt_lightning.config.errors import ConfigError, check_output
 from gpt_lightning.config.rules import check, number, one_of
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ RULES = {
 }
 WATCH_SECONDS = 5
 BEGINNINGS = {
-    ".csv": "rank,run,status",
-    ".md": "| rank | run",
-    ".html": "<!doctype html><!-- gpt_lightning report",
+    ".csv": b"rank,run,status",
+    ".md": b"| rank | run",
+    ".html": b"<!doctype html><!-- gpt_lightning report",
 }
 
 
@@ -74,7 +74,10 @@ def main(cfg: DictConfig) -> Report | None:
         raise ConfigError(f"budget={cfg.budget} belongs to fit=scaling; add it")
     if cfg.watch and cfg.fit is not None:
         raise ConfigError(f"fit={cfg.fit} and watch=true exclude each other; fit when the runs are finished")
-    check_file(cfg.output)
+    if cfg.output is not None:
+        if (ending := Path(str(cfg.output)).suffix) not in BEGINNINGS:
+            raise ConfigError(f"output={cfg.output} must end in {', '.join(BEGINNINGS)}")
+        check_output(str(cfg.output), BEGINNINGS[ending])
     title = ", ".join(Path(place).name for place in places)
     while True:
         results = read_results(places)
@@ -89,23 +92,6 @@ def main(cfg: DictConfig) -> Report | None:
         if all(result.status in ("finished", "failed", "pruned") for result in results):
             return None
         time.sleep(WATCH_SECONDS)
-
-
-def check_file(path: str | None) -> None:
-    """Refuse an output= that is no file of a report and would be lost.
-
-    Raises:
-        ConfigError: With the endings that there are.
-    """
-    if path is None:
-        return
-    file = Path(str(path)).expanduser()
-    if file.suffix not in BEGINNINGS:
-        raise ConfigError(f"output={path} must end in {', '.join(BEGINNINGS)}")
-    if file.is_dir():
-        raise ConfigError(f"output={path} is a folder; name a file in it")
-    if file.exists() and not file.read_bytes().startswith(BEGINNINGS[file.suffix].encode()):
-        raise ConfigError(f"output={path} holds what this command did not write; name another file")
 
 
 def write(report: Report, path: Path, title: str) -> None:

@@ -120,11 +120,6 @@ def with_length(schedule: Any, max_steps: int | None) -> Callable[[int], float]:
 def build_callbacks(cfg: DictConfig) -> list[Any]:
     """The callbacks that are not null."""
     names = [str(key) for key, node in cfg.callbacks.items() if node is not None and key not in NO_CALLBACKS]
-    for name in names:
-        if not OmegaConf.is_dict(node := cfg.callbacks[name]):
-            raise ConfigError(
-                f"callbacks.{name}={node} must have a _target_, the name of a class, or be null"
-            )
     return [build_with(cfg, f"callbacks.{name}", ("on_train_start",)) for name in names]
 
 

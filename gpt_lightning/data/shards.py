@@ -31,8 +31,6 @@ def prepare_shard(
     *,
     shard: int,
     shards: int,
-    threads: int | None = None,
-    progress: bool = True,
 ) -> TokenStore | None:
     """Tokenize one of several shards; the process that completes the last one merges them into the store.
 
@@ -54,7 +52,7 @@ def prepare_shard(
         raise ValueError(f"shard={shard!r} must be a whole number from 0 to {shards - 1}, since {shards=}")
     if isinstance(corpus, TokenBins):
         raise ValueError(f"data.path={corpus.path} is tokenized already; use it without shards")
-    job = Job(corpus, tokenizer, cache, threads or os.cpu_count() or 1, progress)
+    job = Job(corpus, tokenizer, cache, os.cpu_count() or 1)
     if (store := job.reopen(warn=False)) is not None:
         return store
     parts = [_Part(job.folder, i, shards, job.dtype) for i in range(shards)]

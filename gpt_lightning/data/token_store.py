@@ -100,7 +100,6 @@ def prepare(
     cache: str | Path,
     *,
     threads: int | None = None,
-    progress: bool = True,
 ) -> TokenStore:
     """Load the token store of a corpus from the cache, or build it if it is missing or damaged.
 
@@ -109,7 +108,6 @@ def prepare(
         tokenizer: A trained one is stored in cache/tokenizers.
         cache: Folder of stores; created if needed.
         threads: Encoding threads; None for one per core.
-        progress: Whether to show a progress bar if standard error is a terminal.
 
     Raises:
         ValueError: If the corpus or the tokenizer is not usable.
@@ -117,7 +115,7 @@ def prepare(
     """
     if isinstance(corpus, TokenBins):
         return _open_bins(corpus, tokenizer)
-    job = Job(corpus, tokenizer, cache, threads or os.cpu_count() or 1, progress)
+    job = Job(corpus, tokenizer, cache, threads or os.cpu_count() or 1)
     return job.reopen(warn=False) or job.build(job.encoded)
 
 
@@ -160,11 +158,11 @@ class _Split:
 class Job:
     """Builds the store of a corpus and a tokenizer."""
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, cache: str | Path, threads: int, progress: bool):
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, cache: str | Path, threads: int):
         if not isinstance(cache, (str, Path)) or not str(cache):
             raise ValueError(f"paths.cache={cache!r} must be the name of a folder")
         cache = Path(cache).expanduser()
-        self.corpus, self.threads, self.progress = corpus, threads, progress
+        self.corpus, self.threads = corpus, threads
         self.corpus_digest = stable(corpus.digest(), "the digest of data.corpus")
         self.times = _times(corpus)
         self.encoding = self._build_tokenizer(tokenizer, cache)
@@ -311,8 +309,7 @@ class Job:
         """The groups of a shard, encoded by several threads, in their order."""
         log.info("tokenizing into %s", self.folder)
         pending: deque[Future[Group]] = deque()
-        hide = None if self.progress else True  # None: only on a terminal
-        bar = tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=hide)
+        bar = tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=None)  # only on a terminal
         with ThreadPoolExecutor(self.threads) as pool, bar:
 
             def finished(most: int) -> Iterator[Group]:

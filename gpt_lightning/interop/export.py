@@ -40,7 +40,7 @@ def write_huggingface(model: Model, folder: Path) -> None:
     """config.json, model.safetensors and tokenizer files for transformers' AutoModelForCausalLM.
 
     Raises:
-        ValueError: If the model has an option that GPT-2 cannot express.
+        ValueError: If the model has ids that the tokenizer lacks.
     """
     spare = model.net.config.vocab_size - model.tokenizer.n_vocab
     if spare:

@@ -6,7 +6,6 @@ layers are "Conv1D": stored (in, out), the transpose of nn.Linear's.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,6 @@ COMPUTATION: dict[str, tuple[object, ...]] = {
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
 }
-# Fields of GPTConfig that a GPT-2 folder can express; other fields must have their defaults.
-EXPRESSIBLE = {"vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_inner", "dropout"}
-EXPRESSIBLE |= {"bias", "qkv_bias", "tie_weights", "vocab_multiple"}
 
 
 def load_gpt2(source: str | Path, **asked: Any) -> CausalLM:
@@ -50,23 +46,15 @@ def load_gpt2(source: str | Path, **asked: Any) -> CausalLM:
     return build_with_weights(config, _names_of_gpt(read_weights(folder)), padding | asked, source=folder)
 
 
-def to_gpt2(net: GPT, *, end_of_text: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The contents of config.json and model.safetensors, without padding of the vocabulary.
+def save_gpt2(net: GPT, folder: str | Path, *, end_of_text: int | None = None) -> None:
+    """Write config.json and model.safetensors without padding of the vocabulary, for `transformers`.
 
     Args:
         net: The model. Missing biases become zeros, which computes the same.
+        folder: For the files.
         end_of_text: Id with which `transformers` begins and ends texts.
-
-    Raises:
-        ValueError: If the model has an option that GPT-2 cannot express.
     """
     config = net.config
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name not in EXPRESSIBLE and value != field.default:
-            raise ValueError(
-                f"model.{field.name}={value!r} does not exist in GPT-2; export format=weights instead"
-            )
     weights: dict[str, Tensor] = {}
     for name, parameter in net.named_parameters():
         weight = parameter.detach().float().cpu()
@@ -76,7 +64,7 @@ def to_gpt2(net: GPT, *, end_of_text: int | None = None) -> tuple[dict[str, Any]
     for name, weight in list(weights.items()):  # a bias beside each gain and matrix of the blocks and ln_f
         if name.endswith(".weight") and (".h." in name or ".ln_f." in name):
             weights.setdefault(name.removesuffix("weight") + "bias", torch.zeros(weight.shape[-1]))
-    return {
+    settings = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "vocab_size": config.vocab_size,
@@ -92,18 +80,8 @@ def to_gpt2(net: GPT, *, end_of_text: int | None = None) -> tuple[dict[str, Any]
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
         "dtype": "float32",
-    }, weights
-
-
-def save_gpt2(net: GPT, folder: str | Path, *, end_of_text: int | None = None) -> None:
-    """Write config.json and model.safetensors, which `transformers` loads without this package.
-
-    Raises:
-        OSError: If the folder cannot be written.
-        ValueError: If GPT-2 cannot express the model.
-    """
-    config, weights = to_gpt2(net, end_of_text=end_of_text)
-    write_json(Path(folder) / "config.json", config)
+    }
+    write_json(Path(folder) / "config.json", settings)
     write_safetensors(weights, Path(folder) / "model.safetensors")
 
 

@@ -67,8 +67,6 @@ class LanguageModel(pl.LightningModule):
         clip_norm: float | None = 1.0,
     ):
         super().__init__()
-        if clip_norm is not None and clip_norm <= 0:
-            raise ValueError(f"trainer.clip_norm={clip_norm} must be positive, or null for no clipping")
         self.net, self.optimizer, self.schedule, self.clip_norm = net, optimizer, schedule, clip_norm
         self.tokenizer, self.corpus_digest = tokenizer, corpus_digest
         self.save_hyperparameters(dict(config))

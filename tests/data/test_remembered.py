@@ -105,9 +105,7 @@ def test_remembered_digest_is_that_of_the_bytes(kept: Path, file: Path) -> None:
 def test_bins_have_the_same_numbers_when_they_are_remembered(kept: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
         np.array([72, 105, 256, 72, 33] * 50, dtype="<u2").tofile(tmp_path / f"{split}.bin")
-    first, again = (
-        prepare(TokenBins(str(tmp_path)), Byte(), tmp_path / "cache", progress=False).meta for _ in range(2)
-    )
+    first, again = (prepare(TokenBins(str(tmp_path)), Byte(), tmp_path / "cache").meta for _ in range(2))
     assert first == again
     assert (first.splits["val"].tokens, first.splits["val"].bytes, first.splits["val"].documents) == (
         250,

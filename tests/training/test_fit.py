@@ -41,7 +41,7 @@ from gpt_lightning.training.schedules import constant
 
 @pytest.fixture(scope="module")
 def store(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
-    return prepare(TextFiles(str(small_text)), Byte(), tmp_path_factory.mktemp("store"), progress=False)
+    return prepare(TextFiles(str(small_text)), Byte(), tmp_path_factory.mktemp("store"))
 
 
 Run = Callable[..., RunSummary]

@@ -114,9 +114,6 @@ class LastCheckpoint(Checkpoint):
 
     Attributes:
         reached: Whether a stopping rule had ended the run before it was loaded.
-
-    Raises:
-        ValueError: If a number is below 1.
     """
 
     def __init__(
@@ -127,13 +124,6 @@ class LastCheckpoint(Checkpoint):
         keep: int = 2,
         snapshot_every_steps: int | None = None,
     ):
-        for key, value in {
-            "save_every_steps": every_steps,
-            "keep_last": keep,
-            "snapshot_every_steps": snapshot_every_steps,
-        }.items():
-            if value is not None and value < 1:
-                raise ValueError(f"trainer.{key}={value} must be at least 1")
         self.folder, self.every_steps, self.keep = Path(folder), every_steps, keep
         self.snapshot_every_steps = snapshot_every_steps
         self.interruption: Interruption | None = None  # a request to stop, if there can be one

@@ -47,14 +47,12 @@ class Incidents(Callback):
         spikes: Number of loss spikes.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If `spike` is out of range.
     """
 
     def __init__(
         self, folder: str | Path, *, nonfinite: Literal["stop", "skip"] = "stop", spike: float | None = 2.0
     ):
-        if nonfinite not in ("stop", "skip"):
-            raise ValueError(f"callbacks.nonfinite={nonfinite!r} must be stop or skip")
         if spike is not None and not 1 < spike < math.inf:
             raise ValueError(
                 f"callbacks.incidents.spike={spike} is a multiple, so it must exceed 1; null reports none"

@@ -45,14 +45,9 @@ class StepMetrics(Callback):
         latest: The metrics that were logged last.
         seconds: Time in training steps of this process, up to the last log.
         steps: Their number.
-
-    Raises:
-        ValueError: If every_steps is below 1.
     """
 
     def __init__(self, every_steps: int | None = None):
-        if every_steps is not None and every_steps < 1:
-            raise ValueError(f"trainer.log_every_steps={every_steps} must be at least 1")
         self.every_steps = every_steps
         self.latest: dict[str, float] = {}
         self.seconds, self.steps = 0.0, 0

@@ -48,7 +48,7 @@ TOKENS = BATCH * T  # of an optimizer step
 
 @pytest.fixture(scope="module")
 def store(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
-    return prepare(TextFiles(str(small_text)), Byte(), tmp_path_factory.mktemp("store"), progress=False)
+    return prepare(TextFiles(str(small_text)), Byte(), tmp_path_factory.mktemp("store"))
 
 
 def module(store: TokenStore, *, lr: float = 1e-2, **shape: Any) -> LanguageModel:
