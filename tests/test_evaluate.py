@@ -178,50 +178,6 @@ def test_bleu_against_references(call: Call, checkpoint: Path, tmp_path: Path) -
     assert 0 < found["bleu"] < 100
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "nothing to evaluate"),
-        (["checkpoint=null", "text=a"], "checkpoint= is missing"),
-        (["text=nowhere.txt"], "text=nowhere.txt does not exist"),
-        (["text={small}", "data=input_txt"], "exclude each other"),
-        (
-            ["text={small}", "stride=33"],
-            "stride=33 must be a whole number from 1 to the model's block_size=32",
-        ),
-        (["text={small}", "stride=0"], "stride=0 must be"),
-        (["text={small}", "batch_size=0"], "batch_size=0 must be a whole number of at least 1"),
-        (["data=input_txt", "split=test"], "split='test' must be train or val"),
-        (["text={small}", "reference=a"], "samples=FILE and reference=FILE, texts and what they should be,"),
-        (["samples=nowhere.jsonl", "reference={one}"], "nowhere.jsonl"),
-        (["samples={small}", "reference={one}"], "has 1 texts for the 600 of"),
-        (["samples={bad}", "reference={one}"], "has a line without a text"),
-    ],
-)
-def test_mistake_ends_in_one_line(
-    arguments: list[str],
-    message: str,
-    call: Call,
-    checkpoint: Path,
-    small_text: Path,
-    tmp_path: Path,
-    capsys: Capture,
-) -> None:
-    if any("reference" in argument for argument in arguments):
-        pytest.importorskip("sacrebleu", reason="the extra eval is not installed")
-    (tmp_path / "one").write_text("a line\n")
-    (tmp_path / "bad.jsonl").write_text('{"words": 1}\n')
-    files = {"small": small_text, "one": tmp_path / "one", "bad": tmp_path / "bad.jsonl"}
-    with pytest.raises(SystemExit) as stop:
-        call("evaluate", f"checkpoint={checkpoint}", "device=cpu", *(a.format(**files) for a in arguments))
-    assert stop.value.code == 1
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.splitlines()[-1].startswith("error: ")
-    assert message in shown.err.splitlines()[-1]
-    assert "Traceback" not in shown.err
-
-
 def test_page_of_tokens_shows_losses_what_was_expected_and_attention(
     call: Call, checkpoint: Path, tmp_path: Path, capsys: Capture, browser: Any
 ) -> None:

@@ -118,30 +118,3 @@ def test_command_refuses_a_checkpoint_with_code(
         assert error.startswith(f"error: {path} ")
         assert error.count("\n") == 1
     assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["output=null"], "output= is missing"),
-        (["checkpoint=null"], "checkpoint= is missing"),
-        (["checkpoint=nowhere"], "no checkpoint at nowhere"),
-        (["format=onnx"], "format='onnx' does not exist; use huggingface, weights"),
-        (["overwrite=1"], "overwrite=1 must be true or false"),
-        (["output={any}"], "is a folder with other files; give another one"),
-        (["output={any}/best.ckpt"], "is a file; give the name of a folder"),
-        (["output={any}/best.ckpt/in"], "best.ckpt"),
-    ],
-)
-def test_mistake_ends_in_one_line(
-    arguments: list[str], message: str, call: Call, checkpoint: Path, tmp_path: Path, capsys: Capture
-) -> None:
-    arguments = [argument.format(any=checkpoint.parent) for argument in arguments]
-    with pytest.raises(SystemExit) as stop:
-        call("export", f"checkpoint={checkpoint}", f"output={tmp_path / 'model'}", *arguments)
-    assert stop.value.code == 1
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.count("\n") == 1
-    assert message in shown.err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["any"]

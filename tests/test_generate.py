@@ -136,52 +136,6 @@ def test_only_a_file_of_answers_is_replaced(
     assert json.loads((tmp_path / "notes.txt").read_text(encoding="utf-8")).keys() == row.keys()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["temperature=-1"], "temperature=-1 must be a number from 1e-20"),
-        (["top_k=0"], "top_k=0 must be a whole number"),
-        (["top_p=1.5"], "top_p=1.5 must be a number from"),
-        (["min_p=2"], "min_p=2 must be a number from"),
-        (["repetition_penalty=0"], "repetition_penalty=0 must be a number from 0.01"),
-        (["max_new_tokens=none"], "max_new_tokens='none' must be a whole number"),
-        (["num_samples=0"], "num_samples=0 must be a whole number"),
-        (["seed=-3"], "seed=-3 must be a whole number"),
-        (["stop="], "stop='' must be a text of at least one character"),
-        (["dtype=int4"], "dtype='int4' does not exist"),
-        (["checkpoint=null"], "checkpoint= is missing"),
-        (["checkpoint=no/where=1,2"], "no checkpoint at no/where=1,2"),
-        (["checkpoint=mine/latest", "paths.outputs=nowhere"], "there is no run with a checkpoint below"),
-        (["prompt=a", "prompt_file=b"], "prompt= and prompt_file= exclude each other"),
-        (["interactive=true", "prompt=a"], "interactive=true asks for prompts; leave prompt= out"),
-        (["interactive=perhaps"], "interactive='perhaps' must be true or false"),
-        (["prompt_file=nowhere.txt"], "nowhere.txt"),
-        (["prompt_file={empty}"], "is empty; write one prompt a line"),
-        (["prompt_file={latin}"], "is not UTF-8 text"),
-        (["prompt=\ud800"], "surrogate"),
-    ],
-)
-def test_mistake_ends_in_one_line(
-    arguments: list[str],
-    message: str,
-    call: Call,
-    checkpoint: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    (tmp_path / "empty").write_text("")
-    (tmp_path / "latin").write_bytes(b"na\xefve\n")
-    arguments = [a.format(empty=tmp_path / "empty", latin=tmp_path / "latin") for a in arguments]
-    with pytest.raises(SystemExit) as stop:
-        call("generate", f"checkpoint={checkpoint}", "device=cpu", *arguments)
-    assert stop.value.code == 1
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.startswith("error: ")
-    assert shown.err.count("\n") == 1
-    assert message in shown.err
-
-
 def test_unknown_character_in_a_prompt_keeps_an_earlier_output(
     call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

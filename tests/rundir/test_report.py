@@ -200,25 +200,6 @@ def test_command_writes_each_format_and_replaces_reports_only(
         assert (tmp_path / name).read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        ([], "runs= is missing"),
-        (["runs=nowhere"], "there is no run in"),
-        (["runs=nowhere", "output=x.pdf"], "output=x.pdf must end in .csv, .md, .html"),
-        (["runs=nowhere", "watch=3"], "watch=3 must be true or false"),
-    ],
-)
-def test_wrong_use_of_report_ends_in_one_line(
-    arguments: list[str], line: str, call: Callable[..., Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        call("report", *arguments)
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert line in error
-
-
 def test_page_sorts_its_tables_and_loads_nothing(runs: Path, browser: Any) -> None:
     (runs / "c" / "samples.md").write_text(
         "## Step 1\n\n```text\nold\n```\n## Step 2\n\n```text\n<b>new\n```\n"

@@ -349,21 +349,6 @@ def test_port_in_use_is_reported_in_one_line() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "error: checkpoint= is missing"),
-        (("checkpoint=a", "port=99999"), "error: port=99999 must be"),
-        (("checkpoint=a", "host=no.such.host.invalid", "port=0"), "error: host=no.such.host.invalid"),
-    ],
-)
-def test_wrong_configuration_is_reported_in_one_line(arguments: tuple[str, ...], message: str) -> None:
-    code, error = demo(*arguments)
-    assert code == 1
-    assert error.startswith(message)
-    assert error.count("\n") == 1
-
-
 def test_missing_web_packages_name_the_extra() -> None:
     code = (
         "import sys, runpy; sys.modules['uvicorn'] = None; sys.argv[1:] = ['checkpoint=a', 'port=0'];"
