@@ -77,9 +77,9 @@ def notes_on(cfg: DictConfig, *, tokens: int, parameters: int, epochs: float, ma
     return notes
 
 
-def sampled(schedule: Callable[[int], float], max_steps: int, *, points: int = 48) -> list[float]:
-    """The schedule's factor at steps evenly spread over the run."""
-    return [schedule(round(i * (max_steps - 1) / (points - 1))) for i in range(points)]
+def sampled(schedule: Callable[[int], float], max_steps: int) -> list[float]:
+    """The schedule's factor at 48 steps evenly spread over the run."""
+    return [schedule(round(i * (max_steps - 1) / 47)) for i in range(48)]
 
 
 def preview(rates: list[float], peak: float) -> str:

@@ -26,21 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The tokens of a run, and what depends on them.
-
-    Args:
-        store: The tokens.
-        vocab_size: Ids of the model.
-        max_steps: Optimizer steps of the run.
-        windows: How tokens are cut into windows and batches: arguments of `epoch_size`.
-        windows_per_epoch, steps_per_epoch: Of the training split.
-    """
+    """The tokens of a run, and what depends on them."""
 
     store: TokenStore
-    vocab_size: int
-    max_steps: int
-    windows: dict[str, Any]
-    windows_per_epoch: int
+    vocab_size: int  # ids of the model
+    max_steps: int  # optimizer steps of the run
+    windows: dict[str, Any]  # how tokens are cut into windows and batches: arguments of `epoch_size`
+    windows_per_epoch: int  # of the training split
     steps_per_epoch: int
 
 

@@ -37,17 +37,11 @@ GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """A line of the check.
+    """A line of the check."""
 
-    Attributes:
-        name: What was looked at.
-        found: What is there.
-        remedy: What to do; None if nothing has to be done.
-    """
-
-    name: str
+    name: str  # what was looked at
     found: str
-    remedy: str | None = None
+    remedy: str | None = None  # what to do, if something has to be done
 
 
 def check_setup(cfg: DictConfig) -> list[Finding]:
@@ -164,18 +158,16 @@ def _presets(cfg: DictConfig) -> Iterator[Finding]:
     """Which models and experiments the memory of the device is enough for, as they are."""
     memory = memory_of(str(cfg.device.accelerator))
     for group in ("model", "experiment"):
-        needs = {name: need for name in choices_of(group) if (need := _need(group, name)) is not None}
-        listed = {
-            fits: ", ".join(
-                f"{name} {need / GIB:.1f}" for name, need in needs.items() if (need <= room) == fits
-            )
-            for room in [SHARE * memory if memory else float("inf")]
-            for fits in (True, False)
-        }
-        yield Finding(name=f"{group}s that fit", found=f"GiB: {listed[True] or 'none'}")
-        if listed[False]:
+        fit: list[str] = []
+        large: list[str] = []
+        for name in choices_of(group):
+            if (need := _need(group, name)) is not None:
+                room = memory is None or need <= SHARE * memory
+                (fit if room else large).append(f"{name} {need / GIB:.1f}")
+        yield Finding(name=f"{group}s that fit", found=f"GiB: {', '.join(fit) or 'none'}")
+        if large:
             remedy = "lower device.micro_batch_size, set trainer.activation_checkpointing=true, or shard"
-            yield Finding(name=f"{group}s too large", found=f"GiB: {listed[False]}", remedy=remedy)
+            yield Finding(name=f"{group}s too large", found=f"GiB: {', '.join(large)}", remedy=remedy)
 
 
 def _need(group: str, name: str) -> float | None:

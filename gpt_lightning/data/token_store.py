@@ -120,19 +120,12 @@ def prepare(
 
 
 class Group(NamedTuple):
-    """Consecutive documents that a thread encodes in one task.
+    """Consecutive documents that a thread encodes in one task."""
 
-    Attributes:
-        stream: Index of what they were read from, among `Job.streams`.
-        place: Orders the groups of a stream.
-        ids: Their tokens, each with its end-of-text token, shape (tokens,).
-        documents: A row for each, of the type DOCUMENT.
-    """
-
-    stream: int
-    place: int
-    ids: np.ndarray
-    documents: np.ndarray
+    stream: int  # index of what they were read from, among `Job.streams`
+    place: int  # orders the groups of a stream
+    ids: np.ndarray  # their tokens, each document with its end-of-text token, (tokens,)
+    documents: np.ndarray  # a row for each, of the type DOCUMENT
 
 
 def order(group: Group) -> tuple[int, int]:

@@ -90,7 +90,7 @@ def fit_runs(results: Sequence[Result]) -> ScalingLaw:
     return fit(points, floor=float(np.mean(floors)) if floors else None)
 
 
-def fit(points: Array, *, floor: float | None = None, seed: int = 0) -> ScalingLaw:
+def fit(points: Array, *, floor: float | None = None) -> ScalingLaw:
     """Fit the law to parameters, tokens and losses, (R, 3).
 
     Raises:
@@ -123,7 +123,7 @@ def fit(points: Array, *, floor: float | None = None, seed: int = 0) -> ScalingL
     )
     found, errors = _minimize(inputs, target, np.ones((len(starts), len(target))), starts, steps=300)
     best = found[np.argmin(errors)]
-    draws = np.random.default_rng(seed).multinomial(len(target), [1 / len(target)] * len(target), RESAMPLES)
+    draws = np.random.default_rng(0).multinomial(len(target), [1 / len(target)] * len(target), RESAMPLES)
     resampled, _ = _minimize(inputs, target, draws.astype(float), np.tile(best, (RESAMPLES, 1)), steps=100)
     for values in (best[None], resampled):  # the coefficients as if the inputs were not centred
         values[:, :2] += values[:, 3:] * centre
