@@ -81,7 +81,7 @@ def test_run_alone_is_scored_on_its_own_validation_split(
     assert "there is no run with a checkpoint below" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("target", ["os.mkdir", "gpt_lightning.data.corpus.base.require", "mine.Corpus"])
+@pytest.mark.parametrize("target", ["os.mkdir", "gpt_lightning.data.corpus.base.select", "mine.Corpus"])
 def test_corpus_of_another_package_is_not_built_from_a_checkpoint(
     target: str, call: Call, tmp_path: Path, capsys: Capture
 ) -> None:

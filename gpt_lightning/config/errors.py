@@ -43,8 +43,8 @@ REMEDIES = {
     errno.EEXIST: "name a place below a folder",
     errno.EISDIR: "name a file",
 }
-EXTRAS = {"datasets": "hf", "transformers": "hf", "huggingface_hub": "hf", "sacrebleu": "eval"}
-EXTRAS |= dict.fromkeys(("fastapi", "gradio", "uvicorn"), "demo")
+EXTRAS = {"datasets": "hf", "transformers": "hf", "huggingface_hub": "hf", "pyarrow": "hf"}
+EXTRAS |= {"sacrebleu": "eval"} | dict.fromkeys(("fastapi", "gradio", "uvicorn"), "demo")
 EXTRAS |= {name: name for name in ("wandb", "mlflow", "optuna")}
 SYNONYMS = {  # what other trainers call a key
     "learning_rate": "lr",

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from packaging.requirements import Requirement
 
 from gpt_lightning.config.build import build_net, memory_needs
+from gpt_lightning.config.errors import EXTRAS
 from gpt_lightning.config.help import choices_of
+from gpt_lightning.rundir.provenance import versions
 from gpt_lightning.training.memory import DEFAULT_MICRO_BATCH_SIZE, GIB
 
-EXTRAS = {  # what users may want, and what for
+PURPOSES = {  # of the extras
     "hf": "data=huggingface, data=tinystories, .parquet files and init_from=hf:…",
     "demo": "the command demo",
     "optuna": "-m sweep=optuna",
@@ -56,34 +57,13 @@ def check_setup(cfg: DictConfig) -> list[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    """What pyproject.toml asks for, and each extra."""
-    try:
-        required = [Requirement(text) for text in importlib.metadata.requires("gpt-lightning") or []]
-    except importlib.metadata.PackageNotFoundError:
-        yield Finding(name="packages", found="gpt-lightning is not installed", remedy="pip install -e .")
-        return
-    wrong = ", ".join(filter(None, map(_is_wrong, (one for one in required if _applies(one)))))
-    found = wrong or f"complete, on Python {platform.python_version()}"
-    yield Finding(name="packages", found=found, remedy="pip install gpt-lightning" if wrong else None)
-    for extra, purpose in EXTRAS.items():
-        of_extra = (one for one in required if _applies(one, extra) and not _applies(one))
-        wrong = ", ".join(filter(None, map(_is_wrong, of_extra)))
-        remedy = f"for {purpose}: pip install 'gpt-lightning[{extra}]'" if wrong else None
-        yield Finding(name=f"extra {extra}", found=wrong or "complete", remedy=remedy)
-
-
-def _applies(requirement: Requirement, extra: str = "") -> bool:
-    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
-
-
-def _is_wrong(requirement: Requirement) -> str | None:
-    """What is wrong with an installed package."""
-    try:
-        version = importlib.metadata.version(requirement.name)
-    except importlib.metadata.PackageNotFoundError:
-        return f"{requirement.name} is missing"
-    good = requirement.specifier.contains(version, prereleases=True)
-    return None if good else f"{requirement.name} is {version} and must be {requirement.specifier}"
+    """The versions that determine what a run computes, and what is missing of each extra."""
+    yield Finding(name="versions", found=", ".join(f"{name} {v}" for name, v in versions().items()))
+    for extra, purpose in PURPOSES.items():
+        missing = [name for name, of in EXTRAS.items() if of == extra and find_spec(name) is None]
+        found = f"{', '.join(missing)} is missing" if missing else "installed"
+        remedy = f"for {purpose}: pip install 'gpt-lightning[{extra}]'" if missing else None
+        yield Finding(name=f"extra {extra}", found=found, remedy=remedy)
 
 
 def _device(accelerator: str) -> Iterator[Finding]:

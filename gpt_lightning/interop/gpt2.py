@@ -103,22 +103,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def download(name: str) -> Path:
-    """The folder of a model's files from the hub or its cache.
+    """The folder of a model's files from the hub or its cache; OSError if the hub does not provide them."""
+    from huggingface_hub import snapshot_download
 
-    Raises:
-        OSError: If the hub does not provide them.
-        ValueError: If huggingface_hub is not installed.
-    """
     try:
-        from huggingface_hub import snapshot_download
-
         files = ["config.json", "tokenizer.json"]
         files += ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
         return Path(snapshot_download(name, allow_patterns=files))
-    except ImportError as error:
-        raise ValueError(
-            f"{name!r} is not a folder, and the hub needs huggingface_hub; pip install 'gpt-lightning[hf]'"
-        ) from error
     except (OSError, ValueError) as error:  # no network, no such model, not a valid name
         raise OSError(
             f"{name!r} is not a folder and the Hugging Face hub did not provide it "

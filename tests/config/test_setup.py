@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from packaging.requirements import Requirement
 
 from gpt_lightning.config import setup
-from gpt_lightning.config.setup import _gpt2_tokenizer, _is_wrong, memory_of
+from gpt_lightning.config.setup import _gpt2_tokenizer, memory_of
 from gpt_lightning.training.memory import GIB
 
 
@@ -52,12 +51,18 @@ def test_model_that_needs_more_than_the_memory_is_named(
     assert lines[place + 1].startswith("→ lower device.micro_batch_size")
 
 
-def test_package_that_is_missing_or_too_old_is_named() -> None:
-    assert _is_wrong(Requirement("torch>=2")) is None
-    assert _is_wrong(Requirement("no-such-package>=1")) == "no-such-package is missing"
-    problem = _is_wrong(Requirement("torch>=999"))
-    assert problem is not None
-    assert re.fullmatch(r"torch is \d.* and must be >=999", problem)
+def test_versions_are_told_and_missing_packages_are_named_with_what_brings_them(
+    check: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "find_spec", lambda name: None if name in ("optuna", "gradio") else name)
+    lines = check()
+    assert re.fullmatch(r"versions python 3\..*, torch 2\..*, lightning 2\.6\..*", lines[0])
+    assert "extra hf installed" in lines
+    for line, remedy in (
+        ("extra demo gradio is missing", "→ for the command demo: pip install 'gpt-lightning[demo]'"),
+        ("extra optuna optuna is missing", "→ for -m sweep=optuna: pip install 'gpt-lightning[optuna]'"),
+    ):
+        assert lines[lines.index(line) + 1] == remedy
 
 
 def test_tokenizer_is_found_where_tiktoken_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -333,13 +333,6 @@ def test_missing_parquet_column_lists_the_columns(tmp_path):
     assert "data.field=id is int, not text" in error_of(lambda: TextFiles(path, field="id"))
 
 
-def test_missing_package_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_base.importlib.util, "find_spec", lambda name: None)
-    path = write(tmp_path / "a.parquet", "x")
-    assert "needs the package pyarrow; pip install" in error_of(lambda: TextFiles(path), ImportError)
-    assert "needs the package datasets; pip install" in error_of(lambda: HuggingFace("x/y"), ImportError)
-
-
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=200), name=st.sampled_from(["a.txt", "a.jsonl", "a.parquet", "a.txt.gz"]))
 def test_random_bytes_are_read_or_refused_in_one_line(tmp_path, content, name):

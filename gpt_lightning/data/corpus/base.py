@@ -1,8 +1,6 @@
 """What every corpus has: documents in two splits, and a digest of everything that decides them."""
 
 import hashlib
-import importlib
-import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -141,14 +139,6 @@ def digest_files(settings: object, *groups: list[Path]) -> str:
 
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def require(package: str, what: str) -> Any:
-    if importlib.util.find_spec(package) is None:
-        raise ModuleNotFoundError(
-            f"{what} needs the package {package}; pip install 'gpt-lightning[hf]' brings it"
-        )
-    return importlib.import_module(package)
 
 
 def field_of(row: Mapping[str, Any], field: str, where: str) -> Any:

@@ -15,7 +15,6 @@ from gpt_lightning.data.corpus.base import (
     field_of,
     files_below,
     one_line,
-    require,
     text_of,
 )
 
@@ -92,7 +91,8 @@ class HuggingFace:
             )
 
     def _load(self, function: str, **options: object) -> Any:
-        datasets = require("datasets", f"data.name={self.name}")
+        import datasets
+
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         place = str(self._folder or self.name)

@@ -2,7 +2,6 @@
 
 import codecs
 import gzip
-import importlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator
@@ -10,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gpt_lightning.data.corpus.base import BLOCK, field_of, kind_of, one_line, require, text_of
+from gpt_lightning.data.corpus.base import BLOCK, field_of, kind_of, one_line, text_of
 
 
 def read_documents(
@@ -113,10 +112,10 @@ def _parquet(path: Path, field: str, row_groups: list[int] | None) -> Iterator[s
 
 @contextmanager
 def _parquet_file(path: Path) -> Iterator[Any]:
-    pyarrow = require("pyarrow", f"reading {path}")
-    parquet = importlib.import_module("pyarrow.parquet")
+    import pyarrow.parquet
+
     try:
-        with parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path) as file:
             yield file
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no readable parquet file ({one_line(error)})") from error
