@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import sys
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from omegaconf import DictConfig
 
 from gpt_lightning.config.command import command
 from gpt_lightning.config.command_line import verbatim
-from gpt_lightning.config.errors import ConfigError, check_output
+from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.nodes import plain
 from gpt_lightning.config.rules import check, one_of, readable_path, texts
 from gpt_lightning.config.source import checkpoint_source, network_of
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from gpt_lightning.inference.text import TextGenerator
 
 log = logging.getLogger(__name__)
-
-ANSWER = {"prompt", "text", "tokens", "finish"}  # keys of a line of output=
 
 
 def read_prompts(cfg: DictConfig) -> list[str]:
@@ -74,24 +71,16 @@ def show(model: TextGenerator, prompts: list[str], settings: SamplingSettings) -
     log.info("%d tokens in %.1f s (%.0f tokens/s)", tokens, seconds, tokens / max(seconds, 1e-9))
 
 
-def write(model: TextGenerator, prompts: list[str], settings: SamplingSettings, output: str | None) -> None:
-    """Write a line of JSON for every continuation as soon as it is complete."""
-    with contextlib.ExitStack() as stack:
-        file = sys.stdout
-        if output is not None:
-            path = Path(output).expanduser()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(path.open("w", encoding="utf-8"))
-        text = ""
-        for number, piece in model.in_order(prompts, settings):
-            text += piece.text
-            if piece.finish:
-                answer: dict[str, Any] = {"prompt": prompts[number // settings.num_samples], "text": text}
-                answer |= {"tokens": piece.tokens, "finish": piece.finish}
-                print(json.dumps(answer, ensure_ascii=False), file=file, flush=True)
-                text = ""
-    if output is not None:
-        log.info("%d answers: %s", len(prompts) * settings.num_samples, output)
+def write(model: TextGenerator, prompts: list[str], settings: SamplingSettings) -> None:
+    """Print a line of JSON for every continuation as soon as it is complete."""
+    text = ""
+    for number, piece in model.in_order(prompts, settings):
+        text += piece.text
+        if piece.finish:
+            answer: dict[str, Any] = {"prompt": prompts[number // settings.num_samples], "text": text}
+            answer |= {"tokens": piece.tokens, "finish": piece.finish}
+            print(json.dumps(answer, ensure_ascii=False), flush=True)
+            text = ""
 
 
 def converse(model: TextGenerator, settings: SamplingSettings) -> None:
@@ -116,17 +105,16 @@ def converse(model: TextGenerator, settings: SamplingSettings) -> None:
         settings = replace(settings, seed=settings.seed + settings.num_samples)
 
 
-@command("generate", arguments=verbatim("checkpoint", "prompt", "prompt_file", "output", "stop"))
+@command("generate", arguments=verbatim("checkpoint", "prompt", "prompt_file", "stop"))
 def main(cfg: DictConfig) -> list[str] | None:
     """Prints texts, or returns them to Python."""
-    given = [key for key in ("prompt", "prompt_file", "output") if cfg[key] is not None]
+    given = [key for key in ("prompt", "prompt_file") if cfg[key] is not None]
     if cfg.interactive and given:
         raise ConfigError(f"interactive=true asks for prompts; leave {given[0]}= out")
     if cfg.prompt is not None and cfg.prompt_file is not None:
         raise ConfigError("prompt= and prompt_file= exclude each other; give one of them")
     check(cfg, {"interactive": one_of(True, False), "prompt_file": readable_path, "default_prompts": texts})
     source = checkpoint_source(cfg)
-    check_output(cfg.output, lambda row: row.keys() == ANSWER, cfg.prompt_file)
     from gpt_lightning.inference.loading import load
     from gpt_lightning.inference.sampling import SamplingSettings
 
@@ -140,10 +128,10 @@ def main(cfg: DictConfig) -> list[str] | None:
     try:
         if cfg.interactive:
             converse(model, settings)
-        elif cfg.output is None and cfg.prompt_file is None:
+        elif cfg.prompt_file is None:
             show(model, prompts, settings)
         else:
-            write(model, prompts, settings, cfg.output)
+            write(model, prompts, settings)
     except KeyboardInterrupt:
         print()
         raise SystemExit(130) from None

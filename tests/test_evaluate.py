@@ -146,7 +146,6 @@ def test_only_a_file_of_results_is_replaced(
     others = {
         "samples.jsonl": json.dumps({"text": "abc"}) + "\n",
         "summary.json": json.dumps({"status": "finished", "val_loss": 1.0}, indent=2),
-        "annotated.json": json.dumps({"checkpoint": "x", "loss": 1.0, "note": "mine"}, indent=2),
         "metrics.csv": "step,loss\n1,2.0\n",
     }
     for name, content in others.items():

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import difflib
 import errno
-import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -124,13 +122,12 @@ def suggestion(key: str, keys: Iterable[str]) -> str | None:
     return None
 
 
-def check_output(path: str | None, written: Callable[[Any], bool] | bytes, *inputs: str | None) -> None:
+def check_output(path: str | None, beginning: bytes, *inputs: str | None) -> None:
     """Refuse an output= that cannot be written or that would replace something, before there is a result.
 
     Args:
         path: The value of output=.
-        written: Whether a JSON object is one that the command writes; a file of these alone is replaced.
-            Bytes are the beginning of a file that is replaced.
+        beginning: How files begin that the command writes; another one is not replaced.
         inputs: Files that the command reads.
 
     Raises:
@@ -144,22 +141,9 @@ def check_output(path: str | None, written: Callable[[Any], bool] | bytes, *inpu
         raise ConfigError(f"output={path} is a folder; name a file in it")
     if file.exists() and any(Path(name).expanduser().samefile(file) for name in inputs if name):
         raise ConfigError(f"output={path} is what this command reads; name another file")
-    if file.exists() and not (file.is_file() and _has_only(file, written)):
+    if file.exists() and not (file.is_file() and file.read_bytes().startswith(beginning)):
         raise ConfigError(f"output={path} holds what this command did not write; name another file")
     above = next(folder for folder in file.absolute().parents if folder.exists())
     problem = errno.ENOTDIR if not above.is_dir() else 0 if os.access(above, os.W_OK) else errno.EACCES
     if problem:
         raise OSError(problem, os.strerror(problem), str(above))
-
-
-def _has_only(file: Path, written: Callable[[Any], bool] | bytes) -> bool:
-    """Whether a file is one JSON object, or one on each line, that all are `written`; an empty one is."""
-    if isinstance(written, bytes):
-        return file.read_bytes().startswith(written)
-    try:
-        text = file.read_text(encoding="utf-8")
-        texts = [text] if text.startswith("{\n") else filter(None, text.split("\n"))
-        rows = map(json.loads, texts)
-        return all(isinstance(row, dict) and written(row) for row in rows)
-    except (RecursionError, ValueError):
-        return False
