@@ -101,11 +101,10 @@ def main() -> None:
         for value in values:
             sizes = {**MIDDLE, key: value}
             rounds = [(predicted(sizes), measured(sizes, arguments.steps)) for _ in range(arguments.rounds)]
-            plan, run = (
-                (statistics.median(row[i] for row in side) for i in (0, 1))
+            (plan_ms, plan_gib), (ms, gib) = (
+                [statistics.median(column) for column in zip(*side, strict=True)]
                 for side in zip(*rounds, strict=True)
             )
-            (plan_ms, plan_gib), (ms, gib) = plan, run
             gib -= nothing
             rows.setdefault(name, []).append((value, (plan_ms, plan_gib), (ms, gib)))
             print(
