@@ -8,9 +8,9 @@ import math
 import re
 import shlex
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,15 +30,14 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> object:
 
 
 @pytest.mark.slow
-def test_plugin_trains_with_its_model_optimizer_schedule_and_corpus(tmp_path: Path) -> None:
+def test_plugin_trains_with_its_model_optimizer_schedule_and_corpus(
+    command: Callable[..., Any], tmp_path: Path
+) -> None:
     shutil.copytree(PLUGIN, tmp_path, dirs_exist_ok=True)
-    (command,) = COMMANDS
-    python, *arguments = shlex.split(command)
-    assert python == "python"
-    arguments += ["device=cpu", "hydra.run.dir=run"]
-    result = subprocess.run(
-        [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    (line,) = COMMANDS
+    program, *arguments = shlex.split(line.removeprefix("python -m gpt_lightning."))
+    assert program == "train"
+    result = command("train", *arguments, "device=cpu", "hydra.run.dir=run")
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     # embeddings, hidden layer and output layer for 256 bytes and <|endoftext|>
@@ -53,10 +52,9 @@ def test_plugin_trains_with_its_model_optimizer_schedule_and_corpus(tmp_path: Pa
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rates = {int(row["step"]): float(row["train/lr"] or "nan") for row in csv.DictReader(file)}
     assert math.isclose(rates[496], 1e-3 * math.sqrt(50 / 496))
-    command = re.search(r"python (-m gpt_lightning.generate --config-dir .*)", PAGE)
-    arguments = shlex.split(command[1].replace("RUN", "run"))  # type: ignore[index]
-    arguments += ["max_new_tokens=2", "temperature=0"]
-    result = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    shown = re.search(r"python -m gpt_lightning.generate (--config-dir .*)", PAGE)
+    arguments = shlex.split(shown[1].replace("RUN", "run"))  # type: ignore[index]
+    result = command("generate", *arguments, "max_new_tokens=2", "temperature=0")
     assert re.fullmatch(r"12\+30=\d\d\n", result.stdout), result.stderr
 
 

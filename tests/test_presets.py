@@ -363,8 +363,11 @@ def test_preset_can_be_planned_as_it_is(
     tmp_path: Path,
     gpt2_tokenizer: Callable[[DictConfig], None],
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nothing in it contradicts itself or needs more text than there is: a preset is run as it stands."""
+    # whose speed takes seconds to measure, and is in test_speed.py
+    monkeypatch.setattr("gpt_lightning.training.speed.measure_speed", lambda *_, **__: None)
     arguments = f"experiment={overrides}".split()
     gpt2_tokenizer(composed(*arguments))
     text = TINY_SHAKESPEARE if TINY_SHAKESPEARE.exists() else ROOT / "input.txt"

@@ -167,7 +167,7 @@ def test_run_with_a_users_configuration_is_resumed_with_it_and_without_it(
     assert first.returncode == 0, first.stderr
     starts = [["--config-dir", "mine", "resume=run"], ["resume=run", "--config-dir", "mine"]]
     summary = tmp_path / "run" / "summary.json"
-    for start in [*starts, ["resume=run", "trust=true"]]:
+    for start in starts:
         summary.write_text(json.dumps(json.loads(summary.read_text()) | {"status": "interrupted"}))
         result = command("train", *start)
         assert result.returncode == 0, result.stderr

@@ -387,7 +387,7 @@ def test_killed_preparation_leaves_no_incomplete_store(larger, tmp_path):
     cache = tmp_path / "cache"
     random.seed(2)
     kills = 0
-    while kills < 6:
+    while kills < 3:
         process = start("prepare(TextFiles(path), BPE(300), cache)", larger.path, cache)
         _wait_for_half_a_store(cache, process)
         time.sleep(random.uniform(0, 0.2))

@@ -38,15 +38,15 @@ def test_one_wild_loss_hardly_moves_the_fit() -> None:
 
 
 def test_intervals_contain_the_constants_of_noisy_losses() -> None:
-    """Of 8 data sets; intervals of 95 % from a bootstrap of 20 runs are known to be somewhat narrow."""
+    """Of 4 data sets; intervals of 95 % from a bootstrap of 20 runs are known to be somewhat narrow."""
     inside = np.zeros(5)
-    for seed in range(8):
+    for seed in range(4):
         law = fit(made(noise=2e-3, seed=seed))
         assert law.resampled.shape == (RESAMPLES, 5)
         low, high = np.percentile(law.resampled, (2.5, 97.5), axis=0)
         inside += (low <= TRUE) & (high >= TRUE)
         assert law.values[3:] == pytest.approx(TRUE[3:], abs=0.06)
-    assert (inside >= 6).all(), inside
+    assert (inside >= 3).all(), inside
 
 
 def test_law_without_an_irreducible_loss_or_with_another_one_says_so() -> None:
