@@ -60,7 +60,6 @@ class Command:
     ):
         self.task, self.config_name, self.show = task, config_name, show
         self.arguments = arguments or (lambda given: given)
-        self.failed: list[str] = []  # jobs of a sweep whose errors were told
         self.result: Any = None
         self.here = Path()  # where the command was started
         self.full_error: str | None = None  # what the user asked for
@@ -83,22 +82,17 @@ class Command:
         except Exception as error:
             log_to_files(error)
             job = HydraConfig.get()
-            if job.mode == RunMode.MULTIRUN:
-                if self.tells(error):
-                    print(f"error: {one_line(error)}; job {job.job.num} of the sweep fails", file=sys.stderr)
-                    self.failed.append(str(job.job.num))
-            else:
+            if job.mode == RunMode.RUN:
                 if is_user_error(error):
                     remove_traces(Path(job.runtime.output_dir), job.output_subdir, job.job.name, self.here)
                 if not self.in_python:
                     self.fail(error)  # here, because outside, Hydra adds a line of its own
-            raise  # the launcher goes on with the other jobs
+            raise  # hydra/launcher=basic goes on with the other jobs
         finally:
             os.environ[FULL_ERROR] = "1"
 
     def __call__(self) -> None:
         """The command in a shell: reads sys.argv, ends with an exit code."""
-        self.failed.clear()
         logging.raiseExceptions = False  # a log on a full disk is not worth a traceback per line
         here = str(Path.cwd())
         if not {"", here} & set(sys.path):  # as `python -m` has it, for classes of the user's own
@@ -113,9 +107,6 @@ class Command:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # of somebody who presses Ctrl-C many times
             raise SystemExit(130) from None  # as a shell has it
         except Exception as error:
-            if self.failed and self.tells(error):
-                jobs = f"job{'s' * (len(self.failed) > 1)} {', '.join(self.failed)}"
-                error = ConfigError(f"{jobs} of the sweep failed; the reasons are above")
             self.fail(wrong_choice(error) or error)
 
     def run(self, given: list[str]) -> None:
