@@ -184,13 +184,7 @@ def without_recommendations(cfg: DictConfig) -> dict[str, Any]:
 def build_module(
     cfg: DictConfig, parts: Parts, prepared: Prepared, net: Any = None, checkpoint: Path | None = None
 ) -> LanguageModel:
-    """The network, new unless given, in its LightningModule, whose checkpoints have the chosen precision.
-
-    Args:
-        cfg, parts, prepared: Of the run.
-        net: Of `init_from`.
-        checkpoint: That a resumed run goes on from.
-    """
+    """The network, new unless given, in its LightningModule, whose checkpoints have the chosen precision."""
     from gpt_lightning.training.module import LanguageModel
     from gpt_lightning.training.strategies import blocks, recompute
 

@@ -19,11 +19,7 @@ class ConfigError(ValueError):
 
 
 class Refusal(BaseException):
-    """Carries an error through code that would swallow it.
-
-    Args:
-        error: The error.
-    """
+    """Carries an error through code that would swallow it."""
 
     def __init__(self, error: Exception):
         self.error = error

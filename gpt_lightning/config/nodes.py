@@ -46,11 +46,6 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 def build(cfg: DictConfig, key: str, /, **kwargs: Any) -> Any:
     """Instantiate a node of the configuration; errors of the class itself come out as they are.
 
-    Args:
-        cfg: The configuration.
-        key: Of the node.
-        kwargs: Arguments that take the place of the node's.
-
     Raises:
         ConfigError, ValueError: If there is no such class, or it does not take these arguments.
     """
@@ -133,12 +128,6 @@ def check_arguments(
     """Refuse arguments that a class does not have, and values of a type that its annotations exclude.
 
     A type that YAML cannot say is not judged; a range is the class's own business.
-
-    Args:
-        target: The class, or a function.
-        cfg: The configuration.
-        key: Of the arguments in it; names that begin with an underscore are Hydra's.
-        without: Arguments that are given elsewhere.
 
     Raises:
         ValueError: If one does not fit; names the key that the user set.

@@ -158,10 +158,6 @@ def check_extension(cfg: DictConfig, step: int) -> bool:
     That is so if the learning rate of every step that is done stays what it was: under a constant rate, or
     under `wsd` before its decay.
 
-    Args:
-        cfg: The configuration.
-        step: Optimizer steps done.
-
     Raises:
         ConfigError: If the schedule would have been another one.
     """

@@ -44,9 +44,6 @@ def start_arguments(arguments: list[str]) -> list[str]:
     A job that SLURM or torchrun started again resumes without being told: the run in its `hydra.run.dir=`, or
     the one that the same command of this SLURM job began below `paths.outputs`.
 
-    Args:
-        arguments: As in sys.argv[1:].
-
     Raises:
         ConfigError: If there is no such run.
     """

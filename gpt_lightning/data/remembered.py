@@ -27,11 +27,6 @@ def remembered(files: Sequence[Path], what: str, compute: Callable[[], Any]) -> 
 
     It is not computed again while the path, size, inode and times of every file are the same. Without a call
     of `remember_in`, everything is computed again.
-
-    Args:
-        files: That the value depends on.
-        what: Tells apart several values of the same files; everything else that they depend on.
-        compute: Returns the value, which JSON can hold.
     """
     before = _identity(files)
     if not _folders or sum(size for _, size, *_ in before) < LARGE:

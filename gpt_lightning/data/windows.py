@@ -237,11 +237,7 @@ class EvalBatches(_Batches):
     The last window is padded with ignored targets, and so are micro-batches to give all ranks as many.
 
     Args:
-        store, split: The tokens.
-        block_size: Tokens of a window, T.
-        micro_batch_size: Sequences per device per forward, B.
-        most: Windows to read, the first ones; None reads all.
-        rank, world_size: This process and the number of processes.
+        most: Windows to read, the first ones; None reads all. The others are those of `TrainBatches`.
     """
 
     split: Split = "val"

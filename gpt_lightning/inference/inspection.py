@@ -42,10 +42,6 @@ class Inspection:
 def inspect(model: TextGenerator, ids: list[int]) -> Inspection:
     """The losses of the first tokens of a text, as many as the model reads at once, at most LONGEST.
 
-    Args:
-        model: The model.
-        ids: The text.
-
     Raises:
         ValueError: If there are fewer than two tokens.
     """

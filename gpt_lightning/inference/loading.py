@@ -177,11 +177,7 @@ def _read_checkpoint(
 ) -> tuple[CausalLM, tiktoken.Encoding, ModelCard]:
     """The network of a checkpoint with its weights, in evaluation mode, its tokenizer and card.
 
-    Args:
-        path: As in `find_checkpoint`.
-        merge: Whether adapters are merged into the weights, which gives a plain network.
-        model: As in `load`.
-        asked: Fields of the configuration, as in `apply_overrides`.
+    Adapters are merged into the weights unless `merge` is false.
 
     Raises:
         ValueError: If the weights do not fit, disagree with a field, or are of a class of others,

@@ -66,12 +66,7 @@ canvas.getContext("2d").putImageData(image, 0, 0);
 
 
 def tokens_html(seen: Inspection, *, prompt: int = 0) -> str:
-    """The tokens, with what the model expected as hidden text that STYLE shows on hover.
-
-    Args:
-        seen: The text.
-        prompt: Tokens at its beginning that are set off.
-    """
+    """The tokens, the first `prompt` of them set off; STYLE shows on hover what the model expected."""
     worst, parts = math.log(seen.n_vocab), []
     for i, (text, nats, expected) in enumerate(zip(seen.tokens, seen.nats, seen.expected, strict=True)):
         lines = ["the first token, which nothing precedes"]
@@ -88,16 +83,7 @@ def tokens_html(seen: Inspection, *, prompt: int = 0) -> str:
 def token_page(
     seen: Inspection, title: str, *, total: int, weights: Tensor | None = None, layer: int = 0, head: int = 0
 ) -> str:
-    """The whole page.
-
-    Args:
-        seen: The beginning of a text.
-        title: What the text and the model are.
-        total: Tokens of the whole text.
-        weights: As from `attention`, of a layer and a head; None shows no attention.
-        layer: Number of the layer.
-        head: Number of the head.
-    """
+    """The whole page of the first tokens of `total`, with the attention of a head if there are weights."""
     losses = [nats for nats in seen.nats if nats is not None]
     facts = f"The first {len(seen.tokens):,} of {total:,} tokens, read at once. "
     facts += f"Their mean loss is {sum(losses) / len(losses):.4f} nats."

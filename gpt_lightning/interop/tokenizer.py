@@ -24,12 +24,6 @@ def save_tokenizer(
     Ids equal `encoding.encode(text, allowed_special="all")`; a character that the vocabulary lacks,
     which tiktoken cannot encode, is left out.
 
-    Args:
-        encoding: The tokenizer.
-        folder: Where the files go, beside config.json; made if it does not exist.
-        block_size: Longest text the model takes, in tokens.
-        chat_template: For `apply_chat_template`.
-
     Raises:
         OSError: If the folder cannot be written.
     """

@@ -116,13 +116,6 @@ class KVCache:
 
     Row b of the buffer holds the positions of sequence b from 0 on. `seek` sets the positions of the next
     forward's tokens: several per row fill it from position 0, one per row continues it.
-
-    Args:
-        config: ModelConfig of the model.
-        batch_size: Rows, B.
-        size: Positions of a row, at most config.block_size.
-        device: Of the buffer.
-        dtype: Of the buffer; the type of the attention's keys and values.
     """
 
     def __init__(

@@ -27,13 +27,7 @@ class OwnConfig:
 
 
 class OwnNetwork(CausalLM):
-    """A network that is called as `net(idx)` for logits (B, T, V or more), and that has no cache.
-
-    Args:
-        net: The network.
-        vocab_size: Ids that the tokenizer can produce.
-        block_size: Longest sequence that the network sees at once, in tokens.
-    """
+    """A network that is called as `net(idx)` for logits (B, T, V or more), and that has no cache."""
 
     has_cache = False
 

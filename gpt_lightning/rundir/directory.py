@@ -53,11 +53,8 @@ def runs_below(root: str | Path) -> list[Path]:
 def newest_run(root: str | Path, *, prefer_unfinished: bool = False, with_checkpoint: bool = False) -> Path:
     """The run below a folder that was written to last.
 
-    Args:
-        root: The folder.
-        prefer_unfinished: Whether any run that can go on comes before those that finished, and those that
-            failed before their first checkpoint.
-        with_checkpoint: Whether to skip runs that have no checkpoint.
+    With `prefer_unfinished`, any run that can go on comes before those that finished, and those that failed
+    before their first checkpoint.
 
     Raises:
         FileNotFoundError: If there is no run.

@@ -157,11 +157,7 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def by_seed(results: Sequence[Result]) -> tuple[list[str], dict[tuple[str, ...], list[float]]]:
-    """Best losses of the finished runs that differ in their seed alone.
-
-    Returns:
-        The other keys that differ; the losses by the values of these keys.
-    """
+    """The other keys that differ, and by their values the best losses of the finished runs of all seeds."""
     keys = [key for key in differing(results) if key != "seed"]
     groups: dict[tuple[str, ...], list[float]] = {}
     for result in results:

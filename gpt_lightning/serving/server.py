@@ -199,14 +199,7 @@ def api(engine: Engine, model: str) -> FastAPI:
 
 
 class Site(Gate):
-    """Page, completions and health behind a gate.
-
-    Args:
-        model: The model.
-        curves: A picture of its run, for the page.
-        hosts, api_key: As for `Gate`.
-        limits: As for `Engine`.
-    """
+    """Page, completions and health behind a gate; `curves` is a picture of the model's run, for the page."""
 
     def __init__(
         self,

@@ -38,10 +38,8 @@ class Search:
     Args:
         config: The whole configuration; its `sweep` says what the study is.
         folder: The directory of the sweep, which only this process writes to.
-        space: What the trials vary.
-        fixed: The overrides of all of them.
+        space, fixed: What the trials vary, and the overrides of all of them.
         storage: Of the study, if it is not in the directory.
-        pruner: Says which trials to stop.
 
     Raises:
         ConfigError: If the study is there already and searches something else.

@@ -52,10 +52,8 @@ def read_space(
 ) -> tuple[list[Dimension], list[str]]:
     """The dimensions of a search, and the overrides that do not vary.
 
-    Args:
-        params: hydra.sweeper.params; keys that are joined by commas vary together.
-        arguments: The command line, which counts more.
-        parser: Of Hydra.
+    The command line counts more than params, hydra.sweeper.params, in which keys that are joined by commas
+    vary together.
 
     Raises:
         ConfigError: If nothing varies, or the range of a key is none.

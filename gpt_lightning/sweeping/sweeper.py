@@ -33,11 +33,7 @@ POLL = 0.5  # seconds between looks at the validations of the trials
 
 
 class OptunaSweeper(Sweeper):
-    """Searches with Optuna; the jobs are those of hydra/launcher=processes.
-
-    Args:
-        params: The space, as `read_space` has it.
-    """
+    """Searches with Optuna; the jobs are those of hydra/launcher=processes."""
 
     def __init__(self, params: Mapping[str, Any] | None = None):
         self.params = dict(params or {})

@@ -55,14 +55,7 @@ def memory_estimate(
 def out_of_memory(
     needs: dict[str, float], *, parameters: int, micro_batch_size: int, block_size: int
 ) -> ValueError:
-    """The error to raise when a device's memory was not enough: what to lower, and what it was needed for.
-
-    Args:
-        needs: As from `memory_estimate`.
-        parameters: Numbers in the network.
-        micro_batch_size: Sequences of a forward, each with
-        block_size: tokens.
-    """
+    """The error to raise when a device's memory was not enough: what to lower, and what it was needed for."""
     total = sum(needs.values())
     if 16 * parameters > total / 2:  # weights, gradients, two averages: no batch makes them smaller
         remedy = "take a smaller model, such as model=gpt2_small, or shard it with trainer=fsdp"

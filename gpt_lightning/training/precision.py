@@ -12,13 +12,7 @@ WORTHWHILE = 4_000_000
 
 
 def choose_precision(accelerator: str, parameters: int, *, has_bfloat16: bool) -> str:
-    """The precision for a network on a device.
-
-    Args:
-        accelerator: cpu, cuda or mps.
-        parameters: Numbers in the network; GPUs gain at any size.
-        has_bfloat16: As `multiplies_bfloat16`.
-    """
+    """The precision for so many parameters on cpu, cuda or mps; GPUs gain at any size."""
     large = accelerator == "cuda" or (accelerator == "cpu" and parameters >= WORTHWHILE)
     return "bf16-mixed" if has_bfloat16 and large else "32-true"
 

@@ -74,11 +74,9 @@ def meet(place: ClusterEnvironment, timeout: float) -> None:
 
 
 def tell_start(start: dict[str, Any] | None, timeout: float) -> None:
-    """Tell the other processes, if torchrun or srun started them, what to do; called by the first one.
+    """Tell the other processes, if torchrun or srun started them, what `await_start` returns to them.
 
-    Args:
-        start: What `await_start` returns to them; None if there is nothing to do, and then they are awaited.
-        timeout: Seconds to wait.
+    Called by the first one; with None, there is nothing to do, and they are awaited.
     """
     if (place := starter()) is None or place.global_rank() > 0:
         return

@@ -47,11 +47,7 @@ class Meeting(ParallelStrategy):
 
 
 class DataParallel(Meeting, DDPStrategy):
-    """Every device has the whole model and a part of each batch.
-
-    Args:
-        timeout: Seconds that a process waits for the others.
-    """
+    """Every device has the whole model and a part of each batch."""
 
     def __init__(self, timeout: float):
         super().__init__(timeout=timedelta(seconds=timeout))
@@ -62,10 +58,6 @@ class Sharded(Meeting, ModelParallelStrategy):
     """Weights, gradients and optimizer state are spread over the devices (FSDP2), as is each batch.
 
     A checkpoint is the one that a single device would write, so that each strategy reads those of the others.
-
-    Args:
-        devices: Of the run, on all machines.
-        timeout: Seconds that a process waits for the others.
     """
 
     def __init__(self, devices: int, timeout: float):
@@ -113,13 +105,7 @@ class Sharded(Meeting, ModelParallelStrategy):
 
 
 def strategy(name: str, *, devices: int, timeout: float) -> Strategy | str:
-    """The strategy of a name.
-
-    Args:
-        name: auto, ddp, fsdp, or one of Lightning's, which is returned as it is.
-        devices: Of the run, on all machines.
-        timeout: Seconds that a process waits for the others.
-    """
+    """The strategy of a name: auto, ddp, fsdp, or one of Lightning's, which is returned as it is."""
     if name == "fsdp":
         return Sharded(devices, timeout)
     return DataParallel(timeout) if name == "ddp" or (name == "auto" and devices > 1) else name

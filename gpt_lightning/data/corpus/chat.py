@@ -38,10 +38,6 @@ def turn(role: str, content: str) -> str:
 def exchanges(row: Mapping[str, Any], where: str) -> list[str]:
     """The texts of a conversation, one for each answer; messages after the last answer are left out.
 
-    Args:
-        row: With `messages`, a list of objects with `role` and `content`, or with `prompt` and `response`.
-        where: The row's place, for errors.
-
     Raises:
         ValueError: If the row is something else, has no answer, or contains the marker of a role.
     """

@@ -28,9 +28,6 @@ class Ranks(Callback, AbstractContextManager):
     if another rank that it started dies. As a context manager around the training, it also replaces the
     errors of a broken connection.
 
-    Args:
-        remedy: End of the line.
-
     Raises:
         ChildProcessError, ConnectionError: With the line.
     """
@@ -94,9 +91,6 @@ def _started_by_another_rank() -> bool:
 
 def end_with_parent(folder: Path) -> None:
     """Let a rank that Lightning started end, with a line, soon after the first rank, to free its GPU.
-
-    Args:
-        folder: The run directory.
 
     Raises:
         SystemExit: If the first rank is dead already.
