@@ -138,6 +138,22 @@ def test_number_of_steps_alone_is_enough(steps: int) -> None:
     assert max(map(schedule, range(steps))) == 1.0  # the peak is reached
 
 
+def test_each_step_calls_the_schedule_without_hydra() -> None:
+    """Hydra checks every call of what it built, which takes longer than a schedule."""
+    from gpt_lightning.config.nodes import build
+    from gpt_lightning.config.parts import with_length
+
+    called: set[str] = set()
+    schedule = with_length(build(composed(), "scheduler"), 40)
+    sys.setprofile(lambda frame, *_: called.add(str(frame.f_globals.get("__name__"))))
+    try:
+        schedule(20)
+    finally:
+        sys.setprofile(None)
+    assert {name.partition(".")[0] for name in called} >= {"gpt_lightning"}
+    assert not any(name.startswith("hydra") for name in called)
+
+
 def test_asked_warmup_that_does_not_fit_is_refused() -> None:
     from gpt_lightning.config.nodes import build
     from gpt_lightning.config.parts import with_length
