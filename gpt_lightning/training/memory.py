@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 GIB = 2**30
+# Bytes per token, layer and unit of width that the backward pass needs, with 32 and with 16 bits: of GPT-2
+# after Korthikanti et al. (2022), section 4.1, without the attention matrix, which flash attention does not
+# keep; of Qwen3 as autograd keeps them (tests/training/test_memory.py counts both)
+KEPT = {"GPTConfig": (68, 34), "Qwen3Config": (99, 72)}
 DEFAULT_MICRO_BATCH_SIZE = 32  # sequences per device per forward where the configuration has null
 
 
@@ -18,12 +22,12 @@ def memory_estimate(
     shards: int = 1,
     recomputed: bool = False,
     chunked: bool = False,
+    network: str = "GPTConfig",
 ) -> dict[str, float]:
     """Bytes that training needs, by what needs them.
 
     Weights, gradients and AdamW's two averages are exact at 4 bytes each. Activations kept for the backward
-    pass are 34 bytes per token, layer and unit of width at 16 bits, after Korthikanti et al. (2022), section
-    4.1, without the attention matrix, which flash attention does not keep; logits count twice. A loss in
+    pass are those of KEPT; logits count twice. A loss in
     chunks has the logits of one chunk, and the gradient of the head a second time.
 
     Args:
@@ -35,11 +39,13 @@ def memory_estimate(
         shards: Devices that share weights, gradients and optimizer state.
         recomputed: Whether only the inputs of the blocks are kept, in 32 bits, and those of one block whole.
         chunked: Whether the loss is computed in chunks of `CHUNK` logits.
+        network: Class of its configuration; others count as GPT-2's.
     """
     from gpt_lightning.model.gpt import CHUNK  # imports torch, for which --help does not wait
 
     size = 2 if "16" in precision else 4
-    kept = 17 * size + 4 * n_layer if recomputed and n_layer else 17 * size * n_layer
+    block = KEPT.get(network, KEPT["GPTConfig"])[size == 2]
+    kept = block + 4 * n_layer if recomputed and n_layer else block * n_layer
     logits = (size + 4) * tokens * vocab_size
     if chunked and tokens * vocab_size > CHUNK:
         logits = 8 * CHUNK + 4 * vocab_size * n_embd

@@ -10,7 +10,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from gpt_lightning.model.gpt import GPT
+from gpt_lightning.model.gpt import GPT, GPTConfig
+from gpt_lightning.model.qwen3 import Qwen3, Qwen3Config
 from gpt_lightning.plan import device_count, preview
 from gpt_lightning.training.memory import memory_estimate, out_of_memory
 
@@ -120,3 +121,34 @@ def test_estimate_of_a_loss_in_chunks() -> None:
     few, many = (memory_estimate(**shape, tokens=n, precision="32-true", chunked=True) for n in (256, 257))  # type: ignore[arg-type]
     assert few["logits"] == 2**24 * 8
     assert many["logits"] == 2**24 * 8 + 2**16 * 8 * 4  # one chunk, and the head's gradient again
+
+
+@pytest.mark.parametrize(("kind", "config"), [(GPT, GPTConfig), (Qwen3, Qwen3Config)])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_estimate_of_activations_is_what_autograd_keeps(kind: Any, config: Any, precision: str) -> None:
+    """Of a layer; in mixed precision also its weights at 16 bits, which do not grow with the tokens."""
+    width, tokens = 256, 512
+
+    def kept(n_layer: int) -> int:
+        sizes = {"vocab_size": 65, "block_size": 128, "n_head": 4, "n_embd": width}
+        net = kind(config(**sizes, n_layer=n_layer))
+        weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+        found: dict[int, int] = {}
+
+        def see(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        idx = torch.zeros(tokens // 128, 128, dtype=torch.long)
+        mixed = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
+        with mixed, torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+            loss = net(idx, idx)
+        assert loss.requires_grad
+        return sum(found.values())
+
+    weights = 2 * 12 * width**2 if precision == "bf16-mixed" else 0
+    shape = {"parameters": 0, "trained": 0, "tokens": tokens, "n_embd": width, "n_layer": 1, "vocab_size": 65}
+    planned = memory_estimate(**shape, precision=precision, network=config.__name__)  # type: ignore[arg-type]
+    assert planned["activations"] == pytest.approx(kept(2) - kept(1) - weights, rel=0.1)
