@@ -108,10 +108,9 @@ def wants_length(schedule: Any) -> bool:
 
 def with_length(schedule: Any, max_steps: int | None) -> Callable[[int], float]:
     """The schedule of a run of so many optimizer steps; a warm-up that does not fit is an error here."""
-    length = {"max_steps": max_steps} if wants_length(schedule) else {}
     if isinstance(schedule, partial):  # a plain one: Hydra's own checks each call for longer than it lasts
         schedule = partial(schedule.func, *schedule.args, **schedule.keywords)
-    known = partial(schedule, **length)
+    known = partial(schedule, max_steps=max_steps) if wants_length(schedule) else schedule
     with naming_key("scheduler"):
         known(0)
     return cast(Callable[[int], float], known)

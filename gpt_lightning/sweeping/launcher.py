@@ -24,7 +24,7 @@ from gpt_lightning.config.command_line import key_of, verbatim
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.rundir.directory import HYDRA, locked
 from gpt_lightning.sweeping.jobs import Job, Ledger, jobs_of
-from gpt_lightning.sweeping.process import Pool
+from gpt_lightning.sweeping.process import PRELOADED, Pool
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,12 @@ class ProcessLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config, self.stopped = config, 0
         # train, or prepare, whose jobs leave no run directories and know themselves what is finished
-        self.command: str = task_function.__self__.config_name  # type: ignore[attr-defined]
+        self.command = str(getattr(getattr(task_function, "__self__", None), "config_name", "this program"))
+        if self.command not in PRELOADED:
+            raise ConfigError(
+                f"hydra.launcher={config.hydra.launcher._target_} starts jobs of {' and '.join(PRELOADED)}, "
+                f"not of {self.command}; leave hydra/launcher= out"
+            )
         self.running: dict[str, BaseProcess] = {}
         self.guard = threading.RLock()  # of the ledger and its jobs
         self.on_end: Callable[[Job], None] = lambda job: None

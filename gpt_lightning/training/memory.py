@@ -27,8 +27,8 @@ def memory_estimate(
     """Bytes that training needs, by what needs them.
 
     Weights, gradients and AdamW's two averages are exact at 4 bytes each. Activations kept for the backward
-    pass are those of KEPT; logits count twice. A loss in
-    chunks has the logits of one chunk, and the gradient of the head a second time.
+    pass are those of KEPT; logits count twice. A loss in chunks has the logits of one chunk, and the gradient
+    of the head a second time.
 
     Args:
         parameters: Numbers in the network, of which

@@ -108,6 +108,7 @@ TABLE: list[tuple[str, str, str]] = [
     ("prepare", "data=text data.path=good.txt shard=1", "shard=1 and shards=None go together"),
     ("prepare", "data=text data.path=good.txt shard=5 shards=2", "shard=5 must be a whole number from 0 to 1, since shards=2"),
     ("prepare", "-m data=text data.path=good.txt shard=0,1 shards=2 sweep.jobs=0", "sweep.jobs=0 must be a whole number"),
+    ("evaluate", "-m checkpoint=run,run hydra/launcher=processes", "starts jobs of train and prepare, not of evaluate"),
     ("prepare", "data=text data.path=good.txt shard=a shards=2", "shard='a' must be a whole number"),
     ("prepare", "data=text data.path=good.txt paths.cache=", "paths.cache='' must be the name of a folder"),
     ("prepare", "data=text data.path=good.txt shard=0 shards=0", "shards=0 must be a whole number from 1 to 512"),

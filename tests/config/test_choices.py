@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from support.models import random_net, save_checkpoint
@@ -152,6 +153,23 @@ def test_each_step_calls_the_schedule_without_hydra() -> None:
         sys.setprofile(None)
     assert {name.partition(".")[0] for name in called} >= {"gpt_lightning"}
     assert not any(name.startswith("hydra") for name in called)
+
+
+def test_schedule_of_the_users_own_keeps_its_state() -> None:
+    """LambdaLR saves the attributes of an object that it is given, not those of one inside another."""
+    from gpt_lightning.config.parts import with_length
+
+    class Halves:
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def __call__(self, step: int) -> float:
+            self.calls += 1
+            return 0.5**step
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, with_length(Halves(), 10))
+    assert scheduler.state_dict()["lr_lambdas"] == [{"calls": 2}]  # with_length has tried it
 
 
 def test_asked_warmup_that_does_not_fit_is_refused() -> None:
