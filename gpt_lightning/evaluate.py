@@ -41,8 +41,8 @@ TABLE = {  # what is printed, with its format
 RESULT = b'{\n  "checkpoint": '  # how the file of output= begins
 PAGE = b"<!doctype html><!-- gpt_lightning tokens"  # how the page of tokens=true begins
 WINDOWS = (
-    "windows overlap by {0} tokens of context; training's validation loss, with windows end to end, "
-    "is usually higher (stride={1} gives it)"
+    "each token is predicted from its document's beginning, or from at least {0} tokens; training's "
+    "validation loss, unless data.align_documents=true, is over windows end to end and usually higher"
 )
 
 
@@ -171,7 +171,7 @@ def show(result: dict[str, Any]) -> None:
             print(f"{key:>24}  {layout.format(result[key])}")
     block_size, stride = result.get("block_size", 0), result.get("stride", 0)
     if stride < block_size:
-        print(WINDOWS.format(block_size - stride, block_size))
+        print(WINDOWS.format(block_size - stride))
 
 
 @command("evaluate", arguments=verbatim("checkpoint", "text", "samples", "reference", "output"), show=show)

@@ -19,7 +19,14 @@ from support.models import BYTES, random_net
 
 from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.data.datamodule import PositionedLoader
-from gpt_lightning.data.windows import IGNORE, EvalBatches, TrainBatches, permute, split_batch
+from gpt_lightning.data.windows import (
+    IGNORE,
+    EvalBatches,
+    TrainBatches,
+    permute,
+    scoring_windows,
+    split_batch,
+)
 from gpt_lightning.inference.loading import start_from
 from gpt_lightning.training.callbacks.checkpoints import AtomicCheckpointIO
 from gpt_lightning.training.schedules import constant, cosine, linear, wsd
@@ -179,6 +186,32 @@ def test_validation_has_every_token_but_the_first_as_a_target_once(
             assert torch.equal(x[counted] + 1, y[counted])
             found.update(y[counted].tolist())
     assert found == Counter(range(1, tokens))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=12),
+    block=st.integers(1, 9),
+    data=st.data(),
+)
+def test_scoring_windows_have_short_documents_from_their_beginning(
+    lengths: list[int], block: int, data: st.DataObject
+) -> None:
+    stride = data.draw(st.integers(1, block))
+    tokens = np.array([0 if i == 0 else 1 for n in lengths for i in range(n)] + [0])  # 0 ends a document
+    windows = scoring_windows(tokens, block_size=block, stride=stride, end=0).tolist()
+    assert all(1 <= length <= block and seen < length for _, length, seen in windows)
+    targets = [t for begin, length, seen in windows for t in range(begin + seen + 1, begin + length + 1)]
+    assert targets == list(range(1, len(tokens)))
+    assert len(windows) <= 2 * -(-(len(tokens) - 1) // stride)
+    begins = dict(zip(targets, (b for b, length, seen in windows for _ in range(length - seen)), strict=True))
+    document = 0
+    for n in lengths:
+        for target in range(document + 1, document + n + 1):
+            context = target - begins[target]
+            assert begins[target] <= document or (n > block and context > block - stride)
+        document += n
+    whole = scoring_windows(tokens, block_size=block, stride=stride, end=0, most=3).tolist()
+    assert whole == windows[:3]
 
 
 @given(n=st.integers(1, 3000), seed=st.integers(0, 2**70), epoch=st.integers(0, 2**33))

@@ -140,6 +140,7 @@ def build_data(cfg: DictConfig, prepared: Prepared) -> TextDataModule:
         **prepared.windows,
         micro_batch_size=cfg.device.micro_batch_size,
         max_steps=prepared.max_steps,
+        align_documents=cfg.data.align_documents,
         val_batches=cfg.trainer.val_batches,
         seed=cfg.seed,
         shuffle=cfg.data.shuffle,

@@ -15,6 +15,8 @@ from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.data.files import atomic_write
 from gpt_lightning.rundir.directory import HYDRA
 
+GROUPS = ("data", "tokenizer", "model", "optimizer", "scheduler")
+
 
 def read_recorded(folder: Path, name: str) -> Any:
     """A file that Hydra left in the run directory.
@@ -48,6 +50,12 @@ def recorded_overrides(folder: Path) -> list[str]:
     texts: Any = OmegaConf.to_container(read_recorded(folder, "overrides.yaml"), resolve=False)
     texts = [str(text) for text in texts]
     return [t for t in texts if key_of(t) not in OWN_KEYS and not re.match(r"hydra\b", key_of(t))]
+
+
+def recorded_choices(folder: Path) -> list[str]:
+    """What the run chose from the groups that decide its classes; a release may have another default."""
+    choices = read_recorded(folder, "hydra.yaml").hydra.runtime.get("choices") or {}
+    return [f"{group}={choices[group]}" for group in GROUPS if choices.get(group) is not None]
 
 
 def write_yaml(path: Path, content: Any) -> None:

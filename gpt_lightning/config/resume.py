@@ -15,7 +15,13 @@ from gpt_lightning.config.command_line import OWN_KEYS, key_of
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.nodes import build, is_defined_in, targets
 from gpt_lightning.config.parts import with_length
-from gpt_lightning.config.recorded import flat, read_recorded, recorded_overrides, write_yaml
+from gpt_lightning.config.recorded import (
+    flat,
+    read_recorded,
+    recorded_choices,
+    recorded_overrides,
+    write_yaml,
+)
 from gpt_lightning.rundir.directory import HYDRA
 from gpt_lightning.rundir.provenance import versions
 from gpt_lightning.rundir.summary import read_summary
@@ -60,6 +66,7 @@ VALIDATION = ("trainer.val_every_steps", "trainer.val_batches")  # determine whe
 OLDER_VALUES: dict[tuple[str, Any], Any] = {  # of earlier releases, with what they stood for
     ("device.micro_batch_size", "auto"): 32,
 }
+OLDER_KEYS = {"data.align_documents": False}  # that earlier releases had not, with what they did
 # Packages whose classes a run directory of somebody else may name: they run no code that comes with it.
 SAFE = (
     r"gpt_lightning\.(model|training|data\.(corpus|tales|tokenizer))|torch\.optim|"
@@ -78,10 +85,10 @@ def with_recorded_values(cfg: DictConfig) -> DictConfig:
     if source is None:
         return cfg
     folder = Path(source)
-    recorded = set(recorded_overrides(folder))
+    recorded = {*recorded_overrides(folder), *recorded_choices(folder)}
     given = [text for text in HydraConfig.get().overrides.task if text not in recorded]
     keys = [key_of(text) for text in given if key_of(text) not in OWN_KEYS]
-    before, now = flat(read_recorded(folder, "config.yaml")), flat(cfg)
+    before, now = OLDER_KEYS | flat(read_recorded(folder, "config.yaml")), flat(cfg)
     if cfg.resume:
         _check_unchanged(cfg, keys, before, now)
     for key, value in before.items():  # a class that is no longer chosen takes no argument of another one

@@ -137,6 +137,7 @@ RULES: dict[str, Rule] = {
     "data.stride": number(int, least=1, optional=True),
     "data.sequence_length": number(int, least=1, optional=True),
     "data.random_offset": one_of(True, False),
+    "data.align_documents": one_of(True, False),
     "data.num_workers": number(int, least=0, most=1000),  # processes
     "data.shuffle": one_of(True, False),
     "data.drop_last": one_of(True, False),

@@ -28,7 +28,7 @@ from gpt_lightning.config.ranks import (
     is_first_rank,
     refuse_several_sweeps,
 )
-from gpt_lightning.config.recorded import read_recorded, read_yaml, recorded_overrides
+from gpt_lightning.config.recorded import read_recorded, read_yaml, recorded_choices, recorded_overrides
 from gpt_lightning.config.resolvers import CONF
 from gpt_lightning.rundir.directory import HYDRA, newest_run, refuse_links, runs_below
 from gpt_lightning.rundir.summary import read_summary
@@ -152,7 +152,9 @@ def _with_recorded(flags: list[str], given: list[str], key: str, folder: Path) -
     """
     hydra, trust = read_recorded(folder, "hydra.yaml").hydra, str(value_of(given, "trust")).lower() == "true"
     now = {key_of(text) for text in given}
-    recorded = [text for text in recorded_overrides(folder) if key_of(text) not in now]
+    choices = [] if "experiment" in now else recorded_choices(folder)  # one that is given now chooses again
+    texts = [*choices, *recorded_overrides(folder)]
+    recorded = [text for text in dict.fromkeys(texts) if key_of(text) not in now]
     found, _, _ = split_arguments(flags)
     dirs = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     if trust and found.config_dir is None:

@@ -83,6 +83,7 @@ class TextDataModule(pl.LightningDataModule):
         batch_size: Sequences per optimizer step over all devices.
         micro_batch_size: Maximum of sequences per device per forward; None is no limit.
         max_steps: Optimizer steps of the run.
+        align_documents: Whether windows begin with documents, as in `TrainBatches` and `EvalBatches`.
         val_batches: Micro-batches of a validation, as a single process has them; None reads the whole split.
         num_workers, pin_memory: As in `PositionedLoader`.
         order: The other arguments of `TrainBatches`: seed, stride, shuffle, drop_last, random_offset.
@@ -99,6 +100,7 @@ class TextDataModule(pl.LightningDataModule):
         batch_size: int,
         micro_batch_size: int | None,
         max_steps: int,
+        align_documents: bool = False,
         val_batches: int | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -108,7 +110,7 @@ class TextDataModule(pl.LightningDataModule):
         EvalBatches(store, block_size=block_size, micro_batch_size=1)  # raises if there is too little text
         self.store, self.block_size, self.batch_size = store, block_size, batch_size
         self.micro_batch_size, self.max_steps, self.order = micro_batch_size, max_steps, order
-        self.val_batches = val_batches
+        self.val_batches, self.align_documents = val_batches, align_documents
         self.loading: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
 
     @property
@@ -130,6 +132,7 @@ class TextDataModule(pl.LightningDataModule):
             block_size=self.block_size,
             batch_size=self.batch_size,
             steps=self.max_steps,
+            align_documents=self.align_documents,
             **place,
             **self.order,
         )
@@ -139,11 +142,12 @@ class TextDataModule(pl.LightningDataModule):
         place = self._place()
         alone, _ = split_batch(self.batch_size, self.micro_batch_size, 1)  # so that all read the same text
         most = self.val_batches * alone if self.val_batches else None
-        windows = len(EvalBatches(self.store, block_size=self.block_size, most=most, micro_batch_size=1))
+        cut: dict[str, Any] = {"block_size": self.block_size, "align_documents": self.align_documents, "most": most}
+        windows = len(EvalBatches(self.store, micro_batch_size=1, **cut))
         tokens = min(VAL_TOKENS, VAL_LOGITS // self.store.n_vocab)
         wide = min(tokens // self.block_size, -(-windows // place["world_size"]))
         place["micro_batch_size"] = max(place["micro_batch_size"], wide)
-        dataset = EvalBatches(self.store, block_size=self.block_size, most=most, **place)
+        dataset = EvalBatches(self.store, **cut, **place)
         return self._loader(dataset, place, resumable=False)
 
     def _loader(self, dataset: Dataset[Batch], place: dict[str, Any], *, resumable: bool) -> PositionedLoader:

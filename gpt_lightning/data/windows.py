@@ -97,6 +97,39 @@ def find_responses(
     return begins, ends
 
 
+def scoring_windows(
+    tokens: np.ndarray, *, block_size: int, stride: int, end: int | None = None, most: int | None = None
+) -> np.ndarray:
+    """Windows in which every token but the first is predicted once, those of a window after one another.
+
+    A window has `stride` tokens more than the one before it and the block_size - stride last ones of that;
+    where a document begins among the tokens of the window before, it begins there instead, so that
+    documents of at most block_size tokens are whole. This makes at most twice as many windows as stride.
+
+    Args:
+        tokens: Ids, (N,).
+        block_size, stride: Tokens of a window and of its advance; 1 <= stride <= block_size.
+        end: The end-of-text token before each document; None takes no notice of documents.
+        most: Windows to make at most, the first ones.
+
+    Returns:
+        First token, length, and number of positions predicted in earlier windows, (windows, 3) int64.
+    """
+    last, windows = len(tokens) - 1, []
+    read = len(tokens) if most is None else most * block_size
+    ends = np.flatnonzero(tokens[:read] == end) if end is not None else np.empty(0, dtype=np.int64)
+    done = 0  # tokens up to here are predicted; the last token predicts nothing
+    while done < last and (most is None or len(windows) < most):
+        begin = max(0, done + stride - block_size)
+        document = np.searchsorted(ends, done, side="right")
+        if document and done - ends[document - 1] < block_size:
+            begin = int(ends[document - 1])
+        reach = min(last, begin + block_size)
+        windows.append((begin, reach - begin, done - begin))
+        done = reach
+    return np.array(windows, dtype=np.int64).reshape(-1, 3)
+
+
 @dataclass(eq=False)
 class _Batches(Dataset[Batch]):
     """Batches from one split of a store."""
@@ -143,6 +176,8 @@ class TrainBatches(_Batches):
         drop_last: Whether an epoch leaves out the windows that do not fill a batch.
         random_offset: Whether each epoch starts at a random one of the first `stride` tokens, so that the
             window boundaries differ; costs at most one window.
+        align_documents: Whether a window that would begin inside a document begins at the document's
+            beginning instead, where that is less than block_size tokens before.
         rank, world_size: This process and the number of processes.
 
     Raises:
@@ -160,6 +195,7 @@ class TrainBatches(_Batches):
     shuffle: bool = True
     drop_last: bool = True
     random_offset: bool = False
+    align_documents: bool = False
     rank: int = 0
     world_size: int = 1
 
@@ -186,7 +222,13 @@ class TrainBatches(_Batches):
         stride, offset = self.stride or self.block_size, 0
         if self.random_offset:
             offset = int(np.random.SeedSequence([self.seed, epoch, 1]).generate_state(1)[0]) % stride
-        return offset + index * stride
+        begin = offset + index * stride
+        if not self.align_documents:
+            return begin
+        before = np.maximum(begin[:, None] - np.arange(self.block_size), 0)  # nearest first
+        is_end = self.tokens[before] == self.store.tokenizer.eot_token
+        aligned = before[np.arange(len(begin)), is_end.argmax(1)]
+        return np.where(is_end.any(1), aligned, begin)
 
     def __getitem__(self, b: int) -> Batch:
         place = self.starts(b)[:, None] + np.arange(self.block_size + 1)
@@ -232,11 +274,13 @@ def epoch_size(
 
 @dataclass(eq=False)
 class EvalBatches(_Batches):
-    """Windows end to end: every token of a split except the first is a target exactly once.
+    """Windows in which every token of a split except the first is a target exactly once.
 
-    The last window is padded with ignored targets, and so are micro-batches to give all ranks as many.
+    They follow one another end to end, or as `scoring_windows` aligns them to documents. The rest of a window
+    that is too short has ignored targets, and so have the windows that are added to give all ranks as many.
 
     Args:
+        align_documents: Whether windows begin with documents.
         most: Windows to read, the first ones; None reads all. The others are those of `TrainBatches`.
     """
 
@@ -244,6 +288,7 @@ class EvalBatches(_Batches):
     _: KW_ONLY
     block_size: int
     micro_batch_size: int
+    align_documents: bool = False
     most: int | None = None
     rank: int = 0
     world_size: int = 1
@@ -261,23 +306,29 @@ class EvalBatches(_Batches):
             )
 
     @cached_property
+    def windows(self) -> np.ndarray:
+        """As from `scoring_windows`."""
+        end = self.store.tokenizer.eot_token if self.align_documents else None
+        size = self.block_size
+        return scoring_windows(self.tokens, block_size=size, stride=size, end=end, most=self.most)
+
+    @cached_property
     def targets(self) -> int:
         """Tokens that are targets."""
-        everything = len(self.tokens) - 1
-        return everything if self.most is None else min(everything, self.most * self.block_size)
+        return int(self.windows[-1, :2].sum())
 
     def __len__(self) -> int:
-        windows = -(-self.targets // self.block_size)
-        return -(-windows // (self.micro_batch_size * self.world_size))
+        return -(-len(self.windows) // (self.micro_batch_size * self.world_size))
 
     def __getitem__(self, b: int) -> Batch:
         first = (b * self.world_size + self.rank) * self.micro_batch_size
-        starts = np.arange(first, first + self.micro_batch_size) * self.block_size
-        position = starts[:, None] + np.arange(self.block_size)
-        last = self.targets
-        x = self.tokens[np.minimum(position, last)].astype(np.int64)
-        y = self.tokens[np.minimum(position + 1, last)].astype(np.int64)
-        y[position + 1 > last] = IGNORE
+        index = np.arange(first, first + self.micro_batch_size)
+        begin, length, seen = self.windows[np.minimum(index, len(self.windows) - 1)].T[:, :, None]
+        offset, last = np.arange(self.block_size), self.targets
+        place = begin + offset
+        x = self.tokens[np.minimum(place, last)].astype(np.int64)
+        y = self.tokens[np.minimum(place + 1, last)].astype(np.int64)
+        y[(offset < seen) | (offset >= length) | (index >= len(self.windows))[:, None]] = IGNORE
         if self.store.marker:
-            y[~self.counts(np.minimum(position + 1, last))] = IGNORE
+            y[~self.counts(np.minimum(place + 1, last))] = IGNORE
         return torch.from_numpy(x), torch.from_numpy(y)

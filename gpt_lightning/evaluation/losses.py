@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from gpt_lightning.data import tokenizer as tokenizers
+from gpt_lightning.data.windows import scoring_windows
 from gpt_lightning.inference.text import TextGenerator
 from gpt_lightning.model.gpt import CausalLM
 
@@ -47,18 +48,20 @@ def token_losses(
     tokens: np.ndarray,
     *,
     stride: int,
+    end: int | None = None,
     batch_size: int | None = None,
 ) -> np.ndarray:
     """The loss of every token but the first, given the tokens before it.
 
-    A window of block_size tokens advances by `stride`, and each token is scored once, in the first window
-    that contains it, with at least block_size - stride tokens of context, or all there are. A smaller
-    stride gives more context and takes block_size / stride times as long.
+    Each token is scored once, in the first of `scoring_windows` that contains it: with at least
+    block_size - stride tokens of context, or its document from the beginning, or all there are. A smaller
+    stride gives more context and takes up to block_size / stride times as long.
 
     Args:
         net: The model.
         tokens: Ids, (N,).
         stride: Tokens by which the window advances, at most block_size.
+        end: The end-of-text token before each document; None takes no notice of documents.
         batch_size: Windows in a forward; None is as many as have about 8,000 tokens.
 
     Returns:
@@ -70,7 +73,7 @@ def token_losses(
     T = net.config.block_size
     if type(stride) is not int or not 1 <= stride <= T:
         raise ValueError(f"stride={stride!r} must be a whole number from 1 to the model's block_size={T}")
-    windows = _windows(len(tokens) - 1, T, stride)
+    windows = scoring_windows(tokens, block_size=T, stride=stride, end=end)
     if not len(windows):
         raise ValueError(f"the text has {len(tokens)} tokens; two are the least to measure a loss")
     windows = windows[np.argsort(-windows[:, 1], kind="stable")]  # windows of equal length together
@@ -100,18 +103,6 @@ def token_losses(
     return losses
 
 
-def _windows(last: int, block_size: int, stride: int) -> np.ndarray:
-    """First token, length, and number of already scored positions of every window, (n, 3)."""
-    windows = []
-    done = 0  # tokens up to here are scored; the last token predicts nothing
-    while done < last:
-        reach = min(last, done + stride if done else block_size)
-        begin = max(0, done + stride - block_size)
-        windows.append((begin, reach - begin, done - begin))
-        done = reach
-    return np.array(windows, dtype=np.int64).reshape(-1, 3)
-
-
 def evaluate(
     model: TextGenerator,
     tokens: np.ndarray,
@@ -131,7 +122,8 @@ def evaluate(
     """
     block_size = model.net.config.block_size
     stride = -(-block_size // 2) if stride is None else stride
-    losses = token_losses(model.net, tokens, stride=stride, batch_size=batch_size)
+    end = model.tokenizer.eot_token
+    losses = token_losses(model.net, tokens, stride=stride, end=end, batch_size=batch_size)
     found = summarize(losses, tokens, tokenizers.token_bytes(model.tokenizer), block=block_size)
     return {**found, "stride": stride, "block_size": block_size}
 

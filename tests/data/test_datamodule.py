@@ -18,17 +18,26 @@ from gpt_lightning.data.windows import IGNORE, EvalBatches, TrainBatches, epoch_
 
 
 @dataclass
+class Eot:
+    eot_token: int
+
+
+@dataclass
 class Store:
-    """Token number i is i, so that the tokens of a window show its position."""
+    """Token number i is i, so that the tokens of a window show its position; those of `ends` are 199."""
 
     train: int = 101
     val: int = 23
+    ends: tuple[int, ...] = ()
+    tokenizer: Eot = field(default_factory=lambda: Eot(199))
     floor: None = field(default=None)
     n_vocab: int = 200
     marker: tuple[int, ...] = ()
 
     def tokens(self, split: str) -> np.ndarray:
-        return np.arange(getattr(self, split), dtype=np.uint16)
+        tokens = np.arange(getattr(self, split), dtype=np.uint16)
+        tokens[list(self.ends)] = 199
+        return tokens
 
 
 def batches(store: Any = None, **options: Any) -> TrainBatches:
@@ -212,6 +221,38 @@ def test_validation_counts_every_token_but_the_first_once() -> None:
             int(t) for part in parts for b in range(len(part)) for t in part[b][1].flatten() if t != IGNORE
         )
         assert targets == Counter(range(1, 23))
+
+
+def test_aligned_windows_begin_with_documents_that_are_near() -> None:
+    # windows would begin at 0, 10, …, 90: at 10 the document's beginning is 3 tokens before, at 40 it is 10
+    store, options = (
+        Store(ends=(0, 7, 30, 48, 52)),
+        {"shuffle": False, "micro_batch_size": 1, "batch_size": 1},
+    )
+    data = batches(store, align_documents=True, steps=10, **options)
+    assert [int(data.starts(b)[0]) for b in range(10)] == [0, 7, 20, 30, 40, 48, 52, 70, 80, 90]
+    x, y = data[1]
+    assert x.tolist() == [[199, 8, 9, 10, 11, 12, 13, 14, 15, 16]]
+    assert y.tolist() == [[8, 9, 10, 11, 12, 13, 14, 15, 16, 17]]
+    assert batches(store, **options).starts(1).tolist() == [10]
+
+
+def test_aligned_validation_begins_again_with_the_document_that_a_window_cut() -> None:
+    store = Store(ends=(0, 7, 12), val=40)
+    data = EvalBatches(store, block_size=10, micro_batch_size=1, align_documents=True)
+    found = [
+        (int(x[0, 1]) - 1, [int(t) for t in y[0] if t != IGNORE]) for x, y in (data[b] for b in range(5))
+    ]
+    assert found == [
+        (0, [1, 2, 3, 4, 5, 6, 199, 8, 9, 10]),
+        (7, [11, 199, 13, 14, 15, 16, 17]),  # the document that begins at 7 was cut behind 10
+        (12, [18, 19, 20, 21, 22]),
+        (22, [*range(23, 33)]),  # its document began 10 tokens before
+        (32, [*range(33, 40)]),
+    ]
+    assert len(data) == 5
+    first = EvalBatches(store, block_size=10, micro_batch_size=1, align_documents=True, most=2)
+    assert (len(first), first.targets) == (2, 17)
 
 
 def test_every_validation_starts_at_the_first_batch() -> None:

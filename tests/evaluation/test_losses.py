@@ -50,6 +50,14 @@ def test_losses_equal_the_slow_reference(n: int, stride: int) -> None:
     np.testing.assert_allclose(losses[1:], slow(net, ids, stride), atol=2e-5, rtol=2e-5)
 
 
+def test_documents_of_a_block_are_scored_from_their_beginning() -> None:
+    net, end = random_net(), BYTES.eot_token
+    documents = [np.array([end, *tokens(T - 1, seed)], dtype=np.uint16) for seed in range(3)]
+    expected = [loss for d in documents for loss in slow(net, np.array([*d, end]), T)]
+    losses = token_losses(net, np.array([*np.concatenate(documents), end]), stride=T // 2, end=end)
+    np.testing.assert_allclose(losses[1:], expected, atol=2e-5, rtol=2e-5)
+
+
 def test_every_token_has_at_least_a_block_minus_a_stride_of_context() -> None:
     net, ids, stride = random_net(), tokens(100), 8
     losses = token_losses(net, ids, stride=stride)
