@@ -115,7 +115,8 @@ def scoring_windows(
     Returns:
         First token, length, and number of positions predicted in earlier windows, (windows, 3) int64.
     """
-    last, windows = len(tokens) - 1, []
+    last = len(tokens) - 1
+    windows: list[tuple[int, int, int]] = []
     read = len(tokens) if most is None else most * block_size
     ends = np.flatnonzero(tokens[:read] == end) if end is not None else np.empty(0, dtype=np.int64)
     done = 0  # tokens up to here are predicted; the last token predicts nothing
