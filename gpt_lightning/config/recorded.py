@@ -53,9 +53,11 @@ def recorded_overrides(folder: Path) -> list[str]:
 
 
 def recorded_choices(folder: Path) -> list[str]:
-    """What the run chose from the groups that decide its classes; a release may have another default."""
+    """What the run took by default from the groups that decide its classes; releases may differ in it."""
     choices = read_recorded(folder, "hydra.yaml").hydra.runtime.get("choices") or {}
-    return [f"{group}={choices[group]}" for group in GROUPS if choices.get(group) is not None]
+    given = {key_of(text) for text in recorded_overrides(folder)}
+    groups = [group for group in GROUPS if group not in given and choices.get(group) is not None]
+    return [f"{group}={choices[group]}" for group in groups]
 
 
 def write_yaml(path: Path, content: Any) -> None:

@@ -153,8 +153,7 @@ def _with_recorded(flags: list[str], given: list[str], key: str, folder: Path) -
     hydra, trust = read_recorded(folder, "hydra.yaml").hydra, str(value_of(given, "trust")).lower() == "true"
     now = {key_of(text) for text in given}
     choices = [] if "experiment" in now else recorded_choices(folder)  # one that is given now chooses again
-    texts = [*choices, *recorded_overrides(folder)]
-    recorded = [text for text in dict.fromkeys(texts) if key_of(text) not in now]
+    recorded = [text for text in [*choices, *recorded_overrides(folder)] if key_of(text) not in now]
     found, _, _ = split_arguments(flags)
     dirs = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     if trust and found.config_dir is None:

@@ -142,7 +142,11 @@ class TextDataModule(pl.LightningDataModule):
         place = self._place()
         alone, _ = split_batch(self.batch_size, self.micro_batch_size, 1)  # so that all read the same text
         most = self.val_batches * alone if self.val_batches else None
-        cut: dict[str, Any] = {"block_size": self.block_size, "align_documents": self.align_documents, "most": most}
+        cut: dict[str, Any] = {
+            "block_size": self.block_size,
+            "align_documents": self.align_documents,
+            "most": most,
+        }
         windows = len(EvalBatches(self.store, micro_batch_size=1, **cut))
         tokens = min(VAL_TOKENS, VAL_LOGITS // self.store.n_vocab)
         wide = min(tokens // self.block_size, -(-windows // place["world_size"]))
