@@ -62,8 +62,8 @@ def test_run_directory_is_complete(run: Path) -> None:
         "summary.json", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "checkpoints/last-1.ckpt",
         "checkpoints/step-4.ckpt", "checkpoints/step-8.ckpt",
     } <= files  # fmt: skip
-    assert any(file.startswith("events.out.tfevents") for file in files)
-    assert not any(file.endswith((".tmp", "hparams.yaml")) for file in files)
+    assert any(file.startswith("tensorboard/events") for file in files)
+    assert not any(file.endswith(".tmp") for file in files)
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -102,7 +102,7 @@ def test_terminal_shows_model_progress_and_result(run: Path) -> None:
 def test_tensorboard_has_scalars_text_and_hyperparameters(run: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run))
+    events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     tags = events.Tags()
     assert {"train/loss", "train/lr", "val/loss", "val/bits_per_byte", "speed/tokens_per_second"} <= set(
@@ -164,13 +164,13 @@ def test_hyperparameters_of_an_interrupted_run_are_its_overrides_and_shown_once(
         with pytest.raises(SystemExit):
             call("train", *tiny, "seed=7", "optimizer.lr=1e-3", "+trainer.lightning.detect_anomaly=true")
     run = tmp_path / "run"
-    assert hyperparameters(run) == []
+    assert hyperparameters(run / "tensorboard") == []
     call("train", f"resume={run}")
     given = dict(text.split("=") for text in tiny[:-1])  # the last one is Hydra's: where the run is
     numbers = {key: float(value) for key, value in given.items() if value.isdigit()}
     more = {"seed": 7.0, "optimizer.lr": 0.001, "trainer.lightning.detect_anomaly": "true"}
-    assert hyperparameters(run) == [{**given, **numbers, **more}]
-    events = EventAccumulator(str(run))
+    assert hyperparameters(run / "tensorboard") == [{**given, **numbers, **more}]
+    events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     summary = json.loads((run / "summary.json").read_text())
     tags = {"val_loss": "val/loss", "best_val_loss": "val/best_loss", "bits_per_byte": "val/bits_per_byte"}
@@ -270,7 +270,7 @@ def test_main_returns_the_best_validation_loss(
     assert min(measured) < measured[-1] - 1  # at this rate the model gets worse and does not recover
     assert Returned.values == [min(measured)]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["best_val_loss"] == min(measured)
-    assert not list((tmp_path / "run").glob("events.*"))
+    assert not (tmp_path / "run" / "tensorboard").exists()
 
 
 def test_best_checkpoint_is_that_of_the_lowest_training_loss_if_that_is_monitored(

@@ -132,10 +132,7 @@ def build_loggers(cfg: DictConfig, resume_step: int | None) -> list[Any]:
             continue
         target = str(node.get("_target_", "")).rpartition(".")[2]
         more: dict[str, Any] = {}
-        if target in (
-            "TensorBoard",
-            "TensorBoardLogger",
-        ):  # also of a new run, so that TensorBoard notices the next start
+        if target == "TensorBoardLogger":  # also of a new run, so that TensorBoard notices the next start
             more = {"purge_step": 0 if resume_step is None else resume_step + 1}
         if target == "WandbLogger":  # a resumed run is the same run there
             name = hashlib.blake2b(str(Path(cfg.paths.run).resolve()).encode(), digest_size=8).hexdigest()

@@ -51,15 +51,6 @@ class MetricsCSV(Logger):
         self.save()
 
 
-class TensorBoard(TensorBoardLogger):
-    """Lightning's logger without hparams.yaml, whose content .hydra/ has."""
-
-    @rank_zero_only
-    def save(self) -> None:
-        """Write what is collected."""
-        self.experiment.flush()
-
-
 def log_metrics(trainer: pl.Trainer, metrics: Mapping[str, float], step: int) -> None:
     """Give the metrics of an optimizer step to every logger.
 

@@ -20,7 +20,7 @@ from gpt_lightning.rundir.metrics import read_metrics
 MEASURED = {"seconds", "tokens_per_second", "git_revision", "slurm_job", "overrides"}  # in summary.json
 # what a resumed run may be told to do otherwise, though its result is the same
 HARMLESS = {"num_workers", "time_limit", "resume", "trust", "paths"}
-VARYING = ("events.", "checkpoints/last-", ".hydra/", "train.log")  # files that need not be in both
+VARYING = ("tensorboard/", "checkpoints/last-", ".hydra/", "train.log")  # files that need not be in both
 
 
 def differences(run: Path, reference: Path) -> list[str]:
@@ -103,9 +103,9 @@ def _metrics(run: Path, reference: Path) -> Iterator[str]:
 def _tensorboard(run: Path, reference: Path) -> Iterator[str]:
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells what it leaves out after a restart
     for reader in (_shown, _shown_by_the_older_reader):
-        if not all(list(folder.glob("events.*")) for folder in (run, reference)):
+        if not all((folder / "tensorboard").exists() for folder in (run, reference)):
             break  # without this logger
-        a, b = reader(run), reader(reference)
+        a, b = reader(run / "tensorboard"), reader(reference / "tensorboard")
         found = list(unequal(a, b))
         if found:
             yield f"TensorBoard ({reader.__name__}) differs at {', '.join(found[:3])}"

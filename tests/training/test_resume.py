@@ -96,7 +96,7 @@ def tensorboard(run: Path) -> list[dict[str, list[tuple[int, Any]]]]:
     """What each of TensorBoard's loaders shows of a run by tag, without what a clock measured."""
     shown = []
     for loader in (event_accumulator, plugin_event_accumulator):  # of --load_fast=false, it is the second
-        events: Any = loader.EventAccumulator(str(run), {"scalars": 0, "tensors": 0})
+        events: Any = loader.EventAccumulator(str(run / "tensorboard"), {"scalars": 0, "tensors": 0})
         tags = events.Reload().Tags()
         found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags.get("scalars", [])}
         # of text, only TensorBoard's own loader leaves out what a restart replaces
@@ -222,9 +222,9 @@ def test_second_ctrl_c_asks_for_patience_and_the_third_leaves_at_once(
 ) -> None:
     run = tmp_path / "run"
     start().end_when(reached(run, 11))
-    before = set(run.glob("events.*"))
+    before = set(run.glob("tensorboard/*"))
     process = zygote.start("train", f"resume={run}", "data.num_workers=1", slow={TRAINING_STEP: 300})
-    process.wait_for(lambda: set(run.glob("events.*")) - before)  # later, the signals are handled
+    process.wait_for(lambda: set(run.glob("tensorboard/*")) - before)  # later, the signals are handled
     for line in ("SIGINT: finishing the step and writing a checkpoint", "please wait; another Ctrl-C"):
         os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it to workers, too
         process.wait_for(lambda line=line: line in process.out.read_text())
