@@ -20,7 +20,7 @@ from gpt_lightning.plan import notes_on, preview, sampled
 
 Plan = Callable[..., dict[str, list[str]]]
 SMALL = [
-    "data=text", "tokenizer=byte", "model.n_layer=2", "model.n_head=2", "model.n_embd=32",
+    "model=gpt", "data=text", "tokenizer=byte", "model.n_layer=2", "model.n_head=2", "model.n_embd=32",
     "model.block_size=16", "data.batch_size=8", "data.random_offset=false", "device=cpu",
     "device.micro_batch_size=4",
     "optimizer.lr=1e-2", "scheduler.warmup_steps=2", "trainer.max_steps=10", "trainer.val_every_steps=5",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
-from gpt_lightning.config.resolvers import CONF, detect_device
+from gpt_lightning.config.resolvers import CONF
 
 INTERNAL = re.compile(r"(defaults:|hydra:|model: \{block_size|_target_:|_partial_:|# @package|- |\s+- )")
 
@@ -14,8 +16,9 @@ INTERNAL = re.compile(r"(defaults:|hydra:|model: \{block_size|_target_:|_partial
 def help_text(config_name: str, overrides: list[str]) -> str:
     """What a command can be told; `overrides` may name other choices, as in `--help model=gpt2_small`."""
     lines = [f"python -m gpt_lightning.{config_name} key=value …", ""]
+    given = dict(text.split("=", 1) for text in overrides if "=" in text)
     groups = _groups(config_name)
-    chosen = {**groups, **dict(text.split("=", 1) for text in overrides if "=" in text)}
+    chosen: Any = OmegaConf.to_container(OmegaConf.create(groups | given), resolve=True)
     lines += ["== Groups and their choices: GROUP=CHOICE =="]
     for group in sorted(groups):
         lines.append(f"{group}: {', '.join(choices_of(group))}")
@@ -50,10 +53,7 @@ def _groups(config_name: str) -> dict[str, str | None]:
         if entry == "train":
             found |= _groups("train")
         elif isinstance(entry, dict):
-            ((group, choice),) = entry.items()
-            if "override" not in str(group):
-                device = str(choice).startswith("${detect_device")
-                found[str(group)] = detect_device() if device else choice if choice is None else str(choice)
+            found |= {str(group): choice for group, choice in entry.items() if "override" not in str(group)}
     return found
 
 

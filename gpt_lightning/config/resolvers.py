@@ -55,6 +55,12 @@ def recommended(key: str, default: Any, *, _root_: DictConfig) -> Any:
     return default if value is None else value
 
 
+def default_optimizer(*, _root_: DictConfig) -> str:
+    """`muon` for the default model on a CPU, which benchmarks/RESULTS.md measures, else `adamw`."""
+    device = _root_.get("device") or detect_device()  # the root has the choices that are known by then
+    return "muon" if (_root_.get("model"), device) == ("modern_tiny", "cpu") else "adamw"
+
+
 def sweep_digest(*also: str, _root_: DictConfig) -> str:
     """Identifies what the jobs of a sweep have in common: the same sweep finds its directory again.
 
@@ -70,6 +76,7 @@ def sweep_digest(*also: str, _root_: DictConfig) -> str:
 
 
 OmegaConf.register_new_resolver("detect_device", detect_device, replace=True)
+OmegaConf.register_new_resolver("default_optimizer", default_optimizer, replace=True)
 OmegaConf.register_new_resolver("user_cache", user_cache, replace=True)
 OmegaConf.register_new_resolver("bundled", lambda name: str(ROOT / name), replace=True)
 OmegaConf.register_new_resolver("recommended", recommended, replace=True)

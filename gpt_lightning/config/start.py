@@ -64,7 +64,7 @@ def start_arguments(arguments: list[str]) -> list[str]:
     if repeat is not None:
         return _repeat_arguments(flags, given, repeat)
     if resume is None:
-        return arguments
+        return [*arguments, *_for_weights(given)]
     if found.multirun:
         raise ConfigError("resume= continues one run; it cannot be combined with -m")
     if (resume / SWEEP).is_file():
@@ -96,7 +96,15 @@ def plan_arguments(arguments: list[str]) -> list[str]:
             recorded = recorded_overrides(folder)
             given = [text for text in given if text not in recorded]
             return _with_recorded(["--config-name=plan", *flags], given, key, folder)
-    return [*flags, *given]
+    return [*flags, *given, *_for_weights(given)]
+
+
+def _for_weights(given: list[str]) -> list[str]:
+    """The optimizer that goes on with the weights of init_from=, unless one is chosen; not Muon."""
+    if value_of(given, "init_from") in (None, "null"):
+        return []
+    chosen = {key_of(text) for text in given}
+    return [] if chosen & {"optimizer", "experiment"} else ["optimizer=adamw"]
 
 
 def _sweep_arguments(given: list[str], folder: Path) -> list[str]:

@@ -19,6 +19,7 @@ from support.runs import BIGRAM, TINY
 
 import gpt_lightning
 from gpt_lightning.config.resolvers import CONF
+from gpt_lightning.config.start import plan_arguments, start_arguments
 from gpt_lightning.rundir.checkpoint import read_checkpoint
 
 
@@ -52,6 +53,42 @@ def test_built_in_choices_take_what_the_model_recommends_unless_told_otherwise()
     assert (told.optimizer.lr, told.data.batch_size) == (3e-4, 7)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "optimizer"),
+    [
+        ("", "muon"),
+        ("device=cpu tokenizer=byte", "muon"),
+        ("device=cuda", "adamw"),  # Muon has not been measured there
+        ("model=tiny", "adamw"),
+        ("experiment=finetune_gpt2", "adamw"),
+        ("device=cuda optimizer=muon", "muon"),
+    ],
+)
+def test_default_optimizer_is_muon_where_it_was_measured(
+    overrides: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt_lightning.config.resolvers.detect_device", lambda: "cpu")
+    found = composed(*overrides.split()).optimizer._target_
+    assert found.endswith(f".{optimizer}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "choices"),
+    [
+        ("init_from=weights.ckpt", ["optimizer=adamw"]),
+        ("init_from=hf:gpt2 seed=1,2 -m", ["optimizer=adamw"]),
+        ("init_from=weights.ckpt optimizer=muon", ["optimizer=muon"]),
+        ("experiment=finetune_gpt2 init_from=weights.ckpt", []),  # which has chosen one
+        ("init_from=null", []),
+    ],
+)
+def test_weights_are_trained_on_with_adamw_unless_an_optimizer_is_chosen(
+    overrides: str, choices: list[str]
+) -> None:
+    for arguments in (start_arguments(overrides.split()), plan_arguments(overrides.split())):
+        assert [text for text in arguments if text.startswith("optimizer=")] == choices
+
+
 REFERRING = {  # keys that refer to model.recommended
     "optimizer": ["lr"],
     "data": ["batch_size", "random_offset"],
@@ -62,7 +99,7 @@ REFERRING = {  # keys that refer to model.recommended
 def test_model_files_write_nothing_outside_the_model_but_the_tokenizer() -> None:
     plain = composed("model=gpt", "tokenizer=byte")
     for path in (CONF / "model").glob("*.yaml"):
-        cfg = composed(f"model={path.stem}", "tokenizer=byte")
+        cfg = composed(f"model={path.stem}", "tokenizer=byte", "optimizer=adamw")
         for group in set(plain) - {"model"}:
             for key in REFERRING.get(group, []):
                 cfg[group][key] = plain[group][key] = None
