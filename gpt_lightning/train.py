@@ -21,6 +21,7 @@ from gpt_lightning.config.command_line import OWN_KEYS, key_of
 from gpt_lightning.config.errors import lacks_memory
 from gpt_lightning.config.parts import build_loggers, build_parts, build_trainer, starting_point
 from gpt_lightning.config.ranks import is_first_rank, tell_other_ranks
+from gpt_lightning.config.recorded import recorded_choices
 from gpt_lightning.config.resume import (
     check_corpus,
     check_extension,
@@ -51,9 +52,12 @@ def provenance(cfg: DictConfig, prepared: Prepared) -> RunSummary:
     """What identifies the run, for its summary."""
     from gpt_lightning.training.slurm import slurm_job
 
+    source = cfg.resume or cfg.repeat
+    left_out = recorded_choices(Path(source)) if source else []  # nobody gave them
+    texts = [text for text in HydraConfig.get().overrides.task if text not in left_out]
     return {
         "name": cfg.name,
-        "overrides": [text for text in HydraConfig.get().overrides.task if key_of(text) not in OWN_KEYS],
+        "overrides": [text for text in texts if key_of(text) not in OWN_KEYS],
         "seed": cfg.seed,
         "device": cfg.device.accelerator,
         "versions": versions(),
