@@ -41,8 +41,8 @@ TABLE = {  # what is printed, with its format
 RESULT = b'{\n  "checkpoint": '  # how the file of output= begins
 PAGE = b"<!doctype html><!-- gpt_lightning tokens"  # how the page of tokens=true begins
 WINDOWS = (
-    "each token is predicted from its document's beginning, or from at least {0} tokens; training's "
-    "validation loss, unless data.align_documents=true, is over windows end to end and usually higher"
+    "each token is predicted from its document's beginning, or from at least {0} tokens;\n"
+    "with data.align_documents=false, training's validation has less context, and its loss is higher"
 )
 
 
