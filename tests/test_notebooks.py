@@ -18,7 +18,7 @@ NUMBER = r"([\d.,]*\d)"
 
 def small_settings(text: Path) -> dict[str, dict[str, Any]]:
     """What stands in the cells with the tag parameters, by notebook; the sixth opens the run of the first."""
-    tiny = [*TINY, f"data.path={text}"]
+    tiny = ["model=gpt", *TINY, f"data.path={text}"]
     quick = [*tiny, "callbacks.samples=null", "logger=none"]
     own = ("model.", "tokenizer=", "trainer.max_steps", "data.batch_size", "scheduler.")  # of the experiment
     ladder = [setting for setting in quick if not setting.startswith(own)]
