@@ -115,10 +115,14 @@ def scoring_windows(
     Returns:
         First token, length, and number of positions predicted in earlier windows, (windows, 3) int64.
     """
-    last = len(tokens) - 1
+    last = max(0, len(tokens) - 1)
+    if end is None:  # at once, for a split of any length
+        count = min(last, 1 + max(0, -(-(last - block_size) // stride)), last if most is None else most)
+        begins = np.arange(count, dtype=np.int64) * stride
+        reached = np.minimum(last, begins + block_size)
+        return np.stack([begins, reached - begins, np.append(0, reached)[:count] - begins], axis=1)
+    ends = np.flatnonzero(tokens[: len(tokens) if most is None else most * block_size] == end)
     windows: list[tuple[int, int, int]] = []
-    read = len(tokens) if most is None else most * block_size
-    ends = np.flatnonzero(tokens[:read] == end) if end is not None else np.empty(0, dtype=np.int64)
     done = 0  # tokens up to here are predicted; the last token predicts nothing
     while done < last and (most is None or len(windows) < most):
         begin = max(0, done + stride - block_size)
