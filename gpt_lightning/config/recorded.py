@@ -54,10 +54,16 @@ def recorded_overrides(folder: Path) -> list[str]:
 
 def recorded_choices(folder: Path) -> list[str]:
     """What the run took by default from the groups that decide its classes; releases may differ in it."""
-    choices = read_recorded(folder, "hydra.yaml").hydra.runtime.get("choices") or {}
-    given = {key_of(text) for text in recorded_overrides(folder)}
+    choices, given = group_choices(folder), {key_of(text) for text in recorded_overrides(folder)}
+    if read_recorded(folder, "config.yaml").get("init_from") is not None:
+        given.add("model")  # which is that of the weights
     groups = [group for group in GROUPS if group not in given and choices.get(group) is not None]
     return [f"{group}={choices[group]}" for group in groups]
+
+
+def group_choices(folder: Path) -> dict[str, Any]:
+    """The choices of a run, those of defaults too, by group."""
+    return read_recorded(folder, "hydra.yaml").hydra.runtime.get("choices") or {}
 
 
 def write_yaml(path: Path, content: Any) -> None:

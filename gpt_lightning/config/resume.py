@@ -17,6 +17,7 @@ from gpt_lightning.config.nodes import build, is_defined_in, targets
 from gpt_lightning.config.parts import with_length
 from gpt_lightning.config.recorded import (
     flat,
+    group_choices,
     read_recorded,
     recorded_choices,
     recorded_overrides,
@@ -91,15 +92,7 @@ def with_recorded_values(cfg: DictConfig) -> DictConfig:
     before, now = OLDER_KEYS | flat(read_recorded(folder, "config.yaml")), flat(cfg)
     if cfg.resume:
         _check_unchanged(cfg, keys, before, now)
-    for key, value in before.items():  # a class that is no longer chosen takes no argument of another one
-        other = key.endswith("._target_") and now.get(key) != value and not _covered(key, keys)
-        if other and not str(value).startswith("gpt_lightning."):
-            OmegaConf.update(cfg, key.removesuffix("._target_"), {}, merge=False)
-    for key, value in before.items():
-        value = OLDER_VALUES.get((key, value), value) if isinstance(value, str) else value
-        own_class = key.endswith("_target_") and key in now and str(value).startswith("gpt_lightning.")
-        if not own_class and key not in OWN_KEYS and not _covered(key, [*keys, "paths.run"]):
-            OmegaConf.update(cfg, key, value, force_add=True)
+    _take_recorded(cfg, folder, keys, before, now)
     if cfg.repeat:
         OmegaConf.update(cfg, "paths.outputs", now["paths.outputs"])
         job = HydraConfig.get()
@@ -111,6 +104,28 @@ def with_recorded_values(cfg: DictConfig) -> DictConfig:
             f"{', '.join(foreign)}; name their --config-dir, or add trust=true if you trust the run"
         )
     return cfg
+
+
+def _take_recorded(
+    cfg: DictConfig, folder: Path, keys: list[str], before: dict[str, Any], now: dict[str, Any]
+) -> None:
+    """Put the recorded values into `cfg`, but for those of `keys`, and for classes that have moved since."""
+    earlier, chosen = group_choices(folder), HydraConfig.get().runtime.choices
+
+    def moves(key: str, value: Any) -> bool:
+        """Whether a recorded class is of this package and of a choice that is still there."""
+        group = key.partition(".")[0]
+        return str(value).startswith("gpt_lightning.") and earlier.get(group) == chosen.get(group)
+
+    for key, value in before.items():  # a class that is no longer chosen takes no argument of another one
+        other = key.endswith("._target_") and now.get(key) != value and not _covered(key, keys)
+        if other and not moves(key, value):
+            OmegaConf.update(cfg, key.removesuffix("._target_"), {}, merge=False)
+    for key, value in before.items():
+        value = OLDER_VALUES.get((key, value), value) if isinstance(value, str) else value
+        own_class = key.endswith("_target_") and key in now and moves(key, value)
+        if not own_class and key not in OWN_KEYS and not _covered(key, [*keys, "paths.run"]):
+            OmegaConf.update(cfg, key, value, force_add=True)
 
 
 def foreign_classes(cfg: DictConfig, given: list[str]) -> list[str]:

@@ -38,7 +38,13 @@ def train(zygote: Zygote, small_text: Path, tmp_path_factory: pytest.TempPathFac
             shutil.copytree(folder / copy, folder / name)
         options = [f"resume={folder / name}", *overrides]
         if not copy:
-            options = [*TINY, f"trainer.max_steps={STEPS}", f"data.path={small_text}", "logger=none"]
+            options = [
+                "model=gpt",
+                *TINY,
+                f"trainer.max_steps={STEPS}",
+                f"data.path={small_text}",
+                "logger=none",
+            ]
             options += ["data.batch_size=4", "device.micro_batch_size=1", "trainer.val_batches=9"]
             options += [f"hydra.run.dir={folder / name}", *overrides]
         slow = {TRAINING_STEP: 0.1} if stop else {}

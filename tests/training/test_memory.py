@@ -48,7 +48,14 @@ def test_estimate_in_the_message_is_that_of_plan(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options = [*tiny, "model.block_size=256", "data.batch_size=16", "model.n_layer=12", "model.n_embd=512"]
+    options = [
+        "model=gpt",
+        *tiny,
+        "model.block_size=256",
+        "data.batch_size=16",
+        "model.n_layer=12",
+        "model.n_embd=512",
+    ]
     call("plan", *options, "device.micro_batch_size=16")
     (planned,) = re.findall(r"memory estimate +(\S+) GiB", capsys.readouterr().out)
 

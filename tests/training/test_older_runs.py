@@ -48,8 +48,9 @@ def test_run_of_an_older_release_is_resumed_with_its_own_values(
 def test_key_that_the_older_release_had_not_means_what_it_did(older: Path, call: Callable[..., Any]) -> None:
     (older / "mine" / "data").mkdir(parents=True)
     (older / "mine" / "data" / "stories.yaml").write_text("defaults: [text, _self_]\nalign_documents: true\n")
-    overrides = older / ".hydra" / "overrides.yaml"
-    overrides.write_text(overrides.read_text().replace("data=text", "data=stories"))
+    for name, text in (("overrides", "data=text"), ("hydra", "data: text")):
+        path = older / ".hydra" / f"{name}.yaml"
+        path.write_text(path.read_text().replace(text, text.replace("text", "stories")))
     call("train", f"resume={older}", "--config-dir", str(older / "mine"))
     data = read_checkpoint(older / "checkpoints" / "last.ckpt")["hyper_parameters"]["data"]
     assert data["align_documents"] is False

@@ -59,7 +59,7 @@ def train(
         folder = tmp_path / name
         arguments = tuple(argument.replace(__name__, "incidents_of_a_user") for argument in arguments)
         call(
-            "train", *tiny, "device.micro_batch_size=4", "logger=none", "callbacks.samples=null",
+            "train", "model=gpt", *tiny, "device.micro_batch_size=4", "logger=none", "callbacks.samples=null",
             f"hydra.run.dir={folder}", *arguments,
         )  # fmt: skip
         return folder
