@@ -165,7 +165,7 @@ class CausalSelfAttention(nn.Module):
             if T == 1:  # otherwise the row begins here, and has only the keys of this forward
                 k, v, mask = keys, values, cache.mask
         y = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1
+            q, k, v, mask, dropout_p=self.dropout if self.training else 0.0, is_causal=cache is None or T > 1
         )
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)

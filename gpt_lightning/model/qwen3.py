@@ -110,7 +110,7 @@ class Attention(nn.Module):
             q.transpose(1, 2),
             *(keys, values, mask),
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=T > 1,
+            is_causal=cache is None or T > 1,
         )
         return F.dropout(self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), self.dropout, self.training)
 

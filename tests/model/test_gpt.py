@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from support.models import random_net
 from torch.nn import functional as F
 
 from gpt_lightning.model.gpt import GPT, IGNORE, GPTConfig, KVCache, build_gpt
+from gpt_lightning.model.qwen3 import Qwen3Config
 
 SMALL = {"vocab_size": 61, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 
@@ -301,6 +303,17 @@ def test_compile_in_place_keeps_the_state_dicts_keys():
     net.compile(backend="aot_eager")
     torch.testing.assert_close(net(idx), logits)
     assert list(net.state_dict()) == keys
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [GPTConfig, Qwen3Config])
+def test_compiled_network_is_one_graph_for_batches_of_any_shape(kind: type) -> None:
+    torch.compiler.reset()
+    net = random_net(kind=kind)
+    compiled = torch.compile(net, backend="eager", dynamic=True, fullgraph=True)  # an error if it is not
+    for B, T in ((3, 8), (2, 5)):
+        idx = torch.randint(0, 250, (B, T))
+        torch.testing.assert_close(compiled(idx, idx), net(idx, idx))
 
 
 def test_state_dict_holds_no_padding_mask():
