@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,7 @@ def test_second_ctrl_c_asks_for_patience_and_the_third_leaves_at_once(
     code = None
     while code is None:  # somebody hammers on the keyboard
         os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.005)  # Python itself prints a traceback if a signal comes just as it begins to ignore it
         code = process.poll()
     assert code == 128 + signal.SIGINT
     out = process.out.read_text()
@@ -580,9 +582,9 @@ def test_latest_prefers_a_run_that_is_not_finished(tmp_path: Path) -> None:
         path = tmp_path / name / "summary.json"
         write_json(path, {"status": state})
         os.utime(path, (1000 + age, 1000 + age))
-        for file in ("overrides.yaml", "hydra.yaml"):
-            (tmp_path / name / ".hydra").mkdir(exist_ok=True)
-            (tmp_path / name / ".hydra" / file).write_text("[]\n")
+        (tmp_path / name / ".hydra").mkdir(exist_ok=True)
+        for file, text in (("overrides.yaml", "[]\n"), ("config.yaml", "{}\n")):
+            (tmp_path / name / ".hydra" / file).write_text(text)
         (tmp_path / name / ".hydra" / "hydra.yaml").write_text(
             f"hydra: {{job: {{config_name: train}}, overrides: {{hydra: []}}, "
             f"runtime: {{cwd: {tmp_path}/gone, config_sources: []}}}}\n"
