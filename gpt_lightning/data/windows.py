@@ -100,11 +100,11 @@ def find_responses(
 def scoring_windows(
     tokens: np.ndarray, *, block_size: int, stride: int, end: int | None = None, most: int | None = None
 ) -> np.ndarray:
-    """Windows in which every token but the first is predicted once, those of a window after one another.
+    """Windows that together predict every token but the first once, in the order of the text.
 
-    A window has `stride` tokens more than the one before it and the block_size - stride last ones of that;
-    where a document begins among the tokens of the window before, it begins there instead, so that
-    documents of at most block_size tokens are whole. This makes at most twice as many windows as stride.
+    A window begins with the last block_size - stride tokens of the one before it. With `end`, it begins with
+    the document that the one before cut, where that document began less than block_size tokens earlier, so
+    that documents of at most block_size tokens are whole. That takes at most twice as many windows.
 
     Args:
         tokens: Ids, (N,).
