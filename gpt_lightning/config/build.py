@@ -165,6 +165,7 @@ def memory_needs(cfg: DictConfig, net: nn.Module, *, tokens: int, vocab_size: in
         shards=device_count(cfg) if cfg.trainer.strategy == "fsdp" else 1,
         recomputed=cfg.trainer.activation_checkpointing,
         chunked=accelerator_of(cfg) == "cpu" and not cfg.device.compile and config is not None,
+        cpu=accelerator_of(cfg) == "cpu",
         network=type(config).__name__,
     )
 

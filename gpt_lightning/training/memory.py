@@ -7,6 +7,8 @@ GIB = 2**30
 # after Korthikanti et al. (2022), section 4.1, without the attention matrix, which flash attention does not
 # keep; of Qwen3 as autograd keeps them (tests/training/test_memory.py counts both)
 KEPT = {"GPTConfig": (68, 34), "Qwen3Config": (99, 72)}
+# What the C allocator holds of freed activations and logits, as a share of them: benchmarks/planning.py
+CPU_SLACK = 0.35
 DEFAULT_MICRO_BATCH_SIZE = 32  # sequences per device per forward where the configuration has null
 
 
@@ -22,13 +24,15 @@ def memory_estimate(
     shards: int = 1,
     recomputed: bool = False,
     chunked: bool = False,
+    cpu: bool = False,
     network: str = "GPTConfig",
 ) -> dict[str, float]:
     """Bytes that training needs, by what needs them.
 
-    Weights, gradients and AdamW's two averages are exact at 4 bytes each. Activations kept for the backward
-    pass are those of KEPT; logits count twice. A loss in chunks has the logits of one chunk, and the gradient
-    of the head a second time.
+    Weights, gradients and AdamW's two averages are exact: 4 bytes each, or those of a true precision; mixed
+    precision has its weights in 16 bits as well. Activations kept for the backward pass are those of KEPT;
+    logits count twice. A loss in chunks has the logits of one chunk, and the gradient of the head a second
+    time.
 
     Args:
         parameters: Numbers in the network, of which
@@ -39,23 +43,28 @@ def memory_estimate(
         shards: Devices that share weights, gradients and optimizer state.
         recomputed: Whether only the inputs of the blocks are kept, in 32 bits, and those of one block whole.
         chunked: Whether the loss is computed in chunks of `CHUNK` logits.
+        cpu: Whether the memory is that of the process, with what its allocator keeps.
         network: Class of its configuration; others count as GPT-2's.
     """
     from gpt_lightning.model.gpt import CHUNK  # imports torch, for which --help does not wait
 
-    size = 2 if "16" in precision else 4
-    block = KEPT.get(network, KEPT["GPTConfig"])[size == 2]
-    kept = block + 4 * n_layer if recomputed and n_layer else block * n_layer
-    logits = (size + 4) * tokens * vocab_size
+    mixed = precision.endswith("-mixed")
+    size = {"64-true": 8, "bf16-true": 2, "16-true": 2}.get(precision, 4)  # bytes of a weight
+    kept = KEPT.get(network, KEPT["GPTConfig"])
+    block = kept[1] if mixed else kept[0] * size / 4
+    layers = block + size * n_layer if recomputed and n_layer else block * n_layer
+    logits = (size + (2 if mixed else size)) * tokens * vocab_size
     if chunked and tokens * vocab_size > CHUNK:
         logits = 8 * CHUNK + 4 * vocab_size * n_embd
-    return {
-        "weights": 4 * parameters / shards,
-        "gradients": 4 * trained / shards,
-        "optimizer": 8 * trained / shards,
-        "activations": kept * tokens * n_embd,
+    activations = layers * tokens * n_embd
+    needs = {
+        "weights": (size + 2 * mixed) * parameters / shards,
+        "gradients": size * trained / shards,
+        "optimizer": 2 * size * trained / shards,
+        "activations": activations,
         "logits": logits,
     }
+    return needs | ({"allocator": CPU_SLACK * (activations + logits)} if cpu else {})
 
 
 def out_of_memory(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -53,9 +55,10 @@ def test_estimate_in_the_message_is_that_of_plan(
         *tiny,
         "model.block_size=256",
         "data.batch_size=16",
-        "model.n_layer=12",
-        "model.n_embd=512",
+        "model.n_layer=4",
+        "model.n_embd=256",
     ]
+    monkeypatch.setattr("gpt_lightning.training.speed.measure_speed", lambda *_, **__: None)  # takes seconds
     call("plan", *options, "device.micro_batch_size=16")
     (planned,) = re.findall(r"memory estimate +(\S+) GiB", capsys.readouterr().out)
 
@@ -128,6 +131,57 @@ def test_estimate_of_a_loss_in_chunks() -> None:
     few, many = (memory_estimate(**shape, tokens=n, precision="32-true", chunked=True) for n in (256, 257))  # type: ignore[arg-type]
     assert few["logits"] == 2**24 * 8
     assert many["logits"] == 2**24 * 8 + 2**16 * 8 * 4  # one chunk, and the head's gradient again
+
+
+@pytest.mark.parametrize(
+    ("precision", "weights", "others", "activations"),
+    [("32-true", 4, 4, 68), ("64-true", 8, 8, 136), ("bf16-true", 2, 2, 34), ("16-mixed", 6, 4, 34)],
+)
+def test_estimate_follows_the_precision(precision: str, weights: int, others: int, activations: int) -> None:
+    """Mixed precision multiplies copies of the weights in 16 bits, and trains those in 32."""
+    shape = {"parameters": 100, "trained": 100, "tokens": 10, "n_embd": 8, "n_layer": 3, "vocab_size": 5}
+    needs = memory_estimate(**shape, precision=precision, cpu=True)  # type: ignore[arg-type]
+    assert needs["weights"] == weights * 100
+    assert (needs["gradients"], needs["optimizer"]) == (others * 100, 2 * others * 100)
+    assert needs["activations"] == 3 * activations * 10 * 8
+    assert needs["allocator"] == pytest.approx(0.35 * (needs["activations"] + needs["logits"]))
+
+
+PEAK = """
+import torch
+from pathlib import Path
+from gpt_lightning.model.{module} import {build}
+def train(**sizes):
+    net = {build}(**sizes)
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    for _ in range(2):
+        net(idx, idx).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return sum(p.numel() for p in net.parameters())
+def peak():  # KiB; ru_maxrss would begin with that of the process which started this one
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
+idx = torch.zeros(1, 8, dtype=torch.long)
+train(vocab_size=64, block_size=8, n_layer=1, n_head=1, n_embd=16)
+before = peak()
+idx = torch.randint(257, (8, 256))
+parameters = train(vocab_size=257, block_size=256, n_layer=6, n_head=6, n_embd=384)
+print(parameters, peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc, and the allocator, are those of Linux")
+@pytest.mark.parametrize(("module", "config"), [("gpt", GPTConfig), ("qwen3", Qwen3Config)])
+def test_estimate_is_near_what_a_process_takes(module: str, config: Any) -> None:
+    """benchmarks/planning.py has more sizes; other allocators than glibc's may keep more or less."""
+    script = PEAK.format(module=module, build=f"build_{module}")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    parameters, kib = map(int, done.stdout.split())
+    sizes = {"tokens": 8 * 256, "n_embd": 384, "n_layer": 6, "vocab_size": 257}
+    shape = sizes | {"parameters": parameters, "trained": parameters, "network": config.__name__}
+    needs = memory_estimate(**shape, precision="32-true", cpu=True)  # type: ignore[arg-type]
+    assert sum(needs.values()) == pytest.approx(1024 * kib, rel=0.25)
 
 
 @pytest.mark.parametrize(("kind", "config"), [(GPT, GPTConfig), (Qwen3, Qwen3Config)])
