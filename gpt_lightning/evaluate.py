@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig
 
@@ -97,20 +97,31 @@ def choose_corpus(cfg: DictConfig, source: Path) -> Corpus | None:
     return corpus
 
 
-def corpus_tokens(cfg: DictConfig, corpus: Corpus, model: TextGenerator) -> tuple[np.ndarray, dict[str, Any]]:
-    """The tokens of a split of a corpus, and what is known about its text."""
+class Scored(NamedTuple):
+    """What is evaluated."""
+
+    tokens: np.ndarray  # (N,)
+    about: dict[str, Any]  # of the text, for the result
+    counted: np.ndarray | None = None  # tokens that count, (N,) bool; None: all
+
+
+def corpus_tokens(cfg: DictConfig, corpus: Corpus, model: TextGenerator) -> Scored:
+    """The tokens of a split of a corpus; of conversations the responses count, as in training."""
     from gpt_lightning.data.token_store import prepare
     from gpt_lightning.data.tokenizer import FixedTokenizer
+    from gpt_lightning.data.windows import response_tokens
 
     store = prepare(corpus, FixedTokenizer(model.tokenizer), cfg.paths.cache)
     data = cfg.get("data") or {}
     name = data.get("name") or data.get("path") or model.info.get("data") or type(corpus).__name__
+    counted = response_tokens(store, cfg.split)
+    text = f"{name}, {cfg.split}" + ("" if counted is None else ", responses alone")
     floor = store.floor_bits_per_byte(cfg.split)
-    return store.tokens(cfg.split), {"text": f"{name}, {cfg.split}", "floor_bits_per_byte": floor}
+    return Scored(store.tokens(cfg.split), {"text": text, "floor_bits_per_byte": floor}, counted)
 
 
-def file_tokens(cfg: DictConfig, model: TextGenerator, source: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    """The tokens of text=, and what is known about it."""
+def file_tokens(cfg: DictConfig, model: TextGenerator, source: Path) -> Scored:
+    """The tokens of text=."""
     from gpt_lightning.data.corpus.files import TextFiles
     from gpt_lightning.evaluation.losses import lay_out
 
@@ -119,7 +130,7 @@ def file_tokens(cfg: DictConfig, model: TextGenerator, source: Path) -> tuple[np
         if match := training_file(file, source):
             log.warning("text=%s was training text of the run (%s): its loss is too low", file, match)
     tokens = lay_out(text.documents("train"), model.tokenizer, separated=text.separated)
-    return tokens, {"text": cfg.text}
+    return Scored(tokens, {"text": cfg.text})
 
 
 def training_file(file: Path, source: Path) -> Path | None:
@@ -191,11 +202,12 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     elif cfg.text is not None:
         found = file_tokens(cfg, model, source)
     if found:
-        result |= found[1] | {**evaluate(model, found[0], stride=cfg.stride, batch_size=cfg.batch_size)}
+        windows = {"stride": cfg.stride, "batch_size": cfg.batch_size}
+        result |= found.about | {**evaluate(model, found.tokens, counted=found.counted, **windows)}
     if cfg.samples is not None:
         result["bleu"] = bleu(cfg)
     if cfg.tokens and found:
-        write_page(cfg, model, found[0], f"{result['text']}, read by {source}")
+        write_page(cfg, model, found.tokens, f"{result['text']}, read by {source}")
     elif cfg.output is not None:
         write_json(Path(cfg.output).expanduser(), result)
     return result

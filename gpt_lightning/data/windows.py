@@ -162,6 +162,14 @@ class _Batches(Dataset[Batch]):
         return {key: value for key, value in self.__dict__.items() if key != "tokens"}
 
 
+def response_tokens(store: TokenStore, split: Split) -> np.ndarray | None:
+    """Which tokens of a split, (N,) bool, are of a response; None where all count in the loss."""
+    if not store.marker:
+        return None
+    batches = _Batches(store, split)
+    return batches.counts(np.arange(len(batches.tokens)))
+
+
 @dataclass(eq=False)
 class TrainBatches(_Batches):
     """All micro-batches of a run; number b is a pure function of b.

@@ -107,6 +107,7 @@ def evaluate(
     model: TextGenerator,
     tokens: np.ndarray,
     *,
+    counted: np.ndarray | None = None,
     stride: int | None = None,
     batch_size: int | None = None,
 ) -> Evaluation:
@@ -115,6 +116,7 @@ def evaluate(
     Args:
         model: The model.
         tokens: The text, (N,), as from `lay_out` or a token store.
+        counted: Tokens that the means are over, (N,) bool; None takes all.
         stride, batch_size: As in `token_losses`; the default stride is half of the block.
 
     Raises:
@@ -124,6 +126,8 @@ def evaluate(
     stride = -(-block_size // 2) if stride is None else stride
     end = model.tokenizer.eot_token
     losses = token_losses(model.net, tokens, stride=stride, end=end, batch_size=batch_size)
+    if counted is not None:
+        losses[~counted] = np.nan
     found = summarize(losses, tokens, tokenizers.token_bytes(model.tokenizer), block=block_size)
     return {**found, "stride": stride, "block_size": block_size}
 

@@ -147,6 +147,17 @@ def test_learned_vocabulary_keeps_the_marker_apart(path: Path, tmp_path: Path) -
     assert EvalBatches(store, block_size=16, micro_batch_size=1).responses[0].shape == (2,)
 
 
+def answer_loss(model: Any, path: Path) -> tuple[int, float]:
+    """Number of tokens in the answers of the training conversations, and their mean loss, one by one."""
+    losses, T = [], model.net.config.block_size
+    for text in Chat(str(path)).documents("train"):
+        ids = [E, *text.encode(), E]
+        for place in range(len(ids) - len(text.split(ANSWER)[1].encode()) - 1, len(ids)):
+            context = torch.tensor([ids[max(0, place - T) : place]])
+            losses.append(-model.net(context)[0, -1].log_softmax(0)[ids[place]].item())
+    return len(losses), float(np.mean(losses))
+
+
 @pytest.mark.slow
 def test_model_is_fine_tuned_to_answer_and_exported_with_its_template(
     call: Callable[..., Any], tiny: list[str], path: Path, tmp_path: Path
@@ -159,6 +170,9 @@ def test_model_is_fine_tuned_to_answer_and_exported_with_its_template(
     call("train", *shrunk, *start, f"hydra.run.dir={tmp_path / 'chat'}")
     loaded = gpt_lightning.load(tmp_path / "chat")
     assert loaded.info["chat"] is True
+    scores = gpt_lightning.evaluate(f"checkpoint={tmp_path / 'chat'}", "split=train", "stride=1")
+    assert scores["text"].endswith(", train, responses alone")
+    assert (scores["tokens"], scores["loss"]) == pytest.approx(answer_loss(loaded, path), rel=1e-5)
     messages = ROWS[0]["messages"]
     answer = loaded.chat(messages, max_new_tokens=5, temperature=0)
     assert answer == loaded.generate(render(messages), max_new_tokens=5, temperature=0)
