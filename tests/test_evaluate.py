@@ -158,6 +158,7 @@ def test_only_a_file_of_results_is_replaced(
         reads = path.name == "samples.jsonl"
         assert ("is what this command reads;" if reads else "holds what this command did not write;") in line
     assert {name: (tmp_path / name).read_text() for name in others} == others
+    (tmp_path / "new.json").touch()  # as mktemp leaves it
     for text in ("abc", "abcdef"):
         (tmp_path / "samples.jsonl").write_text(json.dumps({"text": text}) + "\n")
         call("evaluate", *arguments, f"output={tmp_path / 'new.json'}")

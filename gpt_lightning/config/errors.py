@@ -118,6 +118,11 @@ def suggestion(key: str, keys: Iterable[str]) -> str | None:
     return None
 
 
+def _head(path: Path, size: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(size)
+
+
 def check_output(path: str | None, beginning: bytes, *inputs: str | None) -> None:
     """Refuse an output= that cannot be written or that would replace something, before there is a result.
 
@@ -137,7 +142,7 @@ def check_output(path: str | None, beginning: bytes, *inputs: str | None) -> Non
         raise ConfigError(f"output={path} is a folder; name a file in it")
     if file.exists() and any(Path(name).expanduser().samefile(file) for name in inputs if name):
         raise ConfigError(f"output={path} is what this command reads; name another file")
-    if file.exists() and not (file.is_file() and file.read_bytes().startswith(beginning)):
+    if file.exists() and not (file.is_file() and _head(file, len(beginning)) in (b"", beginning)):
         raise ConfigError(f"output={path} holds what this command did not write; name another file")
     above = next(folder for folder in file.absolute().parents if folder.exists())
     problem = errno.ENOTDIR if not above.is_dir() else 0 if os.access(above, os.W_OK) else errno.EACCES
