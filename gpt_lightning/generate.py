@@ -41,21 +41,6 @@ def read_prompts(cfg: DictConfig) -> list[str]:
     return text.removesuffix("\n").split("\n")
 
 
-def can_encode(cfg: DictConfig, model: TextGenerator, prompt: str) -> bool:
-    """Whether the model can encode a prompt; those of default_prompts that it cannot are left out.
-
-    Raises:
-        ValueError: If it cannot encode a prompt that the user gave.
-    """
-    try:
-        model.encode(prompt)
-    except ValueError:
-        if cfg.prompt is not None or cfg.prompt_file is not None:
-            raise
-        return False
-    return True
-
-
 def show(model: TextGenerator, prompts: list[str], settings: SamplingSettings) -> None:
     """Print every prompt with its continuations as they are generated."""
     shown, tokens, started = -1, 0, time.monotonic()
@@ -122,7 +107,13 @@ def main(cfg: DictConfig) -> list[str] | None:
     settings = SamplingSettings(**{field.name: values[field.name] for field in fields(SamplingSettings)})
     prompts = [] if cfg.interactive else read_prompts(cfg)
     model = load(source, cfg.device.accelerator, cfg.dtype, model=network_of(cfg))
-    prompts = [prompt for prompt in prompts if can_encode(cfg, model, prompt)]
+    for prompt in list(prompts):
+        try:
+            model.encode(prompt)
+        except ValueError:
+            if given:
+                raise
+            prompts.remove(prompt)  # of default_prompts
     if main.in_python:
         return model.generate(prompts, **asdict(settings))
     try:

@@ -55,9 +55,11 @@ class Command:
         self,
         task: Callable[[DictConfig], Any],
         config_name: str,
-        arguments: Callable[[list[str]], list[str]] | None,
-        show: Callable[[Any], None] | None,
+        *,
+        arguments: Callable[[list[str]], list[str]] | None = None,
+        show: Callable[[Any], None] | None = None,
     ):
+        sys.modules[task.__module__].__class__ = CallableModule
         self.task, self.config_name, self.show = task, config_name, show
         self.arguments = arguments or (lambda given: given)
         self.result: Any = None
@@ -151,10 +153,6 @@ class Command:
             result, self.result = self.result, None
             return result
 
-    def tells(self, error: Exception) -> bool:
-        """Whether one line is shown for an error, instead of a traceback."""
-        return is_user_error(error) and not self.full_error
-
     def fail(self, error: Exception) -> NoReturn:
         """End with one line for what a user can mend, with the traceback for everything else."""
         cause: BaseException | None = error
@@ -162,7 +160,7 @@ class Command:
             if isinstance(cause, KeyboardInterrupt):  # OmegaConf fails if it is interrupted in an assignment
                 raise SystemExit(130) from None
             cause = cause.__context__
-        if not self.tells(error):
+        if not is_user_error(error) or self.full_error:
             raise error
         print(f"error: {one_line(error, self.keys())}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -180,19 +178,9 @@ class Command:
             level = [(f"{key}.", value) for key, value in pairs if isinstance(value, dict)]
 
 
-def command(
-    config_name: str,
-    *,
-    arguments: Callable[[list[str]], list[str]] | None = None,
-    show: Callable[[Any], None] | None = None,
-) -> Callable[[Callable[[DictConfig], Any]], Command]:
-    """Decorates a task; arguments as `Command`. Its module becomes callable from Python."""
-
-    def decorate(task: Callable[[DictConfig], Any]) -> Command:
-        sys.modules[task.__module__].__class__ = CallableModule
-        return Command(task, config_name, arguments, show)
-
-    return decorate
+def command(config_name: str, **options: Any) -> Callable[[Callable[[DictConfig], Any]], Command]:
+    """Decorates a task; options as of `Command`. Its module becomes callable from Python."""
+    return lambda task: Command(task, config_name, **options)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 from gpt_lightning.config.errors import ConfigError
@@ -84,15 +85,9 @@ def verbatim(*keys: str) -> Callable[[list[str]], list[str]]:
         if key not in keys or value == "null" or re.fullmatch(r"'(\\.|[^'\\])*'", value, re.DOTALL):
             return argument
         value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # not an interpolation
-        return f"{key}={_quoted(value)}"
+        return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
 
     return lambda arguments: [quote(argument) for argument in arguments]
-
-
-def _quoted(text: str) -> str:
-    # within Hydra's quotes, backslashes count only before a quote
-    escaped = re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + (m[2] and r"\'"), text)
-    return f"'{escaped}'"
 
 
 def readable(arguments: list[str]) -> list[str]:
@@ -118,7 +113,7 @@ def readable(arguments: list[str]) -> list[str]:
             return argument
         if key in PLACES and value.startswith("~/"):  # Hydra makes these folders
             value = str(Path(value).expanduser())
-        quoted = f"{key}={_quoted(value)}"
+        quoted = f"{key}={QuotedString(value, Quote.single).with_quotes()}"
         return quoted if reads(quoted) else argument
 
     return [quote(argument) for argument in arguments]

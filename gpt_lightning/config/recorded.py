@@ -24,23 +24,15 @@ def read_recorded(folder: Path, name: str) -> Any:
     Raises:
         ConfigError: If it is not there or damaged.
     """
-    try:
-        return read_yaml(folder / HYDRA / name)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{folder} is not a run directory (it has no {HYDRA}/{name})") from None
+    if not (folder / HYDRA / name).is_file():
+        raise ConfigError(f"{folder} is not a run directory (it has no {HYDRA}/{name})")
+    return read_yaml(folder / HYDRA / name)
 
 
 def read_yaml(path: Path) -> Any:
-    """A file that Hydra left.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError: If it is not there.
-        ConfigError: If it is damaged.
-    """
+    """A file that Hydra left; a ConfigError if it is damaged."""
     try:
         return OmegaConf.load(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise
     except (OSError, ValueError, YAMLError) as error:
         raise ConfigError(f"{path} is damaged; begin a new run") from error
 

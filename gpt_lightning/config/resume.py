@@ -149,7 +149,8 @@ def _covered(key: str, overridden: list[str]) -> bool:
 
 
 def _check_unchanged(cfg: DictConfig, keys: list[str], before: dict[str, Any], now: dict[str, Any]) -> None:
-    stops_early = _stops_early(cfg)
+    nodes = [node for node in cfg.callbacks.values() if OmegaConf.is_dict(node)]
+    stops_early = any("patience" in node or "EarlyStopping" in str(node.get("_target_")) for node in nodes)
     allowed = [rule for rule in HARMLESS + ELASTIC if not (stops_early and rule in VALIDATION)]
     differing = [
         key
@@ -166,12 +167,6 @@ def _check_unchanged(cfg: DictConfig, keys: list[str], before: dict[str, Any], n
             f"resume= goes on with the same run, but these would change it: {listed}; "
             "begin a new run with init_from= instead"
         )
-
-
-def _stops_early(cfg: DictConfig) -> bool:
-    """Whether a callback ends the run by what validations find."""
-    nodes = [node for node in cfg.callbacks.values() if OmegaConf.is_dict(node)]
-    return any("patience" in node or "EarlyStopping" in str(node.get("_target_")) for node in nodes)
 
 
 def check_extension(cfg: DictConfig, step: int) -> bool:

@@ -189,20 +189,15 @@ def _choice_exists(override: str, places: list[Path]) -> bool:
 def _begun_by_this_job(arguments: list[str]) -> str | None:
     """The run that this command began before SLURM started the job again; a job may hold several commands."""
     found, _, overrides = split_arguments(arguments)
-    job, given = (
-        slurm_job(),
-        [text for text in overrides if not key_of(text).startswith(("hydra.", "hydra/"))],
-    )
+    job = slurm_job()
+    given = [text for text in overrides if not key_of(text).startswith(("hydra.", "hydra/"))]
 
     def same(run: Path) -> bool:
         name = read_recorded(run, "hydra.yaml").hydra.job.config_name
         return (given, found.config_name or "train") == (recorded_overrides(run), name)
 
-    for run in sorted(runs_below(value_of(given, "paths.outputs") or "outputs"), key=_last_change)[::-1]:
+    runs = runs_below(value_of(given, "paths.outputs") or "outputs")
+    for run in sorted(runs, key=lambda run: (run / "summary.json").stat().st_mtime, reverse=True):
         if job and read_summary(run).get("slurm_job") == job and same(run):
             return str(run)
     return None
-
-
-def _last_change(run: Path) -> float:
-    return (run / "summary.json").stat().st_mtime

@@ -14,7 +14,8 @@ global random state is unchanged. B sequences, T positions, C n_embd, V vocabula
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,9 +79,9 @@ def stream(
         for row, text in enumerate(texts):
             seen[row, text] = True
     longest = max(map(len, texts)) + settings.max_new_tokens
-    next_logits = (
-        _Cached(net, len(texts), longest, static_shapes) if use_cache and net.has_cache else _Uncached(net)
-    )
+    next_logits: Callable[[list[list[int]]], Tensor] = partial(_uncached, net)
+    if use_cache and net.has_cache:
+        next_logits = _Cached(net, len(texts), longest, static_shapes)
     running = [True] * len(texts)
     was_training = net.training
     net.eval()
@@ -114,17 +115,11 @@ def generate(
     return new
 
 
-class _Uncached:
+def _uncached(net: CausalLM, texts: list[list[int]]) -> Tensor:
     """Logits (B, V) after each text, from a forward of its whole window."""
-
-    def __init__(self, net: CausalLM):
-        self.net = net
-
-    def __call__(self, texts: list[list[int]]) -> Tensor:
-        device, block_size = self.net.device, self.net.config.block_size
-        windows = [text[-window_length(len(text), block_size) :] for text in texts]
-        last = [self.net.hidden(torch.tensor([window], device=device))[:, -1] for window in windows]
-        return self.net.lm_head(torch.cat(last)).float()
+    windows = [text[-window_length(len(text), net.config.block_size) :] for text in texts]
+    last = [net.hidden(torch.tensor([window], device=net.device))[:, -1] for window in windows]
+    return net.lm_head(torch.cat(last)).float()
 
 
 class _Cached:

@@ -104,7 +104,7 @@ def choose(
         return logits.argmax(-1)
     ids = None
     if settings.top_k is not None and settings.top_k < logits.size(-1):
-        logits, ids = top_k(logits, settings.top_k)  # what follows sees k candidates, not V
+        logits, ids = torch.topk(logits, settings.top_k)  # what follows sees k candidates, not V
     logits = logits / settings.temperature
     if settings.top_p < 1:
         logits = top_p(logits, settings.top_p)
@@ -117,11 +117,6 @@ def choose(
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make the ids in `seen` (B, V) less likely, https://arxiv.org/abs/1909.05858 section 4.1."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest logits, (B, k) in falling order, and their ids."""
-    return torch.topk(logits, k)
 
 
 def top_p(logits: Tensor, p: float) -> Tensor:

@@ -42,14 +42,12 @@ def draw_curves(rows: Sequence[Row], *, floor: float | None = None, title: str =
     Raises:
         ValueError: If no row has a finite loss.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     train, val, rate = (_column(rows, key) for key in ("train/loss", "val/loss", "train/lr"))
     if not train and not val:
         raise ValueError("the metrics have no finite loss to draw")
     figure = Figure(figsize=(8, 5))
-    FigureCanvasAgg(figure)  # draws without a display
     box = {"height_ratios": (4, 1), "hspace": 0.08, "left": 0.11, "right": 0.93, "top": 0.86, "bottom": 0.1}
     losses, rates = figure.subplots(2, 1, sharex=True, gridspec_kw=box)
     smooth = _draw_losses(losses, train, val, floor)

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt_lightning.rundir.directory import is_locked, runs_below
-from gpt_lightning.rundir.ledger import LEDGER, read_ledger
 from gpt_lightning.rundir.metrics import Row, read_metrics
-from gpt_lightning.rundir.summary import RunSummary, read_summary
+from gpt_lightning.rundir.summary import LEDGER, RunSummary, read_ledger, read_summary
 
 Table = tuple[list[str], list[list[str]]]  # names of the columns, and the rows
 COLUMNS = ("best_val_loss", "val_loss", "bits_per_byte", "tokens", "seconds", "tokens_per_second")

@@ -161,12 +161,9 @@ def scaling_law(law: ScalingLaw) -> Any:
 
 def new_figure(width: float = 9, height: float = 4.5) -> Any:
     """An empty figure that is drawn without a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def decorate(axes: Any, x: str, y: str) -> None:
@@ -186,23 +183,14 @@ def _short(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _numbers(values: Sequence[str]) -> list[float] | None:
-    try:
-        return [float(value) for value in values]
-    except ValueError:
-        return None
-
-
-def _is_wide(numbers: Sequence[float]) -> bool:
-    return min(numbers) > 0 and max(numbers) >= 10 * min(numbers)
-
-
 def _scale(values: Sequence[str]) -> dict[str, float]:
     """Where values lie on an axis: numbers in proportion, or their logarithms; texts one after another."""
-    numbers = _numbers(values)
-    if numbers is None:
+    try:
+        numbers = [float(value) for value in values]
+    except ValueError:
         return {value: float(place) for place, value in enumerate(sorted(set(values)))}
-    return {v: math.log10(x) if _is_wide(numbers) else x for v, x in zip(values, numbers, strict=True)}
+    wide = min(numbers) > 0 and max(numbers) >= 10 * min(numbers)
+    return {v: math.log10(x) if wide else x for v, x in zip(values, numbers, strict=True)}
 
 
 def _label_axis(axes: Any, values: Sequence[str]) -> None:

@@ -1,20 +1,23 @@
-"""summary.json: the state and the results of a run."""
+"""summary.json: the state and the results of a run. sweep.jsonl: how each job of a sweep stands."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
-from gpt_lightning.data.files import read_json, write_json
+from gpt_lightning.data.files import read_json
 
 Status = Literal["finished", "interrupted", "failed", "pruned"]  # pruned: by a sweep that searches
+LEDGER = "sweep.jsonl"
 PRUNED = "pruned.txt"  # says why a search stops the run; written before the run is asked to end
 
 
 class RunSummary(TypedDict, total=False):
     """Keys of summary.json; losses in nats per token.
 
-    `fit` writes all of them. A summary that was read may lack some: it is of an older release, or damaged.
+    `fit` writes all of them, NaN and infinities as null. A summary that was read may lack some: it is of an
+    older release, or damaged.
     """
 
     status: Status
@@ -46,11 +49,6 @@ class RunSummary(TypedDict, total=False):
     tokenizer_digest: str
 
 
-def write_summary(folder: Path, summary: RunSummary) -> None:
-    """Write summary.json atomically; NaN and infinities become null."""
-    write_json(folder / "summary.json", summary)
-
-
 def read_summary(folder: Path) -> RunSummary:
     """Read summary.json; empty if it is missing or damaged."""
     return cast(RunSummary, read_json(folder / "summary.json"))
@@ -62,3 +60,12 @@ def pruned_by(folder: Path) -> str | None:
         return (folder / PRUNED).read_text(encoding="utf-8")
     except OSError:
         return None
+
+
+def read_ledger(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a sweep.jsonl; empty if it is missing or damaged."""
+    try:
+        lines = (folder / LEDGER).read_text(encoding="utf-8").splitlines()
+        return [dict(json.loads(line)) for line in lines]
+    except (OSError, TypeError, ValueError):
+        return []

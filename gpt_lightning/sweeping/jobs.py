@@ -15,8 +15,7 @@ from typing import Literal
 
 from gpt_lightning.config.command_line import key_of
 from gpt_lightning.data.files import atomic_write
-from gpt_lightning.rundir.ledger import LEDGER, read_ledger
-from gpt_lightning.rundir.summary import read_summary
+from gpt_lightning.rundir.summary import LEDGER, read_ledger, read_summary
 
 LONGEST_NAME = 120  # characters
 ENDED = {124: "time limit", **{128 + number: number.name for number in (signal.SIGINT, signal.SIGTERM)}}

@@ -15,10 +15,9 @@ from omegaconf import DictConfig
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.nodes import build
 from gpt_lightning.config.resolvers import sweep_digest
-from gpt_lightning.rundir.ledger import LEDGER, read_ledger
 from gpt_lightning.rundir.metrics import read_metrics
 from gpt_lightning.rundir.report_study import JOURNAL
-from gpt_lightning.rundir.summary import read_summary
+from gpt_lightning.rundir.summary import LEDGER, read_ledger, read_summary
 from gpt_lightning.sweeping.jobs import Job, Ledger, name_of
 from gpt_lightning.sweeping.space import Dimension
 

@@ -14,17 +14,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.files import write_json
 from gpt_lightning.data.windows import split_batch
 from gpt_lightning.rundir.curves import plot_curves
 from gpt_lightning.rundir.metrics import read_metrics
-from gpt_lightning.rundir.summary import (
-    PRUNED,
-    RunSummary,
-    Status,
-    pruned_by,
-    read_summary,
-    write_summary,
-)
+from gpt_lightning.rundir.summary import PRUNED, RunSummary, Status, pruned_by, read_summary
 from gpt_lightning.training.callbacks.charts import Charts
 from gpt_lightning.training.callbacks.checkpoints import LastCheckpoint
 from gpt_lightning.training.callbacks.incidents import Incidents
@@ -78,7 +72,7 @@ def fit(
         results = results or {**_results(module, data, trainer), "seconds": seconds}
         summary: RunSummary = {**results, **facts, "status": status}
         if trainer.is_global_zero:
-            write_summary(folder, summary)
+            write_json(folder / "summary.json", summary)
         return summary
 
     _remove_leftovers(folder, trainer)

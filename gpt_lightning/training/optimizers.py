@@ -14,35 +14,24 @@ ParamGroups = list[dict[str, Any]]
 OptimizerFactory = Callable[[ParamGroups], Optimizer]
 
 
-def parameter_roles(module: nn.Module) -> dict[str, str]:
-    """The role of each parameter, by its name.
-
-    A network says it itself in `parameter_roles()`: "hidden" for a matrix between hidden layers, "qkv" for
-    three of them in one, "embedding", "head", "vector" for biases and gains. Of others it is known whether
-    they have two dimensions or more: "matrix" or "vector".
-    """
-    declare: Callable[[], dict[str, str]] = getattr(module, "parameter_roles", dict)
-    declared = declare()
-    return {
-        name: declared.get(name) or ("matrix" if parameter.dim() >= 2 else "vector")
-        for name, parameter in module.named_parameters()
-    }
-
-
 def parameter_groups(module: nn.Module, *, by_role: bool = False) -> ParamGroups:
     """Parameter groups: matrices, which decay as the optimizer says, and vectors, which never do.
 
-    Parameters with requires_grad=False are left out.
+    A network says the role of each parameter in `parameter_roles()`: "hidden" for a matrix between hidden
+    layers, "qkv" for three of them in one, "embedding", "head", "vector" for biases and gains. Of others it
+    is known whether they have two dimensions or more: "matrix" or "vector". Parameters with
+    requires_grad=False are left out.
 
     Args:
         module: The network.
         by_role: Whether each role is a group of its own, with the key `role`.
     """
-    roles = parameter_roles(module)
+    declare: Callable[[], dict[str, str]] = getattr(module, "parameter_roles", dict)
+    roles = declare()
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            role = roles[name]
+            role = roles.get(name) or ("matrix" if parameter.dim() >= 2 else "vector")
             kind = role if by_role or role == "vector" else "matrix"
             group = groups.setdefault(kind, {"params": []} | ({"role": kind} if by_role else {}))
             group["params"].append(parameter)

@@ -25,12 +25,6 @@ def kept(filtered):
 TWO = logits([1 / 8, 1 / 2, 1 / 8, 1 / 4], [1 / 4, 1 / 4, 1 / 4, 1 / 4])
 
 
-def test_top_k_gives_the_largest_in_order_with_their_ids():
-    values, ids = sampling.top_k(torch.tensor([[0.5, 3.0, -1.0, 2.0], [9.0, 7.0, 8.0, 6.0]]), 2)
-    assert values.tolist() == [[3.0, 2.0], [9.0, 8.0]]
-    assert ids.tolist() == [[1, 3], [0, 2]]
-
-
 @pytest.mark.parametrize(
     ("p", "expected"),
     [

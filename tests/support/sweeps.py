@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpt_lightning.rundir.ledger import read_ledger
 from gpt_lightning.rundir.metrics import read_metrics
+from gpt_lightning.rundir.summary import read_ledger
 from support.runs import TINY
 
 OPTIONS = [*TINY, "logger=none", "callbacks.samples=null", "callbacks.layers=null"]

@@ -117,7 +117,7 @@ class Progress(Callback):
         )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return
         m = pl_module.metrics
         self._losses["val"] = m["val/loss"]
