@@ -210,6 +210,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         write_page(cfg, model, found.tokens, f"{result['text']}, read by {source}")
     elif cfg.output is not None:
         write_json(Path(cfg.output).expanduser(), result)
+    if cfg.output is not None:
+        log.info("written to %s", Path(cfg.output).expanduser().resolve())
     return result
 
 

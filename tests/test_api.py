@@ -86,11 +86,14 @@ def test_plan_gives_numbers(tiny: list[str], capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == ""
 
 
-def test_mistake_is_an_exception_with_the_line_of_the_shell(tiny: list[str], tmp_path: Path) -> None:
+def test_mistake_is_an_exception_with_the_line_of_the_shell(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(ValueError, match=r"^there is no key lr; did you mean optimizer\.lr\?$"):
         gpt_lightning.train("lr=3")
     with pytest.raises(ValueError, match=r"^optimizer\.lr=-1 must be a finite number above 0"):
         gpt_lightning.train(*tiny, "optimizer.lr=-1")
+    assert capsys.readouterr().err == ""  # Hydra tells of it otherwise
     assert not (tmp_path / "run").exists()
 
 

@@ -14,6 +14,7 @@ import torch
 from support.models import BYTES, random_net, save_checkpoint
 from support.runs import ROOT
 
+import gpt_lightning
 from gpt_lightning.data.tales import Tales
 from gpt_lightning.inference.inspection import attention, inspect
 from gpt_lightning.inference.text import TextGenerator
@@ -79,6 +80,16 @@ def test_run_alone_is_scored_on_its_own_validation_split(
     with pytest.raises(SystemExit):
         call("evaluate", "checkpoint=other/latest", *options)
     assert "there is no run with a checkpoint below" in capsys.readouterr().err
+
+
+def test_run_is_evaluated_from_another_directory(
+    call: Call, tiny: list[str], small_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(small_text.parent)
+    call("train", *tiny, f"data.path={small_text.name}", "trainer.val_batches=null", "logger=none")
+    monkeypatch.chdir(tmp_path)
+    found = gpt_lightning.evaluate("checkpoint=run", "stride=32")
+    assert found["loss"] == pytest.approx(gpt_lightning.Run(tmp_path / "run").summary["val_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("target", ["os.mkdir", "gpt_lightning.data.corpus.base.select", "mine.Corpus"])

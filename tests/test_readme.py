@@ -64,7 +64,7 @@ def run(folder: Path, command: str, **options: object) -> subprocess.CompletedPr
 def prepared(command: str) -> str:
     """The command with the run that exists, on this device, in seconds."""
     command = command.replace("RUN", "outputs/gpt/first").replace("device=mps", "device=cpu")
-    command = command.replace("max_steps=6000", "max_steps=12")
+    command = command.replace("max_steps=4000", "max_steps=12")
     if re.search(r"(\.train|-train|\.plan) ", command) and "resume=" not in command and "--" not in command:
         shrink = [s for s in SHRINK if not ("init_from" in command and s.startswith("model."))]
         command += " " + " ".join(shrink)

@@ -63,6 +63,7 @@ class Command:
         self.task, self.config_name, self.show = task, config_name, show
         self.arguments = arguments or (lambda given: given)
         self.result: Any = None
+        self.failure: Exception | None = None
         self.here = Path()  # where the command was started
         self.full_error: str | None = None  # what the user asked for
         self.in_python = False
@@ -83,15 +84,23 @@ class Command:
             return getattr(self.result, "objective", None)  # for sweepers that optimize
         except Exception as error:
             log_to_files(error)
-            job = HydraConfig.get()
-            if job.mode == RunMode.RUN:
-                if is_user_error(error):
-                    remove_traces(Path(job.runtime.output_dir), job.output_subdir, job.job.name, self.here)
-                if not self.in_python:
-                    self.fail(error)  # here, because outside, Hydra adds a line of its own
-            raise  # hydra/launcher=basic goes on with the other jobs
+            if is_user_error(error):
+                self.withdraw()
+            if HydraConfig.get().mode != RunMode.RUN:
+                raise  # hydra/launcher=basic goes on with the other jobs
+            self.failure = error  # raised after Hydra has ended, which would add a line of its own
+            return None
+        except KeyboardInterrupt:  # before the training, which handles signals itself
+            self.withdraw()
+            raise
         finally:
             os.environ[FULL_ERROR] = "1"
+
+    def withdraw(self) -> None:
+        """Remove what Hydra wrote for a run that does not begin."""
+        job = HydraConfig.get()
+        if job.mode == RunMode.RUN:
+            remove_traces(Path(job.runtime.output_dir), job.output_subdir, job.job.name, self.here)
 
     def __call__(self) -> None:
         """The command in a shell: reads sys.argv, ends with an exit code."""
@@ -124,9 +133,12 @@ class Command:
         try:
             os.environ[FULL_ERROR] = "1"  # otherwise Hydra prints errors by itself, in several lines
             self.command()
+            if self.failure is not None:
+                raise self.failure
         except Refusal as refusal:
             raise refusal.error from None
         finally:
+            self.failure = None
             set_environment(FULL_ERROR, self.full_error)
 
     def from_python(self, *overrides: str) -> Any:

@@ -27,8 +27,8 @@ class Refusal(BaseException):
 
 # what helps where the operating system refuses
 REMEDIES = {
-    errno.ENOSPC: "make room on the disk, then go on with resume=",
-    errno.EDQUOT: "make room on the disk, then go on with resume=",
+    errno.ENOSPC: "make room on the disk; a run then goes on with resume=",
+    errno.EDQUOT: "make room on the disk; a run then goes on with resume=",
     errno.EACCES: "give the right to it, or name another place",
     errno.EPERM: "give the right to it, or name another place",
     errno.EROFS: "name a place that can be written to",

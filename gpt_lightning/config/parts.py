@@ -206,6 +206,7 @@ def starting_point(
     """
     if cfg.init_from is None:
         return None, None
+    asked = [text for text in HydraConfig.get().overrides.task if text.startswith("tokenizer=")]
     from gpt_lightning.inference.loading import start_from
 
     rate = cfg.optimizer.get("lr")
@@ -214,7 +215,12 @@ def starting_point(
             "optimizer.lr=%g is a rate for training from nothing and makes a model forget; 1e-4 suits most",
             rate,
         )
-    return start_from(str(checkpoint or cfg.init_from), **({} if checkpoint else asked_of_model(cfg)))
+    net, encoding = start_from(
+        str(checkpoint or cfg.init_from), **({} if checkpoint else asked_of_model(cfg))
+    )
+    if asked and encoding is not None and checkpoint is None:
+        log.warning("%s is not used: the weights of init_from= have a tokenizer", asked[-1])
+    return net, encoding
 
 
 def asked_of_model(cfg: DictConfig) -> dict[str, Any]:

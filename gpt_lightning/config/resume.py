@@ -26,6 +26,7 @@ from gpt_lightning.config.recorded import (
 from gpt_lightning.rundir.directory import HYDRA
 from gpt_lightning.rundir.provenance import versions
 from gpt_lightning.rundir.summary import read_summary
+from gpt_lightning.training.schedules import default_warmup
 
 if TYPE_CHECKING:
     from gpt_lightning.data.corpus.base import Corpus
@@ -93,6 +94,8 @@ def with_recorded_values(cfg: DictConfig) -> DictConfig:
     if cfg.resume:
         _check_unchanged(cfg, keys, before, now)
     _take_recorded(cfg, folder, keys, before, now)
+    if cfg.resume:
+        _keep_warmup(cfg, before.get("trainer.max_steps"))
     if cfg.repeat:
         OmegaConf.update(cfg, "paths.outputs", now["paths.outputs"])
         job = HydraConfig.get()
@@ -126,6 +129,13 @@ def _take_recorded(
         own_class = key.endswith("_target_") and key in now and moves(key, value)
         if not own_class and key not in OWN_KEYS and not _covered(key, [*keys, "paths.run"]):
             OmegaConf.update(cfg, key, value, force_add=True)
+
+
+def _keep_warmup(cfg: DictConfig, max_steps: int | None) -> None:
+    """A run that is extended keeps the warm-up that followed from the number of steps it had."""
+    ours = is_defined_in(cfg.scheduler.get("_target_", ""), r"gpt_lightning\.training\.schedules")
+    if ours and cfg.scheduler.warmup_steps is None and max_steps not in (None, cfg.trainer.max_steps):
+        cfg.scheduler.warmup_steps = default_warmup(max_steps)
 
 
 def foreign_classes(cfg: DictConfig, given: list[str]) -> list[str]:
@@ -188,8 +198,8 @@ def check_extension(cfg: DictConfig, step: int) -> bool:
     old, new = (with_length(build(c, "scheduler"), c.trainer.max_steps) for c in (earlier, cfg))
     if any(old(i) != new(i) for i in range(step)):
         raise ConfigError(
-            f"these would change the run: {change}: its learning rates up to step {step} depend on the "
-            "number of steps (not so under scheduler=constant, or wsd before its decay); "
+            f"these would change the run in {cfg.resume}: {change}: its learning rates up to step {step} "
+            "depend on the number of steps (not so under scheduler=constant, or wsd before its decay); "
             "begin a new run with init_from="
         )
     return True
@@ -199,9 +209,10 @@ def record_extension(cfg: DictConfig) -> None:
     """Let later starts know the new number of steps."""
     folder = Path(cfg.resume)
     config, texts = read_recorded(folder, "config.yaml"), recorded_overrides(folder)
-    config.trainer.max_steps = cfg.trainer.max_steps
-    texts = [text for text in texts if key_of(text) != "trainer.max_steps"]
-    texts.append(f"trainer.max_steps={cfg.trainer.max_steps}")
+    for key in ("trainer.max_steps", "scheduler.warmup_steps"):
+        if (value := OmegaConf.select(cfg, key)) != OmegaConf.select(config, key):
+            OmegaConf.update(config, key, value)
+            texts = [*(text for text in texts if key_of(text) != key), f"{key}={value}"]
     write_yaml(folder / HYDRA / "config.yaml", config)
     write_yaml(folder / HYDRA / "overrides.yaml", OmegaConf.create(texts))
 

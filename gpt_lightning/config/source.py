@@ -14,9 +14,10 @@ from gpt_lightning.config.build import without_recommendations
 from gpt_lightning.config.command_line import key_of
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.nodes import build, is_defined_in, targets
+from gpt_lightning.config.recorded import read_recorded
 from gpt_lightning.config.rules import check, text
 from gpt_lightning.data.files import reading
-from gpt_lightning.rundir.directory import newest_run
+from gpt_lightning.rundir.directory import HYDRA, newest_run
 
 if TYPE_CHECKING:
     from gpt_lightning.data.corpus.base import Corpus
@@ -64,6 +65,17 @@ def network_of(cfg: DictConfig) -> Callable[..., Any] | None:
     return network
 
 
+def _found_from(node: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The arguments of a corpus, whose relative paths are below the folder where its run was started."""
+
+    def place(value: Any) -> Any:
+        if isinstance(value, list):
+            return [place(part) for part in value]
+        return str(folder / Path(value).expanduser()) if isinstance(value, str) else value
+
+    return {key: place(value) if key in ("path", "val_path") else value for key, value in node.items()}
+
+
 def corpus_of_run(source: Path) -> Corpus | None:
     """The corpus that the run of a checkpoint was trained on, built from the checkpoint's configuration.
 
@@ -80,6 +92,11 @@ def corpus_of_run(source: Path) -> Corpus | None:
         return None
     with reading(source, "has a configuration that no run has written"):
         names = targets(node)
+    started = next(
+        (place for place in (source, *source.parents) if (place / HYDRA / "hydra.yaml").is_file()), None
+    )
+    if started is not None:
+        node = _found_from(node, Path(read_recorded(started, "hydra.yaml").hydra.runtime.cwd))
     if not all(is_defined_in(name, r"gpt_lightning\.data") for name in names):
         return None
     corpus: Corpus = build(OmegaConf.create({"data": {"corpus": node}}), "data.corpus")

@@ -62,6 +62,8 @@ def start_arguments(arguments: list[str]) -> list[str]:
             given = [*given, *verbatim("resume")([f"resume={own}"]), "trust=true"]  # it is this command's run
     resume, repeat = run_of(given, "resume"), run_of(given, "repeat")
     if repeat is not None:
+        if resume is not None:
+            raise ConfigError("resume= and repeat= exclude each other; give one of them")
         return _repeat_arguments(flags, given, repeat)
     if resume is None:
         return [*arguments, *_for_weights(given)]

@@ -88,7 +88,7 @@ def reading(source: object, problem: str, remedy: str = "use another one") -> It
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        text = " ".join(str(error).split())[:500]
+        text = " ".join(str(error).split()).split(" (Could this error")[0][:500]  # torch asks for reports
         reason = text if type(error) is ValueError else f"{type(error).__name__}: {text}"
         raise ValueError(f"{source} {problem} ({reason}); {remedy}") from error
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from gpt_lightning.model.gpt import CausalLM
 
+QKV = {"c_attn", "q_proj", "k_proj", "v_proj"}  # layers of queries, keys and values
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
@@ -24,7 +26,8 @@ class LoRAConfig:
         lora_alpha: An adapter's output is multiplied by lora_alpha / r.
         lora_dropout: Probability that an input of an adapter is dropped in training.
         target_modules: Names of linear layers: c_attn, c_fc, c_proj (of attention and feed-forward) of a
-            GPT; q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj of a Qwen3.
+            GPT; q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj of a Qwen3. None is those of
+            queries, keys and values.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -33,7 +36,7 @@ class LoRAConfig:
     r: int
     lora_alpha: float = 16
     lora_dropout: float = 0.0
-    target_modules: Sequence[str] = ("c_attn",)
+    target_modules: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if type(self.r) is not int or self.r < 1:
@@ -45,7 +48,7 @@ class LoRAConfig:
         known = {"c_attn", "c_proj", "c_fc"}
         known |= {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
         names = self.target_modules
-        if isinstance(names, str) or not names or not set(names) <= known:
+        if names is not None and (isinstance(names, str) or not names or not set(names) <= known):
             raise ValueError(f"lora.target_modules={names!r} must be a list of {', '.join(sorted(known))}")
 
 
@@ -82,13 +85,14 @@ def add_adapters(net: CausalLM, config: LoRAConfig) -> CausalLM:
     """
     layers = [(p, name, c) for p in net.blocks.modules() for name, c in p.named_children()]
     linear = {name for _, name, child in layers if isinstance(child, nn.Linear)}
-    if missing := set(config.target_modules) - linear:
+    names = QKV & linear if config.target_modules is None else set(config.target_modules)
+    if missing := names - linear:
         raise ValueError(
             f"lora.target_modules: the model has no {min(missing)}, but {', '.join(sorted(linear))}"
         )
     net.requires_grad_(False)
     for parent, name, child in layers:
-        if isinstance(child, nn.Linear) and name in config.target_modules:
+        if isinstance(child, nn.Linear) and name in names:
             setattr(parent, name, LoRALinear(child, config))
     return net
 

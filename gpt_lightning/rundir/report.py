@@ -78,7 +78,8 @@ def read_results(places: Sequence[str | Path]) -> list[Result]:
         jobs: dict[Path, dict[str, Any]] = {}
         for ledger in Path(place).expanduser().glob(f"**/{LEDGER}"):
             sweep = ledger.parent.resolve()
-            jobs |= {sweep / str(job.get("name")): job for job in read_ledger(sweep)}
+            runs = [job for job in read_ledger(sweep) if job.get("command", "train") == "train"]
+            jobs |= {sweep / str(job.get("name")): job for job in runs}
         found = dict.fromkeys([*runs_below(place), *jobs])
         if not found:
             raise FileNotFoundError(f"there is no run in {Path(place).expanduser().resolve()}")

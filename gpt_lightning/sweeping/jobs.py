@@ -37,6 +37,7 @@ class Job:
         exit_code: Of its last attempt; negative for a signal that killed it.
         error: The last line of an attempt that failed.
         result: Best validation loss, in nats per token.
+        command: That it runs.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Job:
     exit_code: int | None = None
     error: str | None = None
     result: float | None = None
+    command: str = "train"
 
     def begin(self) -> None:
         self.status, self.attempts = "running", self.attempts + 1
@@ -131,7 +133,9 @@ def _digest(overrides: Sequence[str]) -> str:
     return hashlib.blake2b("\n".join(sorted(overrides)).encode(), digest_size=4).hexdigest()
 
 
-def jobs_of(job_overrides: Sequence[Sequence[str]], given: Sequence[str]) -> list[Job]:
+def jobs_of(
+    job_overrides: Sequence[Sequence[str]], given: Sequence[str], command: str = "train"
+) -> list[Job]:
     """The jobs of a sweep, with directories of their own.
 
     Args:
@@ -139,16 +143,20 @@ def jobs_of(job_overrides: Sequence[Sequence[str]], given: Sequence[str]) -> lis
         given: The overrides of the sweep; those that are the same in a job do not vary.
 
     Raises:
-        ValueError: If two jobs are the same.
+        ValueError: If two jobs are the same, or there is none.
     """
+    if not job_overrides:
+        raise ValueError("the sweep has no job; one of its keys has no value")
     jobs, fixed = [], {key_of(text): text for text in given}  # the last one of a key counts
     for overrides in job_overrides:
         overrides = [text for text in overrides if not key_of(text).startswith("sweep")]
-        jobs.append(Job(name_of([text for text in overrides if text != fixed.get(key_of(text))]), overrides))
+        name = name_of([text for text in overrides if text != fixed.get(key_of(text))])
+        jobs.append(Job(name, overrides, command=command))
+    same = Counter(_digest(job.overrides) for job in jobs)
+    if twice := sorted({job.name for job in jobs if same[_digest(job.overrides)] > 1}):
+        raise ValueError(f"jobs of the sweep are the same: {', '.join(twice)}; name each value once")
     names = Counter(job.name for job in jobs)
     for job in jobs:
         if names[job.name] > 1:  # values that differ in characters which a name cannot have
             job.name += f"-{_digest(job.overrides)}"
-    if twice := [name for name, count in Counter(job.name for job in jobs).items() if count > 1]:
-        raise ValueError(f"jobs of the sweep are the same: {', '.join(twice)}; name each value once")
     return jobs

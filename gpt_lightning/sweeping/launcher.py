@@ -23,13 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 from gpt_lightning.config.command_line import key_of, verbatim
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.rundir.directory import HYDRA, locked
+from gpt_lightning.rundir.summary import LEDGER
 from gpt_lightning.sweeping.jobs import Job, Ledger, jobs_of
-from gpt_lightning.sweeping.process import PRELOADED, Pool
+from gpt_lightning.sweeping.process import PRELOADED, SIGNALS, Pool
 
 log = logging.getLogger(__name__)
 
 OF_THE_SWEEP = ("hydra.sweep", "hydra.sweeper", "hydra.launcher", "hydra.mode", "hydra.run")
-SIGNALS = [signal.SIGINT, signal.SIGTERM] + [s for s in [getattr(signal, "SIGHUP", None)] if s]
 
 
 class ProcessLauncher(Launcher):
@@ -64,20 +64,32 @@ class ProcessLauncher(Launcher):
             SystemExit: If the sweep was told to end; its jobs have written checkpoints.
         """
         fixed: Any = OmegaConf.to_container(self.config.hydra.overrides.task, resolve=False)
+        try:
+            jobs = jobs_of(job_overrides, fixed, self.command)
+        except ValueError:
+            self.withdraw()
+            raise
         with self.sweep() as folder:
-            self.ledger = Ledger(folder, jobs_of(job_overrides, fixed))
+            self.ledger = Ledger(folder, jobs)
             self.ledger.write()
             waiting = [job for job in self.ledger.jobs if job.status != "finished"]
             count = len(self.ledger.jobs)
             log.info("sweep: %d jobs, %d of them finished before", count, count - len(waiting))
             self.run_all(waiting)
-        jobs = self.ledger.jobs
         if failed := [job.name for job in jobs if job.status == "failed"]:
             raise ConfigError(
                 f"{len(failed)} of {len(jobs)} jobs failed: {' '.join(failed)}; their last lines are in "
                 f"{folder / 'sweep.jsonl'}, and the same command tries them again"
             )
         return [_result(job) for job in jobs]
+
+    def withdraw(self) -> None:
+        """Remove what Hydra wrote for a sweep that does not begin."""
+        folder = Path(str(self.config.hydra.sweep.dir))
+        if not (folder / LEDGER).exists():
+            (folder / "multirun.yaml").unlink(missing_ok=True)
+            with suppress(OSError):  # other files are there
+                folder.rmdir()
 
     @contextmanager
     def sweep(self) -> Iterator[Path]:

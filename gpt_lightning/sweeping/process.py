@@ -10,7 +10,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -30,6 +32,7 @@ PRELOADED = {  # what the jobs of a command import
 OWN = {"RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
 OWN |= {"HYDRA_FULL_ERROR"}
 PREFIXES = ("MASTER_", "PL_", "TORCHELASTIC_")
+SIGNALS = [signal.SIGINT, signal.SIGTERM] + [s for s in [getattr(signal, "SIGHUP", None)] if s]
 
 
 class Pool:
@@ -68,7 +71,7 @@ class Pool:
             target=job, args=(self.module, list(arguments), environment, str(Path.cwd()), writer)
         )
         begun, last = time.monotonic(), ""
-        with self._lock:
+        with self._lock, signals_wait():  # a terminal's Ctrl-C would end the process that forks the jobs
             process.start()
         started(process)
         writer.close()
@@ -80,6 +83,20 @@ class Pool:
         with self._lock:
             process.join()
         return int(process.exitcode), time.monotonic() - begun, last
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Block the signals that end a command, in this thread and in the processes that it starts."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # which lets these signals through when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def job_environment(variables: Mapping[str, str]) -> dict[str, str]:
@@ -107,7 +124,12 @@ def job(
     spec = importlib.util.find_spec(module)
     assert spec is not None
     sys.argv = [str(spec.origin), *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:  # while it imports
+        raise SystemExit(130) from None
 
 
 def end_with_sweep() -> None:

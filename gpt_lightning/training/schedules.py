@@ -11,11 +11,16 @@ import math
 DEFAULT_WARMUP = 100  # optimizer steps, at most, where none are asked for
 
 
+def default_warmup(max_steps: int) -> int:
+    """Optimizer steps of the warm-up of a run where none are asked for."""
+    return min(DEFAULT_WARMUP, max_steps // 10)
+
+
 def _steps(max_steps: int | None, warmup_steps: int | None, **ratios: float | None) -> tuple[int, int]:
     """The length of the run and of its warm-up, a tenth of the run but at most 100 steps where it is None."""
     if max_steps is None or max_steps < 1:
         raise ValueError(f"scheduler.max_steps={max_steps} must be at least 1 optimizer step")
-    warmup = min(DEFAULT_WARMUP, max_steps // 10) if warmup_steps is None else warmup_steps
+    warmup = default_warmup(max_steps) if warmup_steps is None else warmup_steps
     if not 0 <= warmup < max_steps:
         raise ValueError(
             f"scheduler.warmup_steps={warmup} must be at least 0 and smaller than the run's "

@@ -81,6 +81,8 @@ TABLE: list[tuple[str, str, str]] = [
     ("train", "trainer.max_steps=null trainer.max_epochs=1 scheduler.warmup_steps=999", "scheduler.warmup_steps=999"),
     ("train", "data.batch_size=5000", "windows of 32 tokens, fewer than data.batch_size=5000"),
     ("train", "model.block_size=100000", "fewer than one window of 100000"),
+    ("train", "resume=run repeat=run", "resume= and repeat= exclude each other"),
+    ("train", "data.path=", "data.path= is empty, as an unset variable is"),
     ("train", "resume=run init_from=run", "resume=.* and init_from=.* exclude each other"),
     ("train", "model.n_embd=100000000", "out of memory .* use a smaller model"),
     # -- text

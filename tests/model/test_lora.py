@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.models import random_net
 
 from gpt_lightning.interop.gpt2 import save_gpt2
-from gpt_lightning.model.gpt import GPT
+from gpt_lightning.model.gpt import GPT, build_gpt
 from gpt_lightning.model.lora import LoRAConfig, LoRALinear, add_adapters, merge_adapters
+from gpt_lightning.model.qwen3 import build_qwen3
 
 CONFIG = LoRAConfig(r=3, lora_alpha=6, target_modules=("c_attn", "c_proj"))
 IDX = torch.randint(257, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -73,6 +75,18 @@ def test_logits_equal_peft_with_the_same_adapters(tmp_path: Path) -> None:
                     weights[key].copy_(getattr(layer, part).weight)
         expected = theirs(IDX).logits
     torch.testing.assert_close(net(IDX)[..., :257], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("build", "layers"), [(build_gpt, {"c_attn"}), (build_qwen3, {"q_proj", "k_proj", "v_proj"})]
+)
+def test_queries_keys_and_values_have_adapters_by_default(build: Any, layers: set[str]) -> None:
+    net = build(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=8)
+    names = (name for name, module in net.named_modules() if isinstance(module, LoRALinear))
+    assert {name.rpartition(".")[2] for name in names} == set()
+    add_adapters(net, LoRAConfig(r=2))
+    names = (name for name, module in net.named_modules() if isinstance(module, LoRALinear))
+    assert {name.rpartition(".")[2] for name in names} == layers
 
 
 @pytest.mark.parametrize(

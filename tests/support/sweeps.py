@@ -17,13 +17,14 @@ from support.runs import TINY
 OPTIONS = [*TINY, "logger=none", "callbacks.samples=null", "callbacks.layers=null"]
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "gpt_lightning.train", *arguments],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        **options,
     )
 
 

@@ -17,6 +17,7 @@ from support.sweeps import OPTIONS, end, is_running, ledger, reached, start, wai
 
 from gpt_lightning.rundir.checkpoint import read_checkpoint
 from gpt_lightning.rundir.metrics import read_metrics
+from gpt_lightning.rundir.report import read_results
 from gpt_lightning.sweeping.jobs import jobs_of, name_of
 from gpt_lightning.sweeping.launcher import shares
 from gpt_lightning.sweeping.process import job_environment
@@ -94,6 +95,18 @@ def test_sweep_that_is_ended_leaves_no_process_and_goes_on_by_its_directory(
     assert {job["status"] for job in ledger(sweep).values()} == {"finished"}
 
 
+def test_ctrl_c_while_the_first_job_starts_ends_the_sweep(options: list[str], tmp_path: Path) -> None:
+    process = start(tmp_path, "-m", *options, "seed=1,2", start_new_session=True)
+    assert process.stdout is not None
+    next(line for line in process.stdout if "sweep: 2 jobs" in line)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it to all processes of the command
+    out = end(process, 128 + signal.SIGINT)
+    assert "the sweep was interrupted; the same command goes on with it" in out
+    assert "Traceback" not in out
+    assert {job["status"] for job in ledger(tmp_path / "sweep").values()} <= {"waiting", "interrupted"}
+
+
 @pytest.mark.slow
 def test_jobs_of_a_sweep_may_have_several_processes_and_end_by_themselves(
     options: list[str], tmp_path: Path
@@ -140,6 +153,8 @@ def test_shards_that_a_sweep_prepares_make_the_tokens_of_one_process(
     again = command("prepare", "-m", *source, "shard=1,3", *shards[1:])  # finished shards are kept
     assert (again.returncode, ledger(sweep)["shard=1"]["status"]) == (1, "finished")
     assert "shard=3: failed (shard=3 must be a whole number from 0 to 2, since shards=3)" in again.stdout
+    with pytest.raises(FileNotFoundError, match="there is no run in"):
+        read_results([sweep])
     command("prepare", *source, f"paths.cache={tmp_path / 'one'}")
     one, many = (
         {path.name: path.read_bytes() for path in (tmp_path / name).glob("*/*.bin")}
@@ -155,6 +170,11 @@ def test_shards_that_a_sweep_prepares_make_the_tokens_of_one_process(
         ("sweep.jobs=many", "sweep.jobs='many' must be a whole number from 1 to 1000"),
         ("sweep.jobs=0", "sweep.jobs=0 must be a whole number from 1 to 1000"),
         ("sweep.retries=-1", "sweep.retries=-1 must be a whole number of at least 0"),
+        ("data.batch_size=range(0)", "the sweep has no job; one of its keys has no value"),
+        (
+            "data.batch_size=4,4",
+            "jobs of the sweep are the same: batch_size=4,seed=1, batch_size=4,seed=2; name each value once",
+        ),
     ],
 )
 def test_wrong_numbers_of_a_sweep_are_named_and_leave_nothing(

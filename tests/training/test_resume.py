@@ -218,6 +218,32 @@ def test_signal_finishes_the_step_and_leaves_a_run_that_goes_on(
     assert_same(run, uninterrupted)
 
 
+def test_ctrl_c_before_the_training_leaves_nothing(
+    zygote: Zygote, options: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    slow = {"gpt_lightning.train:starting_state": 60}
+    process = zygote.start("train", *options, f"hydra.run.dir={run}", slow=slow)
+    code = process.end_when(lambda: f"run: {run}" in process.out.read_text(), signal.SIGINT)
+    assert code == 128 + signal.SIGINT
+    assert not run.exists()
+
+
+def test_run_is_extended_with_the_warm_up_that_it_had(
+    call: Callable[..., Any], tiny: list[str], tmp_path: Path
+) -> None:
+    shared = [*tiny[:-1], "scheduler=constant", "logger=none", "trainer.val_batches=1"]
+    short, whole = tmp_path / "short", tmp_path / "whole"
+    own = ["trainer.max_steps=20", "scheduler.warmup_steps=null", f"hydra.run.dir={short}"]
+    call("train", *shared, *own)
+    call("train", f"resume={short}", "trainer.max_steps=60")
+    call("train", f"resume={short}", "trainer.max_steps=61")  # the warm-up is recorded
+    own = ["trainer.max_steps=61", "scheduler.warmup_steps=2", f"hydra.run.dir={whole}"]
+    call("train", *shared, *own)
+    a, b = (read_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"] for run in (short, whole))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
 def test_second_ctrl_c_asks_for_patience_and_the_third_leaves_at_once(
     start: Start, zygote: Zygote, uninterrupted: Path, tmp_path: Path
 ) -> None:

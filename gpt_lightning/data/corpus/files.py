@@ -179,6 +179,8 @@ def _find_files(key: str, path: object) -> list[Path]:
         if not isinstance(path, Sequence) or not path:
             raise ValueError(f"{key}={path!r} must be a file, a glob, a folder or a list of these")
         return list(dict.fromkeys(file for part in path for file in _find_files(key, part)))
+    if not str(path).strip():
+        raise ValueError(f"{key}= is empty, as an unset variable is; name a file, a folder or a glob")
     place = Path(path).expanduser()
     if place.is_file():
         return [place]
