@@ -87,6 +87,13 @@ def one_line(error: BaseException, keys: Iterable[str] = ()) -> str:
     text = str(error).strip()
     if missing := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{missing[1]}= must be given"
+    if found := re.search(
+        r"Could not find '(\S+)/(\S+)'\s+Available options in '\S+':((\s+[^\s:]+)+)\s+Config", text
+    ):
+        group, name, options = found[1], found[2], found[3].split()
+        close = difflib.get_close_matches(name, options, 1)
+        remedy = f"did you mean {close[0]}? " if close else ""
+        return f"{group}={name} is no choice; {remedy}there are {', '.join(options)}"
     if text.startswith("Error merging override"):
         reason = one_line(cause) if cause else "it does not fit"
         return f"{text}: {reason}; --cfg job shows what belongs there"
