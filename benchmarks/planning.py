@@ -1,8 +1,9 @@
 """How near the predictions of `plan` are to runs: time of a step and peak memory over a grid of sizes.
 
-One size after the other is varied around a middle one (6 layers, width 384, block 256, micro-batches of 4
-sequences, a vocabulary of 257). For each, `plan` predicts in a process of its own, and `train` runs a few
-steps in another. Memory is the most that the process had, less that of a run with next to no network.
+One size after the other is varied around a middle one (a GPT-2 of 6 layers, width 384, block 256,
+micro-batches of 4 sequences, a vocabulary of 257). For each, `plan` predicts in a process of its own, and
+`train` runs a few steps in another. Memory is the most that the process had, less that of
+a run with next to no network.
 
     python benchmarks/planning.py [--rounds 1] [--steps 12] [--sizes n_layer …] [--picture FILE]
 """
@@ -32,7 +33,14 @@ GRID: dict[str, tuple[str, list[int]]] = {
 MIDDLE = {"model.n_layer": 6, "model.n_head": 6, "model.n_embd": 384, "model.block_size": 256}
 MIDDLE |= {"device.micro_batch_size": 4, "model.vocab_size": 257}
 SMALLEST = {**MIDDLE, "model.n_layer": 1, "model.n_head": 1, "model.n_embd": 16, "model.block_size": 8}
-FIXED = ["tokenizer=byte", "device=cpu", "device.precision=32-true", "trainer.val_batches=1"]
+FIXED = [
+    "model=gpt",
+    "optimizer=adamw",
+    "tokenizer=byte",
+    "device=cpu",
+    "device.precision=32-true",
+    "trainer.val_batches=1",
+]
 QUIET = ["logger=none", "callbacks.samples=null", "callbacks.best=null", "callbacks.last=null"]
 PLAN = """
 import json, sys, gpt_lightning

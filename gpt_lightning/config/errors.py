@@ -91,8 +91,8 @@ def one_line(error: BaseException, keys: Iterable[str] = ()) -> str:
         r"Could not find '(\S+)/(\S+)'\s+Available options in '\S+':((\s+[^\s:]+)+)\s+Config", text
     ):
         group, name, options = found[1], found[2], found[3].split()
-        close = difflib.get_close_matches(name, options, 1)
-        remedy = f"did you mean {close[0]}? " if close else ""
+        near = difflib.get_close_matches(name, options, 1)
+        remedy = f"did you mean {near[0]}? " if near else ""
         return f"{group}={name} is no choice; {remedy}there are {', '.join(options)}"
     if text.startswith("Error merging override"):
         reason = one_line(cause) if cause else "it does not fit"

@@ -8,7 +8,7 @@ GIB = 2**30
 # keep; of Qwen3 as autograd keeps them (tests/training/test_memory.py counts both)
 KEPT = {"GPTConfig": (68, 34), "Qwen3Config": (99, 72)}
 # What the C allocator holds of freed activations and logits, as a share of them: benchmarks/planning.py
-CPU_SLACK = 0.35
+CPU_SLACK = {"GPTConfig": 0.35, "Qwen3Config": 0.7}
 DEFAULT_MICRO_BATCH_SIZE = 32  # sequences per device per forward where the configuration has null
 
 
@@ -50,7 +50,8 @@ def memory_estimate(
 
     mixed = precision.endswith("-mixed")
     size = {"64-true": 8, "bf16-true": 2, "16-true": 2}.get(precision, 4)  # bytes of a weight
-    kept = KEPT.get(network, KEPT["GPTConfig"])
+    network = network if network in KEPT else "GPTConfig"
+    kept, slack = KEPT[network], CPU_SLACK[network]
     block = kept[1] if mixed else kept[0] * size / 4
     layers = block + size * n_layer if recomputed and n_layer else block * n_layer
     logits = (size + (2 if mixed else size)) * tokens * vocab_size
@@ -64,7 +65,7 @@ def memory_estimate(
         "activations": activations,
         "logits": logits,
     }
-    return needs | ({"allocator": CPU_SLACK * (activations + logits)} if cpu else {})
+    return needs | ({"allocator": slack * (activations + logits)} if cpu else {})
 
 
 def out_of_memory(
