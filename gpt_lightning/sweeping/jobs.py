@@ -149,7 +149,7 @@ def jobs_of(
         raise ValueError("the sweep has no job; one of its keys has no value")
     jobs, fixed = [], {key_of(text): text for text in given}  # the last one of a key counts
     for overrides in job_overrides:
-        overrides = [text for text in overrides if not key_of(text).startswith("sweep")]
+        overrides = [text for text in overrides if not key_of(text).startswith("sweep.")]
         name = name_of([text for text in overrides if text != fixed.get(key_of(text))])
         jobs.append(Job(name, overrides, command=command))
     same = Counter(_digest(job.overrides) for job in jobs)

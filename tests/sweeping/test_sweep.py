@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from support.sweeps import OPTIONS, end, is_running, ledger, reached, start, wait_for
 
+from gpt_lightning.config.resolvers import CONF
 from gpt_lightning.rundir.checkpoint import read_checkpoint
 from gpt_lightning.rundir.metrics import read_metrics
 from gpt_lightning.rundir.report import read_results
@@ -212,6 +214,16 @@ def test_jobs_have_directories_of_their_own() -> None:
         jobs_of([["seed=1"], ["seed=1"]], [])
     (job,) = jobs_of([["seed=1", "sweep.jobs=4"]], ["sweep.jobs=4"])
     assert job.overrides == ["seed=1"]
+
+
+def test_jobs_have_what_the_choice_of_a_sweep_sets() -> None:
+    """experiment=scaling chooses a ladder, which sets another length of the runs."""
+    given = ["experiment=scaling", "sweep=isoflop"]
+    (job,) = jobs_of([[*given, "size=w24"]], given)
+    assert job.name == "size=w24"
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        trainer = compose("train", job.overrides).trainer
+    assert (trainer.max_flops, trainer.tokens_per_parameter, trainer.max_steps) == (2.5e11, None, None)
 
 
 def test_job_has_no_rank_of_another_process_and_its_share_of_the_machine(
