@@ -92,11 +92,9 @@ def corpus_of_run(source: Path) -> Corpus | None:
         return None
     with reading(source, "has a configuration that no run has written"):
         names = targets(node)
-    started = next(
-        (place for place in (source, *source.parents) if (place / HYDRA / "hydra.yaml").is_file()), None
-    )
-    if started is not None:
-        node = _found_from(node, Path(read_recorded(started, "hydra.yaml").hydra.runtime.cwd))
+        for run in (source, *source.parents[:2]):  # the run directory, or a checkpoint in it
+            if (run / HYDRA / "hydra.yaml").is_file():
+                node = _found_from(node, Path(read_recorded(run, "hydra.yaml").hydra.runtime.cwd))
     if not all(is_defined_in(name, r"gpt_lightning\.data") for name in names):
         return None
     corpus: Corpus = build(OmegaConf.create({"data": {"corpus": node}}), "data.corpus")

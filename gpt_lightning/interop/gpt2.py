@@ -88,9 +88,7 @@ def save_gpt2(net: GPT, folder: str | Path, *, end_of_text: int | None = None) -
 def write_safetensors(weights: dict[str, Tensor], path: Path) -> None:
     """Write named tensors to a file."""
     path.touch()
-    mode = (
-        path.stat().st_mode
-    )  # as the user's other files have it; safetensors makes files for the user alone
+    mode = path.stat().st_mode  # of the user's files; safetensors makes one for its owner alone
     save_file(weights, path, metadata={"format": "pt"})
     path.chmod(mode)
 
