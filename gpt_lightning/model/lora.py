@@ -85,7 +85,7 @@ def add_adapters(net: CausalLM, config: LoRAConfig) -> CausalLM:
     """
     layers = [(p, name, c) for p in net.blocks.modules() for name, c in p.named_children()]
     linear = {name for _, name, child in layers if isinstance(child, nn.Linear)}
-    names = QKV & linear if config.target_modules is None else set(config.target_modules)
+    names = set(config.target_modules or QKV & linear or QKV)
     if missing := names - linear:
         raise ValueError(
             f"lora.target_modules: the model has no {min(missing)}, but {', '.join(sorted(linear))}"

@@ -89,6 +89,16 @@ def test_queries_keys_and_values_have_adapters_by_default(build: Any, layers: se
     assert {name.rpartition(".")[2] for name in names} == layers
 
 
+def test_model_without_layers_of_these_names_is_refused() -> None:
+    net = build_gpt(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=8)
+    attention = net.blocks[0].attn
+    attention.mine = attention.c_attn
+    del attention.c_attn
+    with pytest.raises(ValueError, match="the model has no c_attn, but c_fc, c_proj, mine"):
+        add_adapters(net, LoRAConfig(r=2))
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
