@@ -18,11 +18,11 @@ from gpt_lightning.data.corpus.chat import TEMPLATE
 from gpt_lightning.data.files import json_object, sealed, unsealed, write_json
 from gpt_lightning.interop.folder import CARD_FILE, WEIGHTS_FORMAT, ModelCard
 from gpt_lightning.interop.gpt2 import save_gpt2, write_safetensors
-from gpt_lightning.interop.qwen3 import save_qwen3
+from gpt_lightning.interop.qwen3 import save_rotary
 from gpt_lightning.interop.tokenizer import save_tokenizer
 from gpt_lightning.model.gpt import GPT, CausalLM
 from gpt_lightning.model.lora import LoRALinear
-from gpt_lightning.model.qwen3 import Qwen3
+from gpt_lightning.model.qwen3 import Rotary
 from gpt_lightning.model.weights import target_of
 
 README = "README.md"
@@ -48,7 +48,7 @@ def write_huggingface(model: Model, folder: Path) -> None:
             f"model.vocab_size={model.net.config.vocab_size} has {spare} ids that the tokenizer lacks, so "
             "transformers could produce what it cannot decode; export format=weights instead"
         )
-    save: Callable[..., None] = save_qwen3 if isinstance(model.net, Qwen3) else save_gpt2
+    save: Callable[..., None] = save_rotary if isinstance(model.net, Rotary) else save_gpt2
     save(model.net, folder, end_of_text=model.tokenizer.eot_token)
     template = TEMPLATE if model.info.get("chat") else None
     save_tokenizer(model.tokenizer, folder, block_size=model.net.config.block_size, chat_template=template)
@@ -189,14 +189,14 @@ def readme(model: Model) -> str:
     """The model card for the hub, as Markdown."""
     info = {key: value for key, value in model.info.items() if value is not None}
     rows = "\n".join(f"| {key} | {value} |" for key, value in info.items())
-    architecture = "GPT-2's" if isinstance(model.net, GPT) else "Qwen3's"
+    architecture = "GPT-2" if isinstance(model.net, GPT) else type(model.net).__name__
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 ---
 # {info.get("name", "model")}
 
-A language model with {architecture} architecture, trained with gpt_lightning. Losses are in nats per token.
+A language model with {architecture}'s architecture, trained with gpt_lightning. Losses are in nats per token.
 
 | | |
 | --- | --- |

@@ -10,7 +10,7 @@ import tiktoken
 from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.data.files import json_object, reading
 from gpt_lightning.interop.gpt2 import load_gpt2, read_safetensors
-from gpt_lightning.interop.qwen3 import KINDS, load_qwen3
+from gpt_lightning.interop.qwen3 import KINDS, load_rotary
 from gpt_lightning.interop.tokenizer import load_tokenizer
 from gpt_lightning.model.gpt import CausalLM
 from gpt_lightning.model.weights import build_with_weights, read_config
@@ -62,7 +62,7 @@ def read_folder(folder: Path, **asked: Any) -> tuple[CausalLM, tiktoken.Encoding
         weights = read_safetensors(folder / "model.safetensors")
         net = build_with_weights(ours, weights, asked, source=folder)
         return net, tokenizers.load(folder / "tokenizer.json"), known
-    net = (load_qwen3 if config.get("model_type") in KINDS else load_gpt2)(folder, **asked)
+    net = (load_rotary if config.get("model_type") in KINDS else load_gpt2)(folder, **asked)
     tokenizer = load_tokenizer(folder)
     if tokenizer is None and net.config.vocab_size == GPT2_VOCABULARY:
         tokenizer = tokenizers.GPT2().build(lambda split: iter(()))

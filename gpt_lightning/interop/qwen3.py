@@ -1,4 +1,4 @@
-"""Reads and writes Qwen3 and Llama weights in the Hugging Face layout, with the names of `model.qwen3`."""
+"""Reads and writes Qwen3, Llama and StarCoder2 in the Hugging Face layout, with the names of `model.qwen3`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 from gpt_lightning.data.files import json_object, reading, write_json
 from gpt_lightning.interop.gpt2 import read_weights, write_safetensors
 from gpt_lightning.model.gpt import CausalLM
-from gpt_lightning.model.qwen3 import EPS, Qwen3, Qwen3Config
+from gpt_lightning.model.qwen3 import EPS, Qwen3Config, Rotary, RotaryConfig, StarCoder2Config
 from gpt_lightning.model.weights import build_with_weights
 
-KINDS = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}  # by model_type
-# Settings of config.json that change the computation, with the value that Qwen3 implements
-COMPUTATION: dict[str, object] = {
+# Classes of `transformers` by model_type
+KINDS = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "starcoder2": "Starcoder2ForCausalLM"}
+# Settings of config.json that change the computation, with the value that is implemented, of gated networks
+GATED: dict[str, object] = {
     "hidden_act": "silu",
     "rms_norm_eps": EPS,
     "attention_bias": False,
@@ -21,30 +22,41 @@ COMPUTATION: dict[str, object] = {
     "use_sliding_window": False,
     "rope_scaling": None,
 }
+STARCODER2: dict[str, object] = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "norm_epsilon": 1e-5,
+    "use_bias": True,
+    "sliding_window": None,
+    "rope_scaling": None,
+}
 
 
-def load_qwen3(folder: Path, **asked: Any) -> CausalLM:
-    """A Qwen3 in float32 with the weights of a folder.
+def load_rotary(folder: Path, **asked: Any) -> CausalLM:
+    """A Qwen3 or StarCoder2 in float32 with the weights of a folder.
 
     Raises:
         OSError: If the folder is incomplete.
         ValueError: If it has an option that is not supported, or disagrees with a field that was asked for.
     """
     config = _read_config(folder / "config.json")
-    padding = {"vocab_multiple": Qwen3Config.vocab_multiple}
+    padding = {"vocab_multiple": RotaryConfig.vocab_multiple}
     return build_with_weights(config, read_weights(folder), padding | asked, source=folder)
 
 
-def save_qwen3(net: Qwen3, folder: Path, *, end_of_text: int | None = None) -> None:
+def save_rotary(net: Rotary, folder: Path, *, end_of_text: int | None = None) -> None:
     """Write config.json and model.safetensors without padding of the vocabulary, for `transformers`.
 
     Args:
-        net: The model; without QK-norm it is a Llama.
+        net: The model; a Qwen3 without QK-norm is a Llama.
         folder: For the files.
         end_of_text: Id with which `transformers` begins and ends texts.
     """
     config = net.config
-    kind = "qwen3" if config.qk_norm else "llama"
+    kind = ("qwen3" if config.qk_norm else "llama") if config.gated else "starcoder2"
+    if config.gated:
+        own: dict[str, object] = {"head_dim": config.head_width, **GATED}
+    else:
+        own = {"residual_dropout": config.dropout, "embedding_dropout": config.dropout, **STARCODER2}
     weights = {name: parameter.detach().float().cpu() for name, parameter in net.named_parameters()}
     for name in {"model.embed_tokens.weight", "lm_head.weight"} & weights.keys():
         weights[name] = weights[name][: config.vocab_size].contiguous()
@@ -57,13 +69,12 @@ def save_qwen3(net: Qwen3, folder: Path, *, end_of_text: int | None = None) -> N
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
         "hidden_size": config.n_embd,
         "intermediate_size": config.inner_width,
         "rope_theta": config.rope_theta,
         "attention_dropout": config.dropout,
         "tie_word_embeddings": config.tie_weights,
-        **COMPUTATION,
+        **own,
         "initializer_range": 0.02,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
@@ -72,18 +83,17 @@ def save_qwen3(net: Qwen3, folder: Path, *, end_of_text: int | None = None) -> N
     write_json(folder / "config.json", settings)
 
 
-def _read_config(path: Path) -> Qwen3Config:
-    with reading(
-        path, "is not the configuration of a Qwen3 or Llama that is supported", "load another model"
-    ):
+def _read_config(path: Path) -> RotaryConfig:
+    with reading(path, "is not a configuration of this kind that is supported", "load another model"):
         source = json_object(path)
         rope = source.get("rope_parameters") or {"rope_theta": source.get("rope_theta", 10000.0)}
         if rope.get("rope_type", "default") != "default":
             raise ValueError(f"rope_type={rope['rope_type']!r} is not supported, only 'default'")
-        for key, value in COMPUTATION.items():
+        kind = source["model_type"]
+        for key, value in (STARCODER2 if kind == "starcoder2" else GATED).items():
             if source.get(key, value) != value:
                 raise ValueError(f"{key}={source[key]!r} is not supported, only {value!r}")
-        return Qwen3Config(
+        values: dict[str, Any] = dict(
             vocab_size=source["vocab_size"],
             block_size=source["max_position_embeddings"],
             n_layer=source["num_hidden_layers"],
@@ -91,10 +101,11 @@ def _read_config(path: Path) -> Qwen3Config:
             n_kv_head=source.get("num_key_value_heads"),
             n_embd=source["hidden_size"],
             n_inner=source["intermediate_size"],
-            head_dim=source.get("head_dim"),
             rope_theta=float(rope["rope_theta"]),
-            qk_norm=source["model_type"] == "qwen3",
             dropout=source.get("attention_dropout", 0.0),
-            tie_weights=source.get("tie_word_embeddings", False),
+            tie_weights=source.get("tie_word_embeddings", kind == "starcoder2"),
             vocab_multiple=1,
         )
+        if kind == "starcoder2":
+            return StarCoder2Config(**values)
+        return Qwen3Config(**values, head_dim=source.get("head_dim"), qk_norm=kind == "qwen3")

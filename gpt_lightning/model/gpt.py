@@ -174,11 +174,11 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     """Position-wise feed-forward layer with the tanh approximation of GELU, as in GPT-2."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: ModelConfig, bias: bool):
         super().__init__()
         self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, config.inner_width, bias=config.bias)
-        self.c_proj = nn.Linear(config.inner_width, config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, config.inner_width, bias=bias)
+        self.c_proj = nn.Linear(config.inner_width, config.n_embd, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -193,7 +193,7 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, config.bias)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache)

@@ -26,8 +26,8 @@ class LoRAConfig:
         lora_alpha: An adapter's output is multiplied by lora_alpha / r.
         lora_dropout: Probability that an input of an adapter is dropped in training.
         target_modules: Names of linear layers: c_attn, c_fc, c_proj (of attention and feed-forward) of a
-            GPT; q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj of a Qwen3. None is those of
-            queries, keys and values.
+            GPT; q_proj, k_proj, v_proj, o_proj, and gate_proj, up_proj, down_proj of a Qwen3 or c_fc, c_proj
+            of a StarCoder2. None is those of queries, keys and values.
 
     Raises:
         ValueError: If a value is out of its range.

@@ -1,4 +1,4 @@
-"""Qwen3 in one file, beside what it shares with GPT-2: rotary positions, RMSNorm, SwiGLU and QK-norm.
+"""Qwen3, Llama and StarCoder2 in one file, beside what they share with GPT-2: networks with rotary positions.
 
 B batch, T time (positions in one forward), C n_embd, H heads, G heads of keys and values, D head_dim.
 """
@@ -7,34 +7,32 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt_lightning.model.gpt import CausalLM, Head, KVCache, ModelConfig
+from gpt_lightning.model.gpt import MLP, CausalLM, Head, KVCache, ModelConfig
 
 EPS = 1e-6  # added to the mean square, as in Qwen3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qwen3Config(ModelConfig):
-    """The configuration of a Qwen3, or of a Llama if `qk_norm` is off.
+class RotaryConfig(ModelConfig):
+    """What the configurations of networks with rotary positions have.
 
     Args:
-        n_inner: None is 8/3 * n_embd, which gives as many parameters as GPT-2 has, in multiples of 8.
         n_kv_head: Heads of keys and values, each for a group of query heads; divides n_head; None is n_head.
-        head_dim: Dimensions of a head, even; None is n_embd / n_head.
         rope_theta: Base of the wavelengths of the rotary positions.
-        qk_norm: Whether queries and keys are normalized, as in Qwen3.
     """
 
     n_kv_head: int | None = None
-    head_dim: int | None = None
     rope_theta: float = 10000.0
-    qk_norm: bool = True
+    head_dim: ClassVar[int | None] = None
+    qk_norm: ClassVar[bool] = False
+    gated: ClassVar[bool] = False  # SwiGLU and RMSNorm, else GELU, LayerNorm and biases
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,8 +41,9 @@ class Qwen3Config(ModelConfig):
         if self.n_head % self.kv_heads:
             raise ValueError(f"model.n_kv_head={self.n_kv_head} must divide model.n_head={self.n_head}")
         if self.head_dim is None and self.n_embd % self.n_head:
+            remedy = "give model.head_dim" if self.gated else "change one of them"
             raise ValueError(
-                f"model.n_head={self.n_head} does not divide model.n_embd={self.n_embd}; give model.head_dim"
+                f"model.n_head={self.n_head} does not divide model.n_embd={self.n_embd}; {remedy}"
             )
         if self.head_width % 2:
             raise ValueError(f"a head of {self.head_width} dimensions has no pairs to rotate; make it even")
@@ -62,10 +61,30 @@ class Qwen3Config(ModelConfig):
         """Dimensions of a head."""
         return self.head_dim or self.n_embd // self.n_head
 
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen3Config(RotaryConfig):
+    """The configuration of a Qwen3, or of a Llama if `qk_norm` is off.
+
+    Args:
+        n_inner: None is 8/3 * n_embd, which gives as many parameters as GPT-2 has, in multiples of 8.
+        head_dim: Dimensions of a head, even; None is n_embd / n_head.
+        qk_norm: Whether queries and keys are normalized, as in Qwen3.
+    """
+
+    head_dim: int | None = None  # type: ignore[misc]
+    qk_norm: bool = True  # type: ignore[misc]
+    gated: ClassVar[bool] = True
+
     @property
     def inner_width(self) -> int:
         """Width of the feed-forward layer."""
         return self.n_inner or 8 * math.ceil(self.n_embd / 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StarCoder2Config(RotaryConfig):
+    """The configuration of a StarCoder2; n_head divides n_embd, and n_inner is 4 * n_embd unless given."""
 
 
 class RMSNorm(nn.RMSNorm):
@@ -81,15 +100,15 @@ class RMSNorm(nn.RMSNorm):
 class Attention(nn.Module):
     """Attention of each position to itself and earlier ones, whose scores depend on distances alone."""
 
-    def __init__(self, config: Qwen3Config, layer: int):
+    def __init__(self, config: RotaryConfig, layer: int):
         super().__init__()
         C, D = config.n_embd, config.head_width
         self.layer, self.n_head, self.n_kv_head, self.head_dim = layer, config.n_head, config.kv_heads, D
         self.dropout = config.dropout
-        self.q_proj = nn.Linear(C, config.n_head * D, bias=False)
-        self.k_proj = nn.Linear(C, config.kv_heads * D, bias=False)
-        self.v_proj = nn.Linear(C, config.kv_heads * D, bias=False)
-        self.o_proj = nn.Linear(config.n_head * D, C, bias=False)
+        self.q_proj = nn.Linear(C, config.n_head * D, bias=not config.gated)
+        self.k_proj = nn.Linear(C, config.kv_heads * D, bias=not config.gated)
+        self.v_proj = nn.Linear(C, config.kv_heads * D, bias=not config.gated)
+        self.o_proj = nn.Linear(config.n_head * D, C, bias=not config.gated)
         self.q_norm = RMSNorm(D) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D) if config.qk_norm else nn.Identity()
 
@@ -129,10 +148,10 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-class MLP(nn.Module):
+class GatedMLP(nn.Module):
     """SwiGLU: Shazeer, "GLU Variants Improve Transformer" (2020)."""
 
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, config: RotaryConfig):
         super().__init__()
         self.dropout = config.dropout
         self.gate_proj = nn.Linear(config.n_embd, config.inner_width, bias=False)
@@ -147,12 +166,13 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then feed-forward, each normalized before and added to the residual stream."""
 
-    def __init__(self, config: Qwen3Config, layer: int):
+    def __init__(self, config: RotaryConfig, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.n_embd)
+        norm: type[nn.Module] = RMSNorm if config.gated else nn.LayerNorm
+        self.input_layernorm = norm(config.n_embd)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.n_embd)
-        self.mlp = MLP(config)
+        self.post_attention_layernorm = norm(config.n_embd)
+        self.mlp = GatedMLP(config) if config.gated else MLP(config, bias=True)
 
     def forward(self, x: Tensor, rotation: Tensor, cache: KVCache | None = None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation, cache)
@@ -164,12 +184,12 @@ class Decoder(nn.Module):
 
     rotation: Tensor
 
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, config: RotaryConfig):
         super().__init__()
         self.dropout = config.dropout
         self.embed_tokens = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
-        self.norm = RMSNorm(config.n_embd)
+        self.norm = RMSNorm(config.n_embd) if config.gated else nn.LayerNorm(config.n_embd)
         D = config.head_width
         speeds = config.rope_theta ** (-torch.arange(0, D, 2).float() / D)  # radians per position, (D / 2,)
         angles = torch.outer(torch.arange(config.block_size).float(), speeds).repeat(1, 2)  # (block_size, D)
@@ -184,15 +204,12 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-class Qwen3(CausalLM):
-    """A decoder-only transformer with Qwen3's architecture and parameter names.
+class Rotary(CausalLM):
+    """A decoder-only transformer with rotary positions, and the parameter names that `transformers` has."""
 
-    Source: Qwen Team, "Qwen3 Technical Report" (2025), section 2.
-    """
+    config: RotaryConfig
 
-    config: Qwen3Config
-
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, config: RotaryConfig):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
@@ -202,8 +219,10 @@ class Qwen3(CausalLM):
         residual = 0.02 / math.sqrt(2 * config.n_layer)  # as in GPT-2
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                is_residual = name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight"))
                 nn.init.normal_(parameter, std=residual if is_residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         return self.model(idx, cache)
@@ -217,6 +236,25 @@ class Qwen3(CausalLM):
         return self.model.layers
 
 
+class Qwen3(Rotary):
+    """Normalized queries and keys, RMSNorm, SwiGLU, no biases; without QK-norm a Llama.
+
+    Source: Qwen Team, "Qwen3 Technical Report" (2025), section 2.
+    """
+
+
+class StarCoder2(Rotary):
+    """GPT-2's blocks with rotary positions in the place of learned ones.
+
+    Source: Lozhkov et al., "StarCoder 2 and The Stack v2: The Next Generation" (2024), section 6.
+    """
+
+
 def build_qwen3(**options: Any) -> Qwen3:
     """A Qwen3 from the fields of `Qwen3Config` as keywords, for configuration files."""
     return Qwen3(Qwen3Config(**options))
+
+
+def build_starcoder2(**options: Any) -> StarCoder2:
+    """A StarCoder2 from the fields of `StarCoder2Config` as keywords, for configuration files."""
+    return StarCoder2(StarCoder2Config(**options))

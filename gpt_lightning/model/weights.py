@@ -13,14 +13,19 @@ from torch.overrides import TorchFunctionMode
 
 from gpt_lightning.model.gpt import GPT, CausalLM, GPTConfig, ModelConfig
 from gpt_lightning.model.lora import LoRAConfig, add_adapters
-from gpt_lightning.model.qwen3 import Qwen3, Qwen3Config
+from gpt_lightning.model.qwen3 import Qwen3, Qwen3Config, StarCoder2, StarCoder2Config
 
 # The networks of this package, by the _target_ that a checkpoint has; of no others a class is imported.
 CONFIGS: dict[str, type[ModelConfig]] = {
     "gpt_lightning.model.gpt.build_gpt": GPTConfig,
     "gpt_lightning.model.qwen3.build_qwen3": Qwen3Config,
+    "gpt_lightning.model.qwen3.build_starcoder2": StarCoder2Config,
 }
-NETWORKS: dict[type[ModelConfig], Callable[[Any], CausalLM]] = {GPTConfig: GPT, Qwen3Config: Qwen3}
+NETWORKS: dict[type[ModelConfig], Callable[[Any], CausalLM]] = {
+    GPTConfig: GPT,
+    Qwen3Config: Qwen3,
+    StarCoder2Config: StarCoder2,
+}
 
 
 class EmptyInit(TorchFunctionMode):

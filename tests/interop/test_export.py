@@ -22,7 +22,7 @@ from gpt_lightning.inference.text import TextGenerator
 from gpt_lightning.interop.export import export
 from gpt_lightning.interop.folder import read_folder
 from gpt_lightning.model.gpt import GPTConfig
-from gpt_lightning.model.qwen3 import Qwen3Config
+from gpt_lightning.model.qwen3 import Qwen3Config, StarCoder2Config
 
 transformers = pytest.importorskip("transformers")
 TEXT = "Once upon a time there was a naïve fox who said: it's 12 o'clock!\n\n"
@@ -48,6 +48,7 @@ SHAPES = {
     "without biases": {"bias": False, "qkv_bias": False, "n_inner": 40},
     "Qwen3": {"kind": Qwen3Config, "n_kv_head": 1, "head_dim": 10},
     "Llama, untied": {"kind": Qwen3Config, "qk_norm": False, "tie_weights": False, "rope_theta": 500.0},
+    "StarCoder2": {"kind": StarCoder2Config, "n_kv_head": 1, "rope_theta": 500.0},
 }
 
 

@@ -8,7 +8,7 @@ from support.models import random_net
 from torch.nn import functional as F
 
 from gpt_lightning.model.gpt import GPT, IGNORE, GPTConfig, KVCache, build_gpt
-from gpt_lightning.model.qwen3 import Qwen3Config
+from gpt_lightning.model.qwen3 import Qwen3Config, StarCoder2Config
 
 SMALL = {"vocab_size": 61, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 
@@ -306,7 +306,7 @@ def test_compile_in_place_keeps_the_state_dicts_keys():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [GPTConfig, Qwen3Config])
+@pytest.mark.parametrize("kind", [GPTConfig, Qwen3Config, StarCoder2Config])
 def test_compiled_network_is_one_graph_for_batches_of_any_shape(kind: type) -> None:
     torch.compiler.reset()
     net = random_net(kind=kind)

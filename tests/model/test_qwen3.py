@@ -1,4 +1,4 @@
-"""Qwen3 and Llama against transformers, and from training to text."""
+"""Qwen3, Llama and StarCoder2 against transformers, and from training to text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from gpt_lightning.inference.loading import load
 from gpt_lightning.interop.folder import read_folder
-from gpt_lightning.model.qwen3 import Qwen3, Qwen3Config
+from gpt_lightning.model.qwen3 import Qwen3, Qwen3Config, StarCoder2, StarCoder2Config
 
 transformers = pytest.importorskip("transformers")
 IDX = torch.randint(0, 61, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -27,16 +27,20 @@ def theirs(kind: str, **options: Any) -> Any:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 24,
-        "rms_norm_eps": 1e-6,
         "initializer_range": 0.2,
-        "head_dim": 16 if kind == "Qwen3" else 8,
     }
+    if kind != "Starcoder2":
+        shape |= {"rms_norm_eps": 1e-6, "head_dim": 16 if kind == "Qwen3" else 8}
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**shape | options)
-    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zeros would not show whether they are read
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
 
 
-@pytest.mark.parametrize("kind", ["Qwen3", "Llama"])
+@pytest.mark.parametrize("kind", ["Qwen3", "Llama", "Starcoder2"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_folder_of_transformers_gives_the_same_logits(kind: str, tied: bool, tmp_path: Path) -> None:
     rope = {"rope_type": "default", "rope_theta": 500.0}
@@ -44,7 +48,7 @@ def test_folder_of_transformers_gives_the_same_logits(kind: str, tied: bool, tmp
     model.save_pretrained(tmp_path)
     net, tokenizer, _ = read_folder(tmp_path)
     assert tokenizer is None
-    assert isinstance(net, Qwen3)
+    assert isinstance(net, StarCoder2 if kind == "Starcoder2" else Qwen3)
     assert (net.config.qk_norm, net.config.rope_theta) == (kind == "Qwen3", 500.0)
     with torch.no_grad():
         logits = net.eval()(IDX)
@@ -55,20 +59,23 @@ def test_folder_of_transformers_gives_the_same_logits(kind: str, tied: bool, tmp
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("kind", "key", "value"),
     [
-        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
-        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 5e5}),
-        ("attention_bias", True),
-        ("hidden_act", "gelu"),
-        ("rms_norm_eps", 1e-5),
-        ("num_key_value_heads", 3),
-        ("num_hidden_layers", 10**9),
-        ("hidden_size", None),
+        ("Llama", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("Llama", "rope_parameters", {"rope_type": "llama3", "rope_theta": 5e5}),
+        ("Llama", "attention_bias", True),
+        ("Llama", "hidden_act", "gelu"),
+        ("Llama", "rms_norm_eps", 1e-5),
+        ("Llama", "num_key_value_heads", 3),
+        ("Llama", "num_hidden_layers", 10**9),
+        ("Llama", "hidden_size", None),
+        ("Starcoder2", "sliding_window", 8),
+        ("Starcoder2", "use_bias", False),
+        ("Starcoder2", "num_attention_heads", 5),
     ],
 )
-def test_folder_that_is_not_supported_is_refused(key: str, value: object, tmp_path: Path) -> None:
-    theirs("Llama").save_pretrained(tmp_path)
+def test_folder_that_is_not_supported_is_refused(kind: str, key: str, value: object, tmp_path: Path) -> None:
+    theirs(kind).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(ValueError, match=str(tmp_path)):
@@ -84,6 +91,9 @@ def test_parameters_and_operations_are_those_counted_by_hand() -> None:
     assert net.flops_per_token() == 6 * net.num_parameters() + 12 * 2 * 24 * 8
     untied = Qwen3(Qwen3Config(vocab_size=128, n_layer=1, n_embd=24, n_head=2, tie_weights=False))
     assert untied.num_parameters() - untied.num_parameters(embeddings=False) == 128 * 24
+    coder = StarCoder2(StarCoder2Config(vocab_size=100, n_layer=2, n_head=4, n_kv_head=2, n_embd=24))
+    layer = 24 * 24 + 2 * 24 * 12 + 24 * 24 + 2 * 24 * 96 + (24 + 2 * 12 + 24 + 96 + 24) + 4 * 24
+    assert coder.num_parameters() == 128 * 24 + 2 * layer + 2 * 24
 
 
 def test_roles_tell_matrices_of_blocks_from_the_rest() -> None:
@@ -91,6 +101,12 @@ def test_roles_tell_matrices_of_blocks_from_the_rest() -> None:
     roles = net.parameter_roles()
     hidden = {name.rsplit(".", 2)[1] for name, role in roles.items() if role == "hidden"}
     assert hidden == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    coder = StarCoder2(StarCoder2Config(vocab_size=64, n_layer=1, n_embd=24, n_head=2)).parameter_roles()
+    assert {name.rsplit(".", 2)[1] for name, role in coder.items() if role == "hidden"} == {
+        *(f"{name}_proj" for name in "qkvoc"),
+        "c_fc",
+    }
+    assert {role for name, role in coder.items() if name.endswith("bias")} == {"vector"}
     assert roles["model.embed_tokens.weight"] == "embedding"
     assert roles["lm_head.weight"] == "head"
     assert {role for name, role in roles.items() if "norm" in name} == {"vector"}
@@ -122,12 +138,16 @@ def test_bad_values_are_refused(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "inner", "theirs"),
+    [("modern_tiny", "down_proj", "Qwen3ForCausalLM"), ("rotary_tiny", "c_fc", "Starcoder2ForCausalLM")],
+)
 def test_run_is_trained_evaluated_fine_tuned_and_exported(
-    call: Callable[..., Any], tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Callable[..., Any], tiny: list[str], tmp_path: Path, preset: str, inner: str, theirs: str
 ) -> None:
     options = [text for text in tiny if not text.startswith(("model", "hydra.run.dir"))]
     shape = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_kv_head": 2, "block_size": 32}
-    model = ["model=modern_tiny", *(f"model.{key}={value}" for key, value in shape.items())]
+    model = [f"model={preset}", *(f"model.{key}={value}" for key, value in shape.items())]
     run = tmp_path / "first"
     call("train", *options, *model, "optimizer=muon", f"hydra.run.dir={run}")
     summary = json.loads((run / "summary.json").read_text())
@@ -136,12 +156,12 @@ def test_run_is_trained_evaluated_fine_tuned_and_exported(
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["loss"] == pytest.approx(summary["val_loss"], rel=0.05)
     assert len(load(run, dtype="int8").generate("The", max_new_tokens=8, temperature=0.0)) > 0
-    layers = "lora.target_modules=[q_proj,v_proj,down_proj]"
+    layers = f"lora.target_modules=[q_proj,v_proj,{inner}]"
     tuned = tmp_path / "tuned"
     call("train", *options, f"init_from={run}", "lora.r=2", layers, f"hydra.run.dir={tuned}")
     call("export", f"checkpoint={tuned}", f"output={tmp_path / 'out'}")
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert type(exported).__name__ == "Qwen3ForCausalLM"
+    assert type(exported).__name__ == theirs
     ids = torch.tensor([load(tuned).encode("The cat")])
     with torch.no_grad():
         expected = load(tuned).net(ids)[..., : exported.config.vocab_size]

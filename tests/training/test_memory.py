@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from gpt_lightning.model.gpt import GPT, GPTConfig
-from gpt_lightning.model.qwen3 import Qwen3, Qwen3Config
+from gpt_lightning.model.qwen3 import Qwen3, Qwen3Config, StarCoder2, StarCoder2Config
 from gpt_lightning.plan import device_count, preview
 from gpt_lightning.training.memory import memory_estimate, out_of_memory
 
@@ -172,10 +172,15 @@ print(parameters, peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc, and the allocator, are those of Linux")
-@pytest.mark.parametrize(("module", "config"), [("gpt", GPTConfig), ("qwen3", Qwen3Config)])
-def test_estimate_is_near_what_a_process_takes(module: str, config: Any) -> None:
+@pytest.mark.parametrize(
+    ("builder", "config"),
+    [("gpt.build_gpt", GPTConfig), ("qwen3.build_qwen3", Qwen3Config)]
+    + [("qwen3.build_starcoder2", StarCoder2Config)],
+)
+def test_estimate_is_near_what_a_process_takes(builder: str, config: Any) -> None:
     """benchmarks/planning.py has more sizes; other allocators than glibc's may keep more or less."""
-    script = PEAK.format(module=module, build=f"build_{module}")
+    module, _, build = builder.partition(".")
+    script = PEAK.format(module=module, build=build)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     parameters, kib = map(int, done.stdout.split())
     sizes = {"tokens": 8 * 256, "n_embd": 384, "n_layer": 6, "vocab_size": 257}
@@ -184,7 +189,9 @@ def test_estimate_is_near_what_a_process_takes(module: str, config: Any) -> None
     assert sum(needs.values()) == pytest.approx(1024 * kib, rel=0.25)
 
 
-@pytest.mark.parametrize(("kind", "config"), [(GPT, GPTConfig), (Qwen3, Qwen3Config)])
+@pytest.mark.parametrize(
+    ("kind", "config"), [(GPT, GPTConfig), (Qwen3, Qwen3Config), (StarCoder2, StarCoder2Config)]
+)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_estimate_of_activations_is_what_autograd_keeps(kind: Any, config: Any, precision: str) -> None:
     """Of a layer; in mixed precision also its weights at 16 bits, which do not grow with the tokens."""
