@@ -136,7 +136,7 @@ def test_configuration_reference_has_every_key_with_its_comment() -> None:
     for line in (
         "## trainer",
         "### trainer=default",
-        "| `trainer.max_steps` | `2000` | null: max\\_epochs decides |",
+        "| `trainer.max_steps` | `1000` | null: max\\_epochs decides |",
         "| `model.n_layer` | `12` |  |",
         "| `callbacks.progress` | `gpt_lightning.training.callbacks.progress.Progress` |  |",
     ):

@@ -56,9 +56,9 @@ def recommended(key: str, default: Any, *, _root_: DictConfig) -> Any:
 
 
 def default_optimizer(*, _root_: DictConfig) -> str:
-    """`muon` for the default model on a CPU, which benchmarks/RESULTS.md measures, else `adamw`."""
+    """`muon` on a CPU for the models that benchmarks/RESULTS.md measures with it, else `adamw`."""
     device = _root_.get("device") or detect_device()  # the root has the choices that are known by then
-    return "muon" if (_root_.get("model"), device) == ("modern_tiny", "cpu") else "adamw"
+    return "muon" if _root_.get("model") in ("rotary_tiny", "modern_tiny") and device == "cpu" else "adamw"
 
 
 def sweep_digest(*also: str, _root_: DictConfig) -> str:

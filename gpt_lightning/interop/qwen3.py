@@ -1,7 +1,9 @@
-"""Reads and writes Qwen3, Llama and StarCoder2 in the Hugging Face layout, with the names of `model.qwen3`."""
+"""Reads and writes Qwen3, Llama and StarCoder2 in Hugging Face's layout, with the names of `model.qwen3`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +95,10 @@ def _read_config(path: Path) -> RotaryConfig:
         for key, value in (STARCODER2 if kind == "starcoder2" else GATED).items():
             if source.get(key, value) != value:
                 raise ValueError(f"{key}={source[key]!r} is not supported, only {value!r}")
-        values: dict[str, Any] = dict(
+        build: Callable[..., RotaryConfig] = StarCoder2Config
+        if kind != "starcoder2":
+            build = partial(Qwen3Config, head_dim=source.get("head_dim"), qk_norm=kind == "qwen3")
+        return build(
             vocab_size=source["vocab_size"],
             block_size=source["max_position_embeddings"],
             n_layer=source["num_hidden_layers"],
@@ -106,6 +111,3 @@ def _read_config(path: Path) -> RotaryConfig:
             tie_weights=source.get("tie_word_embeddings", kind == "starcoder2"),
             vocab_multiple=1,
         )
-        if kind == "starcoder2":
-            return StarCoder2Config(**values)
-        return Qwen3Config(**values, head_dim=source.get("head_dim"), qk_norm=kind == "qwen3")

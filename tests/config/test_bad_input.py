@@ -49,7 +49,7 @@ TABLE: list[tuple[str, str, str]] = [
     ("train", "tokenizer._target_=json", "tokenizer._target_=json is no class"),
     ("train", "data.corpus=3", "data.corpus=3 must be keys with values, of which _target_ names a class"),
     ("train", "~optimizer.lr", "optimizer cannot be made of its values: .* missing 1 required .*: 'lr'"),
-    ("train", "+model.n_experts=8", "model.n_experts is no argument of Qwen3Config; it takes vocab_size, block_size"),
+    ("train", "+model.n_experts=8", "model.n_experts is no argument of StarCoder2Config; it takes vocab_size, block_size"),
     ("train", "+trainer.lightning.max_time=00:00:01:00", "trainer.lightning.max_time=.* set time_limit instead"),
     ("train", "trainer.lightning=[1]", "trainer.lightning=.*--cfg job shows what belongs there"),
     # -- types and ranges; KEYS has the others

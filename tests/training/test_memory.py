@@ -174,8 +174,11 @@ print(parameters, peak() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc, and the allocator, are those of Linux")
 @pytest.mark.parametrize(
     ("builder", "config"),
-    [("gpt.build_gpt", GPTConfig), ("qwen3.build_qwen3", Qwen3Config)]
-    + [("qwen3.build_starcoder2", StarCoder2Config)],
+    [
+        ("gpt.build_gpt", GPTConfig),
+        ("qwen3.build_qwen3", Qwen3Config),
+        ("qwen3.build_starcoder2", StarCoder2Config),
+    ],
 )
 def test_estimate_is_near_what_a_process_takes(builder: str, config: Any) -> None:
     """benchmarks/planning.py has more sizes; other allocators than glibc's may keep more or less."""
