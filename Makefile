@@ -43,9 +43,13 @@ check: lint test ## lint and test
 docs: $(VENV)/.dev ## the documentation as a site in site/
 	$(BIN)/mkdocs build
 
-bench: $(VENV)/.dev ## speed and memory; NANOGPT=DIR is a checkout of nanoGPT to compare with
-	$(BIN)/python benchmarks/training.py
+bench: $(VENV)/.dev ## speed and memory on a CPU, in about 40 minutes; NANOGPT=DIR is a checkout of nanoGPT to compare with
+	$(BIN)/python benchmarks/startup.py tokenizer=gpt2
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/steps.py $(if $(NANOGPT),--nanogpt $(NANOGPT))
+	$(BIN)/python benchmarks/planning.py --picture outputs/planning.png
+	$(BIN)/python benchmarks/preparation.py
+	$(BIN)/python benchmarks/distributed.py
 	$(BIN)/python benchmarks/generation.py
 
 stress: $(VENV)/.dev ## interrupt random runs for MINUTES=60; ARGS="--seed 7 --lanes 2" are its options

@@ -1,8 +1,8 @@
-"""What each ingredient of the default network gains: loss at equal tokens over seeds, and time per step.
+"""What each ingredient of a modern network gains: loss at equal tokens over seeds, and time per step.
 
     python benchmarks/ablations.py DIR [--seeds 1 2 3] [--steps 1000] [--jobs 2]
 
-Trains the default recipe with each change of CHANGES and each seed as one sweep in DIR, which the same
+Trains modern_tiny with each change of CHANGES and each seed as one sweep in DIR, which the same
 command continues when it was interrupted; then times the steps of all networks in turns. Prints a table: the
 mean of the validation losses with their standard deviation, how far above the floor that is, the differences
 to the unchanged network with the same seeds, and the time of a forward and backward pass beside that of the
@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt_lightning.model.qwen3 import Qwen3, Qwen3Config
+from gpt_lightning.model.qwen3 import Qwen3, Qwen3Config, Rotary, build_starcoder2
 
 CHANGES = {
-    "none": "the default: rotary positions, RMSNorm, QK-norm, SwiGLU, tied head",
+    "none": "none: rotary positions, RMSNorm, QK-norm, SwiGLU, tied head",
     "learned_positions": "learned positions, not rotary ones",
     "layer_norm": "LayerNorm without a bias, not RMSNorm",
     "no_qk_norm": "no QK-norm",
@@ -38,6 +38,7 @@ CHANGES = {
     "untied": "a head of its own",
     "soft_cap": "logits soft-capped at 30",
     "value_residual": "values mixed with those of the first layer",
+    "starcoder2": "StarCoder2: GELU, LayerNorm, biases, no QK-norm",
 }
 
 
@@ -73,8 +74,10 @@ def mix_values(net: Qwen3) -> None:
         )
 
 
-def build(change: str, **options: Any) -> Qwen3:
-    """A Qwen3 with one change, for `model._target_`."""
+def build(change: str, **options: Any) -> Rotary:
+    """A Qwen3 with one change, or a StarCoder2, for `model._target_`."""
+    if change == "starcoder2":
+        return build_starcoder2(**{key: options[key] for key in options.keys() - {"qk_norm", "head_dim"}})
     options |= {"no_qk_norm": {"qk_norm": False}, "untied": {"tie_weights": False}}.get(change, {})
     config = Qwen3Config(**options)
     net, C = Qwen3(config), config.n_embd

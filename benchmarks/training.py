@@ -1,11 +1,12 @@
-"""What the framework costs: steps of `train` beside the same steps in a bare PyTorch loop.
+"""What the framework costs: steps of `train` beside those of a bare PyTorch loop and of Lightning alone.
 
-Both train the same network on the same windows of input.txt with fused AdamW and clipping, in turn, in one
-process; the loop does nothing else. The time is that from the end of the first step to the end of the last,
-with everything in between but checkpoints, which have their own interval. Prints milliseconds per step of
-each turn, the medians, and what a step of `train` takes longer.
+All train the same network on the same windows of input.txt with fused AdamW and clipping, in turn, in one
+process; the loop does nothing else, and "Lightning alone" is a Trainer without callbacks and loggers. The
+time is that from the end of the first step to the end of the last, with everything in between but
+checkpoints, which have their own interval. Without overrides, the network is so small that the rest shows.
+Prints milliseconds per step of each turn, the medians, and what a step takes longer than in the bare loop.
 
-    python benchmarks/training.py [--rounds 5] [--steps 40] [--device cpu] [overrides of train …]
+    python benchmarks/training.py [--rounds 7] [--steps 800] [--device cpu] [overrides of train …]
 """
 
 from __future__ import annotations
@@ -94,12 +95,47 @@ def plain(cfg: DictConfig, parts: Parts, prepared: Prepared) -> float:
     return per_step(times, accumulation)
 
 
+class Plain(pl.LightningModule):
+    """The least that Lightning trains."""
+
+    def __init__(self, net: torch.nn.Module, parts: Parts):
+        super().__init__()
+        self.net, self.parts = net, parts
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return self.net(*batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.parts.optimizer(parameter_groups(self.net))
+
+
+def lightning_alone(cfg: DictConfig, parts: Parts, prepared: Prepared) -> float:
+    """Milliseconds per step of a Trainer without what this package adds."""
+    pl.seed_everything(cfg.seed, verbose=False)
+    data, net, clock = build_data(cfg, prepared), build_net(cfg, prepared.vocab_size), Clock()
+    loader = data.train_dataloader()
+    accumulation = data.tokens_per_step // (loader.dataset[0][0].numel())
+    nothing = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    trainer = pl.Trainer(
+        max_steps=cfg.trainer.max_steps,
+        accelerator=cfg.device.accelerator,
+        precision=precision_of(cfg, net),
+        gradient_clip_val=cfg.trainer.clip_norm,
+        accumulate_grad_batches=accumulation,
+        callbacks=[clock],
+        use_distributed_sampler=False,
+        **dict.fromkeys(nothing, False),
+    )
+    trainer.fit(Plain(net, parts), loader)
+    return per_step(clock.times, accumulation)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--device", default="cpu")
     arguments, overrides = parser.parse_known_args()
     quiet_lightning()
@@ -108,26 +144,33 @@ def main() -> None:
         f"device={arguments.device}", f"trainer.max_steps={arguments.steps}", "trainer.val_batches=1",
         "scheduler=constant", "scheduler.warmup_steps=0", "callbacks.samples=null", "paths.run=.",
         "trainer.log_every_steps=10", "trainer.save_every_steps=1000000", "callbacks.layers=null",
-        "logger=none",
+        "logger=none", "tokenizer=byte", "model=gpt", "model.n_layer=1", "model.n_head=1", "model.n_embd=16",
+        "model.block_size=8", "data.batch_size=2", "data.random_offset=true",
     ]  # fmt: skip
+    if any(text.startswith("model=") for text in overrides):  # with sizes of its own
+        fixed = [text for text in fixed if not text.startswith(("model", "data.", "tokenizer"))]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", overrides=[*fixed, *overrides])
     parts = build_parts(cfg)
     prepared = prepare_data(cfg, parts)
-    ours, bare = [], []
+    turns: list[tuple[float, float, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(-1, arguments.rounds):  # the first turn warms up
-            pair = framework(cfg, prepared, Path(folder) / str(turn)), plain(cfg, parts, prepared)
+            found = (
+                framework(cfg, prepared, Path(folder) / str(turn)),
+                lightning_alone(cfg, parts, prepared),
+                plain(cfg, parts, prepared),
+            )
             if turn >= 0:
-                ours.append(pair[0])
-                bare.append(pair[1])
-                print(f"round {turn + 1}: train {pair[0]:.2f} ms, bare loop {pair[1]:.2f} ms", flush=True)
-    more, ratios = zip(*((a - b, a / b) for a, b in zip(ours, bare, strict=True)), strict=True)
-    print(
-        f"median: train {statistics.median(ours):.2f} ms per step, bare loop {statistics.median(bare):.2f}; "
-        f"{statistics.median(more):.2f} ms longer ({min(more):.2f} to {max(more):.2f}), "
-        f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-    )
+                turns.append(found)
+                print(f"round {turn + 1}: " + ", ".join(f"{ms:.2f} ms" for ms in found), flush=True)
+    print("| | ms per step | longer than the bare loop | range |\n| --- | ---: | ---: | ---: |")
+    for index, name in enumerate(("train", "Lightning alone", "bare loop")):
+        more = [found[index] - found[2] for found in turns]
+        print(
+            f"| {name} | {statistics.median(found[index] for found in turns):.2f} "
+            f"| {statistics.median(more):.2f} | {min(more):.2f} to {max(more):.2f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -137,7 +137,8 @@ def train(cfg: DictConfig, folder: Path, deadline: float) -> None:
         return
     trainer = build_trainer(cfg, parts.callbacks, loggers=[])
     overrides = [f"resume={folder}"] if cfg.resume else HydraConfig.get().overrides.task
-    log.info("run: %s\ncommand: python -m gpt_lightning.train %s", folder, shlex.join(map(str, overrides)))
+    command = shlex.join(["python", "-m", "gpt_lightning.train", *map(str, overrides)])
+    log.info("run: %s\ncommand: %s", folder, command)
     tell_other_ranks(folder, cfg.trainer.timeout_seconds)
     checkpoint, step, net, prepared = starting_state(cfg, parts, folder)
     pl.seed_everything(cfg.seed, verbose=False)
