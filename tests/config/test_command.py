@@ -27,7 +27,9 @@ def error_of(call: Callable[..., Any], capsys: pytest.CaptureFixture[str], *argu
     with pytest.raises(SystemExit) as stop:
         call(*arguments)
     assert stop.value.code == 1
-    lines = capsys.readouterr().err.strip().splitlines()
+    out, err = capsys.readouterr()
+    assert "run: " not in out  # there is no run
+    lines = err.strip().splitlines()
     assert len(lines) == 1, lines
     return lines[0]
 
