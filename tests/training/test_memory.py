@@ -174,7 +174,7 @@ print(parameters, peak() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc, and the allocator, are those of Linux")
 @pytest.mark.parametrize("config", [StarCoder2Config, Qwen3Config])
 def test_estimate_is_near_what_a_process_takes(config: Any) -> None:
-    """benchmarks/planning.py has GPT-2 and more sizes; other allocators than glibc's may keep more or less."""
+    """benchmarks/planning.py has GPT-2 and more sizes; other allocators than glibc's may differ."""
     script = PEAK.format(build=f"build_{config.__name__.removesuffix('Config').lower()}")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     parameters, kib = map(int, done.stdout.split())
