@@ -16,8 +16,8 @@ def test_small_run_on_the_stories_learns_and_stays_above_the_floor(
     call: Callable[..., Any], tmp_path: Path
 ) -> None:
     call(
-        "train", "model.n_embd=64", "model.block_size=128", "data.batch_size=8", "trainer.max_steps=300",
-        "trainer.val_every_steps=100", "scheduler.warmup_steps=20", "optimizer.lr=1e-2", "device=cpu",
+        "train", "model.n_embd=64", "model.block_size=128", "data.batch_size=4", "trainer.max_steps=150",
+        "trainer.val_every_steps=50", "scheduler.warmup_steps=20", "optimizer.lr=1e-2", "device=cpu",
         "logger=none", f"hydra.run.dir={tmp_path}/run",
     )  # fmt: skip
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
