@@ -136,14 +136,14 @@ def train(cfg: DictConfig, folder: Path, deadline: float) -> None:
         tell_other_ranks(None, cfg.trainer.timeout_seconds)
         return
     trainer = build_trainer(cfg, parts.callbacks, loggers=[])
+    overrides = [f"resume={folder}"] if cfg.resume else HydraConfig.get().overrides.task
+    command = shlex.join(["python", "-m", "gpt_lightning.train", *map(str, overrides)])
+    log.info("run: %s\ncommand: %s", folder, command)
     tell_other_ranks(folder, cfg.trainer.timeout_seconds)
     checkpoint, step, net, prepared = starting_state(cfg, parts, folder)
     pl.seed_everything(cfg.seed, verbose=False)
     torch.set_float32_matmul_precision(cfg.device.matmul_precision)
     data, module = build_data(cfg, prepared), build_module(cfg, parts, prepared, net, checkpoint)
-    overrides = [f"resume={folder}"] if cfg.resume else HydraConfig.get().overrides.task
-    command = shlex.join(["python", "-m", "gpt_lightning.train", *map(str, overrides)])
-    log.info("run: %s\ncommand: %s", folder, command)
     facts: RunSummary = {**provenance(cfg, prepared), "precision": set_precision(cfg, trainer, module)}
     trainer.fit_loop.epoch_loop.max_steps = prepared.max_steps
     trainer.loggers = build_loggers(cfg, step if cfg.resume else None)

@@ -45,11 +45,12 @@ WORDS = [
     "there",
 ]
 # Files that take minutes begin first, so that no process is left with one of them at the end
-LONGEST = ("test_resume.py", "test_optuna.py", "test_processes.py", "test_devices.py", "test_sweep.py")
+LONGEST = "resume sweep optuna devices readme processes api page notebooks"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST.split())}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(autouse=True, scope="session")

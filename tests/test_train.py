@@ -72,9 +72,9 @@ def test_summary_has_what_it_promises(run: Path) -> None:
     assert summary.keys() >= SUMMARY_KEYS
     assert summary["status"] == "finished"
     assert (summary["steps"], summary["tokens"]) == (8, 8 * 8 * 32)
-    # 257 ids padded to 320, tied; two blocks of four square matrices, three of 32 × 88 (a multiple of 8 above
-    # 8/3 * 32), two RMSNorms and those of q and k; the last RMSNorm
-    assert summary["parameters"] == 320 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 88 + 2 * 32 + 2 * 16) + 32
+    # 257 ids padded to 320, tied; two blocks of four square matrices and two of 32 × 128, each with a bias,
+    # and of two LayerNorms; the last LayerNorm
+    assert summary["parameters"] == 320 * 32 + 2 * (4 * 33 * 32 + 33 * 128 + 129 * 32 + 4 * 32) + 2 * 32
     assert summary["versions"]["torch"] == torch.__version__
 
 
@@ -90,7 +90,7 @@ def test_metrics_have_a_row_for_every_logged_step(run: Path) -> None:
 
 def test_terminal_shows_model_progress_and_result(run: Path) -> None:
     out = (run / "stdout.txt").read_text()
-    assert re.search(r"^model.layers.1 +Block +12,640$", out, re.M)
+    assert re.search(r"^model.layers.1 +Block +12,704$", out, re.M)
     assert re.search(
         r"^step 8/8 \| loss [\d.]+ \| [\d.]+ ms/step \| [\d,]+ tokens/s \| grad norm [\d.]+ \| lr ", out, re.M
     )

@@ -41,7 +41,8 @@ class RotaryConfig(ModelConfig):
         if self.n_head % self.kv_heads:
             raise ValueError(f"model.n_kv_head={self.n_kv_head} must divide model.n_head={self.n_head}")
         if self.head_dim is None and self.n_embd % self.n_head:
-            remedy = "give model.head_dim" if self.gated else "change one of them"
+            near = 2 * self.n_head * max(1, round(self.n_embd / self.n_head / 2))
+            remedy = "give model.head_dim" if self.gated else f"choose model.n_embd={near}"
             raise ValueError(
                 f"model.n_head={self.n_head} does not divide model.n_embd={self.n_embd}; {remedy}"
             )

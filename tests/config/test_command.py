@@ -27,9 +27,7 @@ def error_of(call: Callable[..., Any], capsys: pytest.CaptureFixture[str], *argu
     with pytest.raises(SystemExit) as stop:
         call(*arguments)
     assert stop.value.code == 1
-    out, err = capsys.readouterr()
-    assert "run: " not in out  # there is no run
-    lines = err.strip().splitlines()
+    lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     return lines[0]
 
