@@ -50,7 +50,7 @@ class RotaryConfig(ModelConfig):
             raise ValueError(f"a head of {self.head_width} dimensions has no pairs to rotate; make it even")
 
     def values(self) -> dict[str, Any]:
-        return super().values() | {"n_kv_head": self.kv_heads, "head_dim": self.head_width}
+        return super().values() | {"n_kv_head": self.kv_heads}
 
     @property
     def kv_heads(self) -> int:
@@ -76,6 +76,9 @@ class Qwen3Config(RotaryConfig):
     head_dim: int | None = None  # type: ignore[misc]
     qk_norm: bool = True  # type: ignore[misc]
     gated: ClassVar[bool] = True
+
+    def values(self) -> dict[str, Any]:
+        return super().values() | {"head_dim": self.head_width}
 
     @property
     def inner_width(self) -> int:

@@ -16,6 +16,7 @@ from gpt_lightning.training.optimizers import OptimizerFactory, by_role, paramet
 BUDGET = 4e10  # FLOPs of a step that is measured
 MOST_TOKENS = 4096
 ENOUGH = 0.4  # seconds of measuring for each network
+DEEP = 3  # layers of the second network; noise in the difference counts for all layers of the run
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Speed:
 def measure_speed(
     config: Any, optimizer: OptimizerFactory, *, block_size: int, precision: str
 ) -> Speed | None:
-    """The speed of training on this CPU, from a network with one of the layers and one with two.
+    """The speed of training on this CPU, from a network with one of the layers and one with DEEP.
 
     Args:
         config: Of the network.
@@ -44,11 +45,12 @@ def measure_speed(
     if type(config) not in NETWORKS:
         return None
     with torch.random.fork_rng(devices=[]):
-        speeds = []
-        for layers in (1, 2):
+        speeds, deep = [], min(DEEP, config.n_layer)
+        for layers in (1, deep):
             net = NETWORKS[type(config)](replace(config, n_layer=layers))
             speeds.append(astuple(_measure(net, optimizer, block_size, precision == "bf16-mixed")))
-    return Speed(*(a + (config.n_layer - 1) * max(b - a, 0.0) for a, b in zip(*speeds, strict=True)))
+    times = (config.n_layer - 1) / max(deep - 1, 1)
+    return Speed(*(a + times * max(b - a, 0.0) for a, b in zip(*speeds, strict=True)))
 
 
 def _measure(net: CausalLM, optimizer: OptimizerFactory, block_size: int, bf16: bool) -> Speed:

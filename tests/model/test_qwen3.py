@@ -13,6 +13,7 @@ import torch
 from gpt_lightning.inference.loading import load
 from gpt_lightning.interop.folder import read_folder
 from gpt_lightning.model.qwen3 import Qwen3, Qwen3Config, StarCoder2, StarCoder2Config
+from gpt_lightning.model.weights import apply_overrides
 
 transformers = pytest.importorskip("transformers")
 IDX = torch.randint(0, 61, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -135,6 +136,12 @@ def test_dropout_acts_in_training_alone() -> None:
 def test_bad_values_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Qwen3Config(**{"vocab_size": 61, "n_head": 4, "n_embd": 32, **options})
+
+
+def test_option_that_a_starcoder2_lacks_is_refused() -> None:
+    config = StarCoder2Config(vocab_size=61, n_layer=1, n_embd=24, n_head=2)
+    with pytest.raises(ValueError, match=r"model.head_dim is no option of the weights in RUN"):
+        apply_overrides(config, {"head_dim": 12}, "RUN")
 
 
 @pytest.mark.slow

@@ -36,23 +36,23 @@ def test_whole_network_of_one_layer_is_measured(
 
 
 @pytest.mark.parametrize(
-    ("one", "two", "five"),
+    ("one", "three", "five"),
     [
-        (Speed(1.0, 3.0, 0.5), Speed(1.5, 5.0, 0.75), Speed(3.0, 11.0, 1.5)),
-        (
-            Speed(1.0, 3.0, 0.5),
-            Speed(0.9, 5.0, 0.5),
-            Speed(1.0, 11.0, 0.5),
-        ),  # no layer takes less than no time
+        (Speed(1.0, 3.0, 0.5), Speed(2.0, 7.0, 1.0), Speed(3.0, 11.0, 1.5)),
+        (Speed(1.0, 3.0, 0.5), Speed(0.9, 7.0, 0.5), Speed(1.0, 11.0, 0.5)),  # no layer takes less than none
     ],
 )
-def test_layers_add_what_the_second_adds(
-    one: Speed, two: Speed, five: Speed, monkeypatch: pytest.MonkeyPatch
+def test_layers_add_what_the_second_and_third_add(
+    one: Speed, three: Speed, five: Speed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    speeds = {1: one, 2: two}
+    speeds = {1: one, 3: three}
     monkeypatch.setattr(speed, "_measure", lambda net, *_: speeds[len(net.blocks)])
     config = GPTConfig(**SHAPE, n_layer=5)  # type: ignore[arg-type]
     assert measure_speed(config, partial(adamw, lr=1e-3), block_size=16, precision="32-true") == five
+    speeds = {1: one, 2: three}  # a network of two layers is measured whole
+    config = GPTConfig(**SHAPE, n_layer=2)  # type: ignore[arg-type]
+    found = measure_speed(config, partial(adamw, lr=1e-3), block_size=16, precision="32-true")
+    assert found == Speed(max(one.forward, three.forward), three.training, max(one.update, three.update))
 
 
 def test_plan_adds_up_steps_and_validations(monkeypatch: pytest.MonkeyPatch, small_text: Path) -> None:
