@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -45,12 +46,11 @@ WORDS = [
     "there",
 ]
 # Files that take minutes begin first, so that no process is left with one of them at the end
-LONGEST = "resume sweep optuna devices readme processes api page notebooks"
+LONGEST = ("test_resume.py", "test_optuna.py", "test_processes.py", "test_devices.py", "test_sweep.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST.split())}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -81,6 +81,14 @@ def browser() -> Iterator[Any]:
         browser = driver.chromium.launch(executable_path=chromium, args=[f"--{flag}" for flag in flags])
         yield browser
         browser.close()
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_as_before() -> Iterator[None]:
+    """A command in this process that was interrupted ignores Ctrl-C; later tests' processes would, too."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)
