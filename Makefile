@@ -43,7 +43,7 @@ check: lint test ## lint and test
 docs: $(VENV)/.dev ## the documentation as a site in site/
 	$(BIN)/mkdocs build
 
-bench: $(VENV)/.dev ## speed and memory on a CPU, in about 40 minutes; NANOGPT=DIR is a checkout of nanoGPT to compare with
+bench: $(VENV)/.dev ## speed and memory on a CPU; NANOGPT=DIR is a checkout of nanoGPT to compare with
 	$(BIN)/python benchmarks/startup.py tokenizer=gpt2
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/steps.py $(if $(NANOGPT),--nanogpt $(NANOGPT))

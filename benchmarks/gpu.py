@@ -1,13 +1,13 @@
 """GPT-2 small on a CUDA GPU, in one short call: tokens/s and MFU beside nanoGPT's network.
 
-    python benchmarks/gpu.py [--nanogpt DIR] [--micro-batches 8 16 32] [--rounds 3] [--steps 20] [--eager]
-    python benchmarks/gpu.py --device cpu --shape 1 2 32 64 100 --steps 2
+    python benchmarks/gpu.py [--nanogpt DIR] [--micro-batches 8 16 32] [--steps 20] [--peak TFLOPS] [--eager]
+    python benchmarks/gpu.py --device cpu --shape 1 2 32 64 100 --steps 2 --eager
 
 Trains the shape (layers, heads, width, block, vocabulary) on random ids: bfloat16 autocast, fused AdamW,
 clipping, attention by the backend that torch chooses, compiled unless --eager is given; torch keeps what it
 compiled in TORCHINDUCTOR_CACHE_DIR. The networks take turns in one process; times are those of CUDA events.
-MFU is the share of the device's peak that 6 x parameters + 12 x layers x width x block FLOPs per token
-(Chowdhery et al., "PaLM", appendix B) need at the measured speed; the peak is that of PEAKS or --peak. At the
+MFU is the share of the device's peak that the FLOPs of `flops_per_token` (Chowdhery et al., "PaLM",
+appendix B) need at the measured speed; the peak is that of PEAKS or --peak. At the
 end, the operations that took the most time in eager steps of the last micro-batch that fitted. It has not run
 on a GPU yet; the second command shows on a CPU that it works.
 """
@@ -134,9 +134,8 @@ def main() -> None:
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
     peak = arguments.peak or next((tflops for part, tflops in PEAKS.items() if part in name), None)
     torch.set_float32_matmul_precision("high")
-    n_layer, _, n_embd, block_size, _ = arguments.shape
     net: Any = network("ours", (*arguments.shape, 1), None)[0]
-    flops = 6 * sum(p.numel() for p in net.parameters()) + 12 * n_layer * n_embd * block_size
+    flops = net.flops_per_token()
     print(f"{name}, torch {torch.__version__}, peak {f'{peak:.0f} TFLOP/s' if peak else 'unknown'}\n")
     print(
         "| micro-batch | | step, ms | tokens/s | MFU | x nanoGPT | peak, GiB |\n| ---: | --- |"

@@ -70,6 +70,11 @@ def framework(cfg: DictConfig, prepared: Prepared, folder: Path) -> float:
     return per_step(clock.times, trainer.accumulate_grad_batches)
 
 
+def micro_batches(data: Any, loader: Any) -> int:
+    """Of an optimizer step."""
+    return data.tokens_per_step // loader.dataset[0][0].numel()
+
+
 def plain(cfg: DictConfig, parts: Parts, prepared: Prepared) -> float:
     """Milliseconds per step of the same steps without the framework."""
     torch.manual_seed(cfg.seed)
@@ -77,7 +82,7 @@ def plain(cfg: DictConfig, parts: Parts, prepared: Prepared) -> float:
     net = build_net(cfg, prepared.vocab_size).to(device)
     optimizer = parts.optimizer(parameter_groups(net))
     loader = data.train_dataloader()
-    accumulation = data.tokens_per_step // (loader.dataset[0][0].numel())
+    accumulation = micro_batches(data, loader)
     bf16 = precision_of(cfg, net).startswith("bf16")
     times = []
     for number, (x, y) in enumerate(loader, start=1):
@@ -114,7 +119,7 @@ def lightning_alone(cfg: DictConfig, parts: Parts, prepared: Prepared) -> float:
     pl.seed_everything(cfg.seed, verbose=False)
     data, net, clock = build_data(cfg, prepared), build_net(cfg, prepared.vocab_size), Clock()
     loader = data.train_dataloader()
-    accumulation = data.tokens_per_step // (loader.dataset[0][0].numel())
+    accumulation = micro_batches(data, loader)
     nothing = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     trainer = pl.Trainer(
         max_steps=cfg.trainer.max_steps,

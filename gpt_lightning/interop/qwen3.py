@@ -86,7 +86,8 @@ def save_rotary(net: Rotary, folder: Path, *, end_of_text: int | None = None) ->
 
 
 def _read_config(path: Path) -> RotaryConfig:
-    with reading(path, "is not a configuration of this kind that is supported", "load another model"):
+    what = "is not the configuration of a Qwen3, Llama or StarCoder2 that is supported"
+    with reading(path, what, "load another model"):
         source = json_object(path)
         rope = source.get("rope_parameters") or {"rope_theta": source.get("rope_theta", 10000.0)}
         if rope.get("rope_type", "default") != "default":

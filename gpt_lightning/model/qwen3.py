@@ -101,6 +101,11 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+def new_norm(config: RotaryConfig) -> nn.Module:
+    """A normalization of the residual stream."""
+    return RMSNorm(config.n_embd) if config.gated else nn.LayerNorm(config.n_embd)
+
+
 class Attention(nn.Module):
     """Attention of each position to itself and earlier ones, whose scores depend on distances alone."""
 
@@ -172,10 +177,9 @@ class Block(nn.Module):
 
     def __init__(self, config: RotaryConfig, layer: int):
         super().__init__()
-        norm: type[nn.Module] = RMSNorm if config.gated else nn.LayerNorm
-        self.input_layernorm = norm(config.n_embd)
+        self.input_layernorm = new_norm(config)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = norm(config.n_embd)
+        self.post_attention_layernorm = new_norm(config)
         self.mlp = GatedMLP(config) if config.gated else MLP(config, bias=True)
 
     def forward(self, x: Tensor, rotation: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -193,7 +197,7 @@ class Decoder(nn.Module):
         self.dropout = config.dropout
         self.embed_tokens = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
-        self.norm = RMSNorm(config.n_embd) if config.gated else nn.LayerNorm(config.n_embd)
+        self.norm = new_norm(config)
         D = config.head_width
         speeds = config.rope_theta ** (-torch.arange(0, D, 2).float() / D)  # radians per position, (D / 2,)
         angles = torch.outer(torch.arange(config.block_size).float(), speeds).repeat(1, 2)  # (block_size, D)

@@ -45,12 +45,12 @@ def measure_speed(
     if type(config) not in NETWORKS:
         return None
     with torch.random.fork_rng(devices=[]):
-        speeds, deep = [], min(DEEP, config.n_layer)
-        for layers in (1, deep):
+        speeds, deep = {}, min(DEEP, config.n_layer)
+        for layers in {1, deep}:
             net = NETWORKS[type(config)](replace(config, n_layer=layers))
-            speeds.append(astuple(_measure(net, optimizer, block_size, precision == "bf16-mixed")))
+            speeds[layers] = astuple(_measure(net, optimizer, block_size, precision == "bf16-mixed"))
     times = (config.n_layer - 1) / max(deep - 1, 1)
-    return Speed(*(a + times * max(b - a, 0.0) for a, b in zip(*speeds, strict=True)))
+    return Speed(*(a + times * max(b - a, 0.0) for a, b in zip(speeds[1], speeds[deep], strict=True)))
 
 
 def _measure(net: CausalLM, optimizer: OptimizerFactory, block_size: int, bf16: bool) -> Speed:

@@ -150,7 +150,7 @@ def test_estimate_follows_the_precision(precision: str, weights: int, others: in
 PEAK = """
 import torch
 from pathlib import Path
-from gpt_lightning.model.qwen3 import {build}
+from gpt_lightning.model.{module} import {build}
 def train(**sizes):
     net = {build}(**sizes)
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
@@ -172,10 +172,11 @@ print(parameters, peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc, and the allocator, are those of Linux")
-@pytest.mark.parametrize("config", [StarCoder2Config, Qwen3Config])
+@pytest.mark.parametrize("config", [GPTConfig, Qwen3Config, StarCoder2Config])
 def test_estimate_is_near_what_a_process_takes(config: Any) -> None:
-    """benchmarks/planning.py has GPT-2 and more sizes; other allocators than glibc's may differ."""
-    script = PEAK.format(build=f"build_{config.__name__.removesuffix('Config').lower()}")
+    """benchmarks/planning.py has more sizes; other allocators than glibc's may keep more or less."""
+    build = f"build_{config.__name__.removesuffix('Config').lower()}"
+    script = PEAK.format(module=config.__module__.rpartition(".")[2], build=build)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     parameters, kib = map(int, done.stdout.split())
     sizes = {"tokens": 8 * 256, "n_embd": 384, "n_layer": 6, "vocab_size": 257}
