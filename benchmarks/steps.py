@@ -1,10 +1,10 @@
 """Time and peak memory of a training step: our network, nanoGPT's and that of transformers, and our variants.
 
-Each measurement is a process of its own, which trains on random ids with AdamW and clipping and prints the
-median time of a step and the most memory that it ever had. The variants take turns. Beside the times stands
-how many times as fast as each peer that is (median of the rounds), and the share of this machine's rate of
-products of matrices, measured in the same process, that the step has by 6 x parameters + 12 x layers x width
-x block FLOPs per token.
+Each measurement is a process of its own, which trains on random ids with AdamW and clipping, for five
+steps and five seconds at least, and prints the median time of a step and the most memory that it ever had.
+The variants take turns. Beside the times stands how many times as fast as each peer that is (median of the
+rounds), and the share of this machine's rate of products of matrices in 32 bits, measured in the same
+process, that the step has by 6 x parameters + 12 x layers x width x block FLOPs per token.
 
     python benchmarks/steps.py [--nanogpt DIR] [--shapes NAME …] [--variants NAME …] [--rounds 3] [--steps 5]
 
@@ -38,6 +38,7 @@ SHAPES = {  # layers, heads, width, block, vocabulary, windows
 }
 OURS = ("ours", "32 bits", "all logits", "Muon")
 PEERS = ("nanoGPT", "transformers")
+LEAST = 5.0  # seconds of steps that are measured
 
 
 def network(
@@ -98,7 +99,7 @@ def measure(variant: str, shape: tuple[int, ...], steps: int, nanogpt: str | Non
         optimizer = torch.optim.AdamW(net.parameters(), fused=variant in OURS)
     idx, targets = torch.randint(vocab_size, (2, batch_size, block_size))
     seconds = []
-    for _ in range(steps + 2):
+    while len(seconds) < steps + 2 or sum(seconds) < LEAST:
         started = time.perf_counter()
         with torch.autocast(
             "cpu", torch.bfloat16, enabled=variant in ("ours", "Muon") and precision == "bf16-mixed"

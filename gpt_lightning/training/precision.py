@@ -6,9 +6,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 
-# Parameters above which bfloat16 is taken to make a CPU's steps faster; the products of small networks gain
-# nothing. benchmarks/steps.py compares both, but has not run on a CPU with native bfloat16.
-WORTHWHILE = 4_000_000
+WORTHWHILE = 3_000_000  # parameters from which bfloat16 makes a CPU's steps faster, by benchmarks/RESULTS.md
 
 
 def choose_precision(accelerator: str, parameters: int, *, has_bfloat16: bool) -> str:

@@ -98,22 +98,30 @@ def test_frozen_weights_get_no_gradient_and_adapters_the_right_one() -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_no_more_logits_than_a_chunk_are_computed_at_once() -> None:
-    net, sizes = build(), []
+@pytest.mark.parametrize("mixed", [False, True], ids=["32 bits", "mixed"])
+def test_no_more_logits_than_a_chunk_are_computed_at_once(mixed: bool) -> None:
+    net = build()
+    sizes: dict[int, list[int]] = {2: [], 4: []}  # by their bytes
 
     class Recorder(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             found = function(*args, **(kwargs or {}))
-            if isinstance(found, Tensor) and found.size()[-1:] == (320,) and found is not net.lm_head.weight:
-                sizes.append(found.numel())
+            if (
+                isinstance(found, Tensor) and found.size()[-1:] == (320,) and found.is_contiguous()
+            ):  # unlike weight.T
+                sizes[found.element_size()].append(found.numel())
             return found
 
-    with Recorder():
+    with Recorder(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         net(*batch()).backward()
-        with torch.no_grad():
-            net(*batch(), reduction="none")
-    assert max(sizes) == gpt.CHUNK
-    assert sizes.count(gpt.CHUNK) >= 8
+        if not mixed:
+            with torch.no_grad():
+                net(*batch(), reduction="none")
+    if mixed:  # as many bytes of gradients, and an eighth of the logits
+        assert (max(sizes[2]), max(sizes[4])) == (2 * gpt.CHUNK, gpt.CHUNK // 4)
+    else:
+        assert (max(sizes[4]), sizes[2]) == (gpt.CHUNK, [])
+        assert sizes[4].count(gpt.CHUNK) >= 8
 
 
 def test_a_batch_without_targets_has_no_mean() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gpt_lightning.model.gpt import GPT, GPTConfig
+from gpt_lightning.training import muon as muon_module
 from gpt_lightning.training.muon import muon, orthogonal
 from gpt_lightning.training.optimizers import adamw, parameter_groups
 
@@ -55,6 +56,22 @@ def test_orthogonal_applies_the_polynomial_to_the_singular_values(shape: tuple[i
         for _ in range(4):
             values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
         torch.testing.assert_close(found, left @ torch.diag(values) @ right, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (16, 8), (12, 12), (8, 40)])
+def test_wide_matrices_are_multiplied_in_bfloat16_where_the_processor_does(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(muon_module, "multiplies_bfloat16", lambda _: False)
+    exact = orthogonal(matrices)
+    monkeypatch.setattr(muon_module, "multiplies_bfloat16", lambda _: True)
+    assert torch.equal(orthogonal(matrices), exact)  # too small for it
+    monkeypatch.setattr(muon_module, "WIDE", 8)
+    rounded = orthogonal(matrices)
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, exact)
+    assert (rounded - exact).norm() < 0.02 * exact.norm()  # bfloat16 has eight bits
 
 
 def test_hidden_matrices_take_the_steps_of_torchs_muon(net: GPT) -> None:
