@@ -90,9 +90,9 @@ def preview(rates: list[float], peak: float) -> str:
 
 
 def predicted_seconds(
-    cfg: DictConfig, parts: Parts, prepared: Prepared, net: Any, sequences: int
+    cfg: DictConfig, parts: Parts, prepared: Prepared, net: Any, micro: int, accumulation: int
 ) -> float | None:
-    """Seconds of the steps and validations of a run whose devices take so many sequences in a step each."""
+    """Seconds of the steps and validations of a run whose devices take micro sequences at once."""
     from gpt_lightning.training.intervals import save_interval
     from gpt_lightning.training.precision import multiplies_bfloat16
     from gpt_lightning.training.speed import measure_speed
@@ -102,14 +102,16 @@ def predicted_seconds(
     if accelerator_of(cfg) != "cpu" or is_slow or cfg.lora.r or cfg.device.compile:
         return None
     config = getattr(net, "config", None)
-    speed = measure_speed(config, parts.optimizer, block_size=block_size, precision=precision)
+    speed = measure_speed(
+        config, parts.optimizer, sequences=micro, block_size=block_size, precision=precision
+    )
     if speed is None:
         return None
     validations = math.ceil(steps / (cfg.trainer.val_every_steps or save_interval(steps)))
     val_tokens = prepared.store.meta.splits["val"].tokens
     if cfg.trainer.val_batches is not None:
-        val_tokens = min(val_tokens, cfg.trainer.val_batches * sequences * block_size)
-    step = speed.training * sequences * block_size + speed.update
+        val_tokens = min(val_tokens, cfg.trainer.val_batches * micro * accumulation * block_size)
+    step = speed.training * micro * accumulation * block_size + speed.update
     return steps * step + validations * val_tokens * speed.forward
 
 
@@ -198,7 +200,7 @@ def plan_run(cfg: DictConfig) -> Plan:
         learning_rates=[lr * factor for factor in sampled(schedule, steps)],
         # the peak may lie between the points
         peak_learning_rate=lr * max(map(schedule, range(0, steps, max(1, steps // 1000)))),
-        seconds=predicted_seconds(cfg, parts, prepared, net, micro * accumulation),
+        seconds=predicted_seconds(cfg, parts, prepared, net, micro, accumulation),
         notes=notes_on(
             cfg,
             tokens=splits["train"].tokens,

@@ -13,8 +13,7 @@ from gpt_lightning.model.gpt import CausalLM
 from gpt_lightning.model.weights import NETWORKS
 from gpt_lightning.training.optimizers import OptimizerFactory, by_role, parameter_groups
 
-BUDGET = 4e10  # FLOPs of a step that is measured
-MOST_TOKENS = 4096
+BUDGET = 8e10  # FLOPs of a step that is measured
 ENOUGH = 0.4  # seconds of measuring for each network
 DEEP = 3  # layers of the second network; noise in the difference counts for all layers of the run
 
@@ -29,13 +28,14 @@ class Speed:
 
 
 def measure_speed(
-    config: Any, optimizer: OptimizerFactory, *, block_size: int, precision: str
+    config: Any, optimizer: OptimizerFactory, *, sequences: int, block_size: int, precision: str
 ) -> Speed | None:
     """The speed of training on this CPU, from a network with one of the layers and one with DEEP.
 
     Args:
         config: Of the network.
         optimizer: Of the run.
+        sequences: Of a micro-batch; fewer are measured where they take long.
         block_size: Tokens of a sequence.
         precision: As Lightning names it.
 
@@ -48,16 +48,20 @@ def measure_speed(
         speeds, deep = {}, min(DEEP, config.n_layer)
         for layers in {1, deep}:
             net = NETWORKS[type(config)](replace(config, n_layer=layers))
-            speeds[layers] = astuple(_measure(net, optimizer, block_size, precision == "bf16-mixed"))
+            speeds[layers] = astuple(
+                _measure(net, optimizer, sequences, block_size, precision == "bf16-mixed")
+            )
     times = (config.n_layer - 1) / max(deep - 1, 1)
     return Speed(*(a + times * max(b - a, 0.0) for a, b in zip(speeds[1], speeds[deep], strict=True)))
 
 
-def _measure(net: CausalLM, optimizer: OptimizerFactory, block_size: int, bf16: bool) -> Speed:
-    """The speed of a whole network; of a large one with shorter sequences."""
-    tokens = min(MOST_TOKENS, max(32, int(BUDGET / 6 / sum(p.numel() for p in net.parameters()))))
+def _measure(
+    net: CausalLM, optimizer: OptimizerFactory, sequences: int, block_size: int, bf16: bool
+) -> Speed:
+    """The speed of a whole network; of a large one with fewer or shorter sequences."""
+    tokens = max(32, int(BUDGET / 6 / sum(p.numel() for p in net.parameters())))
     length = min(block_size, tokens)
-    idx = torch.randint(net.config.vocab_size, (tokens // length, length))
+    idx = torch.randint(net.config.vocab_size, (min(sequences, tokens // length), length))
     update = optimizer(parameter_groups(net, by_role=by_role(optimizer)))
     rows: list[list[float]] = []
     started = time.perf_counter()

@@ -69,6 +69,20 @@ def test_float32_changes_only_rounding(net, text):
         torch.testing.assert_close(packed(net, "float32")(idx), net(idx), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("amx", [True, False])
+def test_single_positions_change_only_rounding_with_amx_and_without(net, text, amx, monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "repeats_single_rows", lambda: not amx)
+    small, idx = packed(net, "float32"), text[:1].view(1, 1)
+    calls = []
+    for layer in small.modules():
+        if isinstance(layer, PackedLinear):
+            product = layer.linear
+            layer.linear = lambda x, *rest, of=product: (calls.append(len(x)), of(x, *rest))[1]
+    with torch.no_grad():
+        torch.testing.assert_close(small(idx), net(idx), atol=1e-4, rtol=1e-4)
+    assert calls == [1 if amx else 4] * (2 * 4 + 1)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_bfloat16_and_int8_change_the_loss_by_less_than_half_a_percent(net, text, dtype):
     full = loss(net, text)

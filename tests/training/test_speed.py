@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gpt_lightning
-from gpt_lightning.model.gpt import GPTConfig
+from gpt_lightning.model.gpt import GPT, GPTConfig
 from gpt_lightning.model.qwen3 import Qwen3Config
 from gpt_lightning.training import speed
 from gpt_lightning.training.muon import muon
@@ -29,7 +29,9 @@ def test_whole_network_of_one_layer_is_measured(
 ) -> None:
     monkeypatch.setattr(speed, "ENOUGH", 0.0)
     before = torch.get_rng_state()
-    found = measure_speed(config, partial(optimizer, lr=1e-3), block_size=16, precision="bf16-mixed")
+    found = measure_speed(
+        config, partial(optimizer, lr=1e-3), sequences=2, block_size=16, precision="bf16-mixed"
+    )
     assert found is not None
     assert min(found.forward, found.training, found.update) > 0
     assert torch.equal(torch.get_rng_state(), before)  # a plan from Python changes no later run
@@ -48,11 +50,34 @@ def test_layers_add_what_the_second_and_third_add(
     speeds = {1: one, 3: three}
     monkeypatch.setattr(speed, "_measure", lambda net, *_: speeds[len(net.blocks)])
     config = GPTConfig(**SHAPE, n_layer=5)  # type: ignore[arg-type]
-    assert measure_speed(config, partial(adamw, lr=1e-3), block_size=16, precision="32-true") == five
+    assert (
+        measure_speed(config, partial(adamw, lr=1e-3), sequences=2, block_size=16, precision="32-true")
+        == five
+    )
     speeds = {1: one, 2: three}  # a network of two layers is measured whole
     config = GPTConfig(**SHAPE, n_layer=2)  # type: ignore[arg-type]
-    found = measure_speed(config, partial(adamw, lr=1e-3), block_size=16, precision="32-true")
+    found = measure_speed(config, partial(adamw, lr=1e-3), sequences=2, block_size=16, precision="32-true")
     assert found == Speed(max(one.forward, three.forward), three.training, max(one.update, three.update))
+
+
+@pytest.mark.parametrize(("sequences", "shape"), [(3, (3, 16)), (64, (4, 16))])
+def test_the_micro_batch_of_the_run_is_measured_or_what_the_budget_allows(
+    sequences: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, shapes = GPTConfig(**SHAPE, n_layer=1), set()  # type: ignore[arg-type]
+    parameters = sum(p.numel() for p in GPT(config).parameters())
+    monkeypatch.setattr(speed, "ENOUGH", 0.0)
+    monkeypatch.setattr(speed, "BUDGET", 6 * parameters * 4 * 16 + 1)
+    forward = GPT.forward
+
+    def recording(net: GPT, idx: torch.Tensor, *rest: Any) -> torch.Tensor:
+        shapes.add(tuple(idx.shape))
+        return forward(net, idx, *rest)
+
+    monkeypatch.setattr(GPT, "forward", recording)
+    options = {"sequences": sequences, "block_size": 16, "precision": "32-true"}
+    measure_speed(config, partial(adamw, lr=1e-3), **options)  # type: ignore[arg-type]
+    assert shapes == {shape}
 
 
 def test_plan_adds_up_steps_and_validations(monkeypatch: pytest.MonkeyPatch, small_text: Path) -> None:
