@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -45,27 +46,40 @@ def measure_speed(
     if type(config) not in NETWORKS:
         return None
     with torch.random.fork_rng(devices=[]):
-        speeds, deep = {}, min(DEEP, config.n_layer)
-        for layers in {1, deep}:
-            net = NETWORKS[type(config)](replace(config, n_layer=layers))
-            speeds[layers] = astuple(
-                _measure(net, optimizer, sequences, block_size, precision == "bf16-mixed")
-            )
+        deep = min(DEEP, config.n_layer)
+        nets = [NETWORKS[type(config)](replace(config, n_layer=layers)) for layers in sorted({1, deep})]
+        found = _least(
+            [_steps(net, optimizer, sequences, block_size, precision == "bf16-mixed") for net in nets]
+        )
+    one, several = found[0], found[-1]
     times = (config.n_layer - 1) / max(deep - 1, 1)
-    return Speed(*(a + times * max(b - a, 0.0) for a, b in zip(speeds[1], speeds[deep], strict=True)))
+    return Speed(*(a + times * max(b - a, 0.0) for a, b in zip(one, several, strict=True)))
 
 
-def _measure(
+def _least(steps: list[Iterator[tuple[float, ...]]]) -> list[tuple[float, ...]]:
+    """The least of each number of each network's steps, because other programs make single ones longer.
+
+    The networks take turns, so that what slows one of them down for long slows the others as well.
+    """
+    for each in steps:
+        next(each)  # the first step is slower
+    rows: list[list[tuple[float, ...]]] = [[] for _ in steps]
+    started = time.perf_counter()
+    while len(rows[0]) < 2 or time.perf_counter() - started < ENOUGH * len(steps):
+        for found, each in zip(rows, steps, strict=True):
+            found.append(next(each))
+    return [tuple(min(column) for column in zip(*found, strict=True)) for found in rows]
+
+
+def _steps(
     net: CausalLM, optimizer: OptimizerFactory, sequences: int, block_size: int, bf16: bool
-) -> Speed:
-    """The speed of a whole network; of a large one with fewer or shorter sequences."""
+) -> Iterator[tuple[float, float, float]]:
+    """The numbers of `Speed` of each step; a large network gets fewer or shorter sequences."""
     tokens = max(32, int(BUDGET / 6 / sum(p.numel() for p in net.parameters())))
     length = min(block_size, tokens)
     idx = torch.randint(net.config.vocab_size, (min(sequences, tokens // length), length))
     update = optimizer(parameter_groups(net, by_role=by_role(optimizer)))
-    rows: list[list[float]] = []
-    started = time.perf_counter()
-    while len(rows) < 3 or time.perf_counter() - started < ENOUGH:
+    while True:
         times = [time.perf_counter()]
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             with torch.no_grad():
@@ -77,7 +91,5 @@ def _measure(
         update.step()
         update.zero_grad()
         times.append(time.perf_counter())
-        rows.append([b - a for a, b in pairwise(times)])
-    # the least, because other programs make single steps longer
-    forward, training, step = (min(column) for column in zip(*rows[1:], strict=True))
-    return Speed(forward / idx.numel(), training / idx.numel(), step)
+        forward, training, step = (b - a for a, b in pairwise(times))
+        yield forward / idx.numel(), training / idx.numel(), step

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,8 @@ def test_layers_add_what_the_second_and_third_add(
     one: Speed, three: Speed, five: Speed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     speeds = {1: one, 3: three}
-    monkeypatch.setattr(speed, "_measure", lambda net, *_: speeds[len(net.blocks)])
+    monkeypatch.setattr(speed, "ENOUGH", 0.0)
+    monkeypatch.setattr(speed, "_steps", lambda net, *_: itertools.repeat(astuple(speeds[len(net.blocks)])))
     config = GPTConfig(**SHAPE, n_layer=5)  # type: ignore[arg-type]
     assert (
         measure_speed(config, partial(adamw, lr=1e-3), sequences=2, block_size=16, precision="32-true")
@@ -58,6 +61,24 @@ def test_layers_add_what_the_second_and_third_add(
     config = GPTConfig(**SHAPE, n_layer=2)  # type: ignore[arg-type]
     found = measure_speed(config, partial(adamw, lr=1e-3), sequences=2, block_size=16, precision="32-true")
     assert found == Speed(max(one.forward, three.forward), three.training, max(one.update, three.update))
+
+
+def test_networks_take_turns_and_the_first_step_of_each_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turns, speeds = [], {1: [0.1, 5.0, 3.0], 3: [0.1, 7.0, 9.0]}
+
+    def steps(net: GPT, *_: Any) -> Any:
+        for value in speeds[len(net.blocks)]:
+            turns.append(len(net.blocks))
+            yield value, value, value
+
+    monkeypatch.setattr(speed, "ENOUGH", 0.0)
+    monkeypatch.setattr(speed, "_steps", steps)
+    config = GPTConfig(**SHAPE, n_layer=3)  # type: ignore[arg-type]
+    found = measure_speed(config, partial(adamw, lr=1e-3), sequences=2, block_size=16, precision="32-true")
+    assert found == Speed(7.0, 7.0, 7.0)
+    assert turns == [1, 3, 1, 3, 1, 3]
 
 
 @pytest.mark.parametrize(("sequences", "shape"), [(3, (3, 16)), (64, (4, 16))])
