@@ -107,11 +107,12 @@ def predicted_seconds(
     )
     if speed is None:
         return None
+    tokens = micro * accumulation * block_size  # of a device in a step
     validations = math.ceil(steps / (cfg.trainer.val_every_steps or save_interval(steps)))
     val_tokens = prepared.store.meta.splits["val"].tokens
     if cfg.trainer.val_batches is not None:
-        val_tokens = min(val_tokens, cfg.trainer.val_batches * micro * accumulation * block_size)
-    step = speed.training * micro * accumulation * block_size + speed.update
+        val_tokens = min(val_tokens, cfg.trainer.val_batches * tokens)
+    step = speed.training * tokens + speed.update
     return steps * step + validations * val_tokens * speed.forward
 
 

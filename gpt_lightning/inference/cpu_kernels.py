@@ -30,11 +30,14 @@ ROWS = 32  # number of rows that oneDNN optimizes the layout for; as fast for on
 DTYPES = ("float32", "bfloat16", "int8")
 
 
-@functools.cache
+def cpu_features() -> dict[str, bool]:
+    """What this CPU's instructions can do, by torch's names; empty with versions of torch that do not say."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
 def repeats_single_rows() -> bool:
     """Whether oneDNN is faster with four rows than with one: measured with AVX2 and AVX-512, not with AMX."""
-    features: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions
-    return not features.get("amx_tile")
+    return not cpu_features().get("amx_tile")
 
 
 class PackedLinear(nn.Module):

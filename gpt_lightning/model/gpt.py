@@ -265,27 +265,29 @@ class ChunkedLoss(torch.autograd.Function):
             products = x.new_empty(few, V) if narrow else logits
             gradients = x.new_empty(rows, V) if narrow else log_p
             product = torch.empty_like(weight) if narrow else None
-            for inputs, ids, out in zip(x.split(rows), targets.split(rows), dx.split(rows), strict=True):
-                counts, gradient = (ids != IGNORE)[:, None], gradients[: len(ids)]
-                parts = inputs.split(few), ids[:, None].split(few), gradient.split(few)
-                for a, b, part in zip(*parts, strict=True):
-                    n = len(a)
-                    torch.mm(a, weight.T, out=products[:n])
+            ids, counts = targets[:, None].clamp(min=0), targets[:, None] != IGNORE  # (N, 1)
+            chunks = (tensor.split(rows) for tensor in (x, ids, counts, dx))
+            for inputs, targeted, counted, out in zip(*chunks, strict=True):
+                gradient = gradients[: len(inputs)]
+                parts = (tensor.split(few) for tensor in (inputs, targeted, counted, gradient))
+                for some, tokens, count, part in zip(*parts, strict=True):
+                    n = len(some)
+                    torch.mm(some, weight.T, out=products[:n])
                     if bias is not None:
                         products[:n] += bias
                     if narrow:
                         logits[:n] = products[:n]
                     p = torch.log_softmax(logits[:n], 1, out=log_p[:n])
-                    chosen = p.gather(1, b.clamp(min=0))
-                    total -= (chosen * (b != IGNORE)).sum()
-                    p.exp_().scatter_(1, b.clamp(min=0), chosen.expm1())  # p, and p - 1 at the target
+                    log_likelihood = p.gather(1, tokens)
+                    total -= (log_likelihood * count).sum()
+                    p.exp_().scatter_(1, tokens, log_likelihood.expm1())  # p, and p - 1 at the target
                     if narrow:
                         part.copy_(p)
-                out.copy_((gradient @ weight) * counts)
+                out.copy_((gradient @ weight) * counted)
                 if dw is not None and narrow:
-                    dw += torch.mm(gradient.T, inputs * counts, out=product)
+                    dw += torch.mm(gradient.T, inputs * counted, out=product)
                 elif dw is not None:
-                    dw.addmm_(gradient.T, inputs * counts)
+                    dw.addmm_(gradient.T, inputs * counted)
         ctx.gradients = dx, dw
         return total
 

@@ -6,6 +6,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 
+from gpt_lightning.inference.cpu_kernels import cpu_features
+
 WORTHWHILE = 3_000_000  # parameters from which bfloat16 makes a CPU's steps faster, by benchmarks/RESULTS.md
 
 
@@ -20,10 +22,7 @@ def multiplies_bfloat16(accelerator: str) -> bool:
     if accelerator == "cuda":
         # a plan for a GPU of another machine assumes a recent one
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-    features: dict[str, bool] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # which older versions of torch lack
-    return accelerator == "cpu" and any(features.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return accelerator == "cpu" and any(cpu_features().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def use_precision(trainer: Trainer, precision: str) -> None:

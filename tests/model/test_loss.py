@@ -106,9 +106,8 @@ def test_no_more_logits_than_a_chunk_are_computed_at_once(mixed: bool) -> None:
     class Recorder(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             found = function(*args, **(kwargs or {}))
-            if (
-                isinstance(found, Tensor) and found.size()[-1:] == (320,) and found.is_contiguous()
-            ):  # unlike weight.T
+            is_new = isinstance(found, Tensor) and found.is_contiguous()  # unlike weight.T
+            if is_new and found.size()[-1:] == (320,):
                 sizes[found.element_size()].append(found.numel())
             return found
 
