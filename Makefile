@@ -61,7 +61,7 @@ mutants: $(VENV)/.dev ## whether the tests notice changes of the code; MUTANTS=N
 	$(BIN)/python -m mutmut results
 
 tensorboard: $(VENV)/.core ## curves of all runs under outputs/
-	$(BIN)/tensorboard --logdir outputs $(ARGS)
+	$(BIN)/python -m gpt_lightning.report runs=outputs tensorboard=6006 $(ARGS)
 
 clean: ## remove the environment and what tools left; runs in outputs/ stay
 	rm -rf $(VENV) build dist site mutants *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -20,6 +20,7 @@ RULES = {
     "watch": one_of(True, False),
     "fit": one_of("scaling", None),
     "budget": number(float, above=0, optional=True),
+    "tensorboard": number(int, least=0, most=65535, optional=True),
 }
 WATCH_SECONDS = 5
 BEGINNINGS = {
@@ -70,6 +71,8 @@ def main(cfg: DictConfig) -> Report | None:
         raise ConfigError("runs= is missing; give a sweep, a folder of runs, or a list of them")
     places = [str(place) for place in (cfg.runs if OmegaConf.is_list(cfg.runs) else [cfg.runs])]
     check(cfg, RULES)
+    if cfg.tensorboard is not None:
+        show_tensorboard(cfg, places)
     if cfg.budget is not None and cfg.fit is None:
         raise ConfigError(f"budget={cfg.budget} belongs to fit=scaling; add it")
     if cfg.watch and cfg.fit is not None:
@@ -92,6 +95,47 @@ def main(cfg: DictConfig) -> Report | None:
         if all(result.status in ("finished", "failed", "pruned") for result in results):
             return None
         time.sleep(WATCH_SECONDS)
+
+
+def show_tensorboard(cfg: DictConfig, places: list[str]) -> NoReturn:
+    """TensorBoard of the runs, until Ctrl-C.
+
+    Raises:
+        ConfigError: If another key asks for something else.
+        OSError: If there is no run, or the port is taken.
+    """
+    from gpt_lightning.serving.dashboard import serve
+
+    for key, unset in {"output": None, "fit": None, "watch": False}.items():
+        if cfg[key] != unset:
+            raise ConfigError(f"{key}= and tensorboard= exclude each other; leave one out")
+    serve(lambda: event_folders(places), cfg.tensorboard)
+
+
+def event_folders(places: list[str]) -> dict[str, Path]:
+    """The event files of the runs below folders, by the run's path there and what it overrides.
+
+    Raises:
+        FileNotFoundError: If no run has any.
+    """
+    from gpt_lightning.rundir.directory import runs_below
+    from gpt_lightning.rundir.summary import LEDGER, read_summary
+    from gpt_lightning.sweeping.jobs import name_of
+
+    found = {}
+    for place in map(Path, places):
+        for run in runs_below(place):
+            if not (run / "tensorboard").is_dir():
+                continue
+            top = place.expanduser().resolve()
+            name = str(run.relative_to(top)) if run != top else run.name
+            overrides = read_summary(run).get("overrides", [])
+            if overrides and not (run.parent / LEDGER).exists():  # a job's directory has their names
+                name += f" {name_of(overrides)}"
+            found[name if len(places) == 1 else f"{top.name}/{name}"] = run / "tensorboard"
+    if not found:
+        raise FileNotFoundError(f"no run in {', '.join(places)} has event files of TensorBoard")
+    return found
 
 
 def write(report: Report, path: Path, title: str) -> None:

@@ -155,7 +155,7 @@ def test_server_starts(command: str, ready: str, place: Path) -> None:
     else:
         if not (ROOT / ".venv" / ".core").exists():
             pytest.skip("needs the environment that make installs")
-        command = f'make -C "{ROOT}" tensorboard ARGS="--port 0"'
+        command = f'make -C "{ROOT}" tensorboard ARGS="runs={place}/outputs tensorboard=0"'
     process = subprocess.Popen(
         ["bash", "-c", f"exec {command}"],
         cwd=place,

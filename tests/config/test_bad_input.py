@@ -211,6 +211,8 @@ TABLE: list[tuple[str, str, str]] = [
     ("report", "runs=run watch=3", "watch=3 must be true or false"),
     ("report", "runs=run fit=scaling budget=-1", "budget=-1 must be a number above 0 or null"),
     ("report", "runs=run budget=1e9", "budget=.* belongs to fit=scaling; add it"),
+    ("report", "runs=run tensorboard=70000", "tensorboard=70000 must be a whole number from 0 to 65535 or null"),
+    ("report", "runs=run tensorboard=0 watch=true", "watch= and tensorboard= exclude each other; leave one out"),
     ("report", "runs=run fit=scaling watch=true", "fit=scaling and watch=true exclude each other"),
     ("demo", "checkpoint=run port=99999", "port=99999 must be a whole number from 0 to 65535"),
     ("demo", "port=0", "checkpoint= is missing"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import html
 import io
@@ -9,15 +10,20 @@ import json
 import math
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.runs import TINY
+from support.sweeps import wait_for
+from torch.utils.tensorboard import SummaryWriter
 
 from gpt_lightning.data.files import write_json
 from gpt_lightning.rundir.report import as_csv, differing, notes, over_seeds, read_results, table
@@ -61,6 +67,48 @@ def test_runs_are_ranked_with_the_overrides_that_differ(runs: Path) -> None:
     exact = list(csv.DictReader(io.StringIO(as_csv(results))))
     assert exact[2]["bits_per_byte"] == "1.25"
     assert exact[2]["tokens"] == "300000"
+
+
+def add_events(run: Path) -> None:
+    with SummaryWriter(str(run / "tensorboard")) as writer:
+        writer.add_scalar("val/loss", 2.0, 1)
+
+
+@contextlib.contextmanager
+def killed_at_the_end(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_tensorboard_names_runs_by_what_they_override(runs: Path) -> None:
+    for name in "abc":
+        add_events(runs / name)
+    command = [sys.executable, "-m", "gpt_lightning.report", f"runs={runs}", "tensorboard=0"]
+    with killed_at_the_end(command) as process:
+        assert process.stdout
+        line = process.stdout.readline()
+        assert line.startswith("TensorBoard: http://127.0.0.1:"), line
+        address = line.split()[1]
+
+        def names() -> list[str]:
+            with urllib.request.urlopen(f"{address}data/runs") as response:
+                return json.load(response)
+
+        swept = {"a": "lr=0.001,seed=1", "b": "lr=0.001,seed=2", "c": "lr=0.01,seed=1"}
+        expected = [f"{name} data=text,{overrides}" for name, overrides in swept.items()]
+        wait_for(lambda: names() == expected, process)
+        add_events(runs / "d")  # begins while the page is open
+        wait_for(lambda: names() == [*expected, "d data=text,lr=0.01,seed=2"], process)
+        taken = [*command[:-1], f"tensorboard={urllib.parse.urlsplit(address).port}"]
+        refused = subprocess.run(taken, capture_output=True, text=True)
+        assert refused.returncode == 1
+        (only,) = refused.stderr.splitlines()
+        assert "in use" in only
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
 
 
 def test_tokens_and_training_time_of_validations_come_from_the_metrics(tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+"""TensorBoard over the runs below folders, named by their directories and their overrides."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from tensorboard import program
+
+REFRESH_SECONDS = 5
+
+
+def serve(runs: Callable[[], Mapping[str, Path]], port: int) -> NoReturn:
+    """Show runs, and those that begin meanwhile, until Ctrl-C.
+
+    TensorBoard names a run by the path of its event files, which would end in `/tensorboard`: it is given a
+    temporary folder with a link to them for each run.
+
+    Args:
+        runs: The folders of event files by the names to show.
+        port: Of this machine alone; 0 takes any free one.
+
+    Raises:
+        OSError: If the port is taken, or the file system has no links.
+    """
+    logging.disable(logging.INFO)  # a line for each request
+    with tempfile.TemporaryDirectory(prefix="tensorboard-") as folder:
+        board = program.TensorBoard()
+        board.configure(logdir=folder, host="127.0.0.1", port=port)
+        _link(runs(), Path(folder))
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # how it loads files
+                address = board.launch()
+        except program.TensorBoardServerException as error:
+            raise OSError(f"{error.msg}; choose another port, or 0 for any free one") from error
+        print(f"TensorBoard: {address} (Ctrl-C ends it)", flush=True)
+        while True:
+            time.sleep(REFRESH_SECONDS)
+            _link(runs(), Path(folder))
+
+
+def _link(runs: Mapping[str, Path], folder: Path) -> None:
+    for name, events in runs.items():
+        link = folder / name
+        if not link.is_symlink():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(events, target_is_directory=True)
