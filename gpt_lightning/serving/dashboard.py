@@ -39,7 +39,7 @@ def serve(runs: Callable[[], Mapping[str, Path]], port: int) -> NoReturn:
                 address = board.launch()
         except program.TensorBoardServerException as error:
             raise OSError(f"{error.msg}; choose another port, or 0 for any free one") from error
-        print(f"TensorBoard: {address} (Ctrl-C ends it)", flush=True)
+        print(f"TensorBoard: {address}#custom_scalars (Ctrl-C ends it)", flush=True)  # losses first
         while True:
             time.sleep(REFRESH_SECONDS)
             _link(runs(), Path(folder))

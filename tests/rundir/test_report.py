@@ -91,7 +91,8 @@ def test_tensorboard_names_runs_by_what_they_override(runs: Path) -> None:
         assert process.stdout
         line = process.stdout.readline()
         assert line.startswith("TensorBoard: http://127.0.0.1:"), line
-        address = line.split()[1]
+        address, _, opened = line.split()[1].partition("#")
+        assert opened == "custom_scalars"
 
         def names() -> list[str]:
             with urllib.request.urlopen(f"{address}data/runs") as response:
