@@ -98,6 +98,17 @@ def test_gpt2_sizes(model: str, count: int) -> None:
     assert parameters(f"model={model}", "model.vocab_multiple=1") == count
 
 
+def test_shapes_that_a_search_varies_can_be_built_and_have_the_size_that_it_says() -> None:
+    space = OmegaConf.load(CONF / "sweep" / "optuna_shape.yaml").hydra.sweeper.params
+    (shapes,) = (values for keys, values in space.items() if "n_layer" in keys)
+    pairs = re.findall(r"\[(\d+),(\d+)\]", shapes)
+    assert len(pairs) > 3
+    for layers, width in pairs:
+        all_of_them = parameters(f"model.n_layer={layers}", f"model.n_embd={width}", vocab_size=256)
+        in_blocks = all_of_them - 256 * int(width) - 2 * int(width)  # less embedding and last norm
+        assert in_blocks == pytest.approx(400_000, rel=0.05)
+
+
 def test_all_published_systems_have_a_preset() -> None:
     assert set(EXPERIMENTS) >= {
         "shakespeare_target_loss", "shakespeare_gpt2_small", "shakespeare_gpt2_small_amp", "bpe_from_scratch",
