@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from tensorboard import program
 
-REFRESH_SECONDS = 5
+REFRESH_SECONDS = 2
 
 
 def serve(runs: Callable[[], Mapping[str, Path]], port: int) -> NoReturn:
@@ -32,7 +32,7 @@ def serve(runs: Callable[[], Mapping[str, Path]], port: int) -> NoReturn:
     logging.disable(logging.INFO)  # a line for each request
     with tempfile.TemporaryDirectory(prefix="tensorboard-") as folder:
         board = program.TensorBoard()
-        board.configure(logdir=folder, host="127.0.0.1", port=port)
+        board.configure(logdir=folder, host="127.0.0.1", port=port, reload_interval=REFRESH_SECONDS)
         _link(runs(), Path(folder))
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # how it loads files

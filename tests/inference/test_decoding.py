@@ -11,13 +11,12 @@ from gpt_lightning.inference import decoding
 from gpt_lightning.inference.decoding import stream, window_length
 from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.model.gpt import GPTConfig
-from gpt_lightning.model.qwen3 import Qwen3Config
 from gpt_lightning.model.weights import NETWORKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module", params=[GPTConfig, Qwen3Config], ids=["GPT", "Qwen3"])
+@pytest.fixture(scope="module", params=NETWORKS, ids=lambda kind: kind.__name__)
 def net(request):
     return build(kind=request.param)
 
@@ -25,7 +24,7 @@ def net(request):
 def build(block_size=16, kind=GPTConfig, **values):
     """A random model in float64, where rounding does not decide between two tokens."""
     torch.manual_seed(0)
-    values |= {"n_kv_head": 1} if kind is Qwen3Config else {}
+    values |= {} if kind is GPTConfig else {"n_kv_head": 1}
     shape = {"vocab_size": 61, "n_layer": 2, "n_head": 2, "n_embd": 16}
     net = NETWORKS[kind](kind(block_size=block_size, **shape, **values))
     for parameter in net.parameters():

@@ -18,6 +18,8 @@ from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.inference.loading import read_model, start_from
 from gpt_lightning.inference.text import TextGenerator
 from gpt_lightning.interop.export import export
+from gpt_lightning.model.gpt import build_gpt
+from gpt_lightning.model.qwen3 import build_qwen3, build_starcoder2
 from gpt_lightning.rundir.checkpoint import find_checkpoint, read_checkpoint
 
 
@@ -68,14 +70,18 @@ def test_load_from_the_package_generates(run: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_bfloat16_and_int8_predictions_are_close_to_float32(run: Path, dtype: str) -> None:
+@pytest.mark.parametrize("build", [build_gpt, build_qwen3, build_starcoder2])
+def test_bfloat16_and_int8_predictions_are_close_to_float32(tmp_path: Path, build: Any, dtype: str) -> None:
+    kind = type(build(vocab_size=8, n_layer=1, n_head=1, n_embd=8).config)
+    net = random_net(seed=1, kind=kind)
+    path = save_checkpoint(tmp_path / "a.ckpt", net, target=f"{build.__module__}.{build.__name__}")
     try:
-        small = gpt_lightning.load(run, "cpu", dtype)
+        small = gpt_lightning.load(path, "cpu", dtype)
     except ValueError as error:
         pytest.skip(str(error))
     idx = torch.arange(20)[None]
     with torch.no_grad():
-        expected = random_net(seed=1)(idx)[..., :257].softmax(-1)
+        expected = net(idx)[..., :257].softmax(-1)
         torch.testing.assert_close(
             small.net(idx)[..., :257].float().softmax(-1), expected, atol=0.02, rtol=0.2
         )

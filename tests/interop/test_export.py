@@ -110,19 +110,34 @@ def test_weights_format_keeps_options_that_gpt2_lacks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_transformers_loads_an_export_without_this_package(tmp_path: Path) -> None:
-    folder = export(TextGenerator(random_net(), BYTES), tmp_path / "new", format="huggingface")
+@pytest.mark.parametrize(
+    ("kind", "theirs"),
+    [
+        (GPTConfig, "GPT2LMHeadModel"),
+        (Qwen3Config, "Qwen3ForCausalLM"),
+        (StarCoder2Config, "Starcoder2ForCausalLM"),
+    ],
+)
+def test_transformers_loads_an_export_without_this_package(kind: type, theirs: str, tmp_path: Path) -> None:
+    net = random_net(kind=kind)
+    folder = export(TextGenerator(net, BYTES), tmp_path / "new", format="huggingface")
     code = f"""
-import sys
+import sys, torch
 sys.modules["gpt_lightning"] = sys.modules["tiktoken"] = None  # importing them is an error
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})
 model = AutoModelForCausalLM.from_pretrained({str(folder)!r})
-print(type(model).__name__, tokenizer.decode(tokenizer("naïve 你好").input_ids))
+ids = tokenizer("naïve 你好").input_ids
+print(type(model).__name__, tokenizer.decode(ids))
+print(model(torch.tensor([ids])).logits[0, -1].tolist())
 """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.stdout.strip() == "GPT2LMHeadModel naïve 你好", done.stderr
+    name, _, logits = done.stdout.partition("\n")
+    assert name == f"{theirs} naïve 你好", done.stderr
+    with torch.no_grad():
+        expected = net(torch.tensor([BYTES.encode("naïve 你好")]))[0, -1, : BYTES.n_vocab]
+    torch.testing.assert_close(torch.tensor(json.loads(logits)), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_export_needs_an_empty_folder_or_overwrite(tmp_path: Path) -> None:

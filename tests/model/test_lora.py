@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ import torch
 from support.models import random_net
 
 from gpt_lightning.interop.gpt2 import save_gpt2
-from gpt_lightning.model.gpt import GPT, build_gpt
+from gpt_lightning.interop.qwen3 import save_rotary
+from gpt_lightning.model.gpt import GPTConfig, build_gpt
 from gpt_lightning.model.lora import LoRAConfig, LoRALinear, add_adapters, merge_adapters
 from gpt_lightning.model.qwen3 import build_qwen3
+from gpt_lightning.model.weights import NETWORKS
 
 CONFIG = LoRAConfig(r=3, lora_alpha=6, target_modules=("c_attn", "c_proj"))
 IDX = torch.randint(257, (2, 20), generator=torch.Generator().manual_seed(1))
 
 
-def adapted(config: LoRAConfig = CONFIG) -> GPT:
-    net = add_adapters(random_net(), config)
+def adapted(kind: type = GPTConfig) -> Any:
+    config = CONFIG if kind is GPTConfig else replace(CONFIG, target_modules=("q_proj", "v_proj", "o_proj"))
+    net = add_adapters(random_net(kind=kind), config)
     torch.manual_seed(5)
     for layer in net.modules():
         if isinstance(layer, LoRALinear):
@@ -46,25 +50,30 @@ def test_only_adapters_are_trained() -> None:
     assert changed == trained.keys()
 
 
-def test_merged_model_is_a_plain_one_with_the_same_output() -> None:
-    net = adapted()
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_merged_model_is_a_plain_one_with_the_same_output(kind: type) -> None:
+    net, plain = adapted(kind), random_net(kind=kind)
     expected = net(IDX)
-    assert not torch.allclose(expected, random_net()(IDX), atol=0.1)
+    assert not torch.allclose(expected, plain(IDX), atol=0.1)
     merged = merge_adapters(net)
     torch.testing.assert_close(merged(IDX), expected, atol=1e-4, rtol=1e-4)
-    assert merged.state_dict().keys() == random_net().state_dict().keys()
+    assert merged.state_dict().keys() == plain.state_dict().keys()
     assert all(p.requires_grad for p in merged.parameters())
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft's own making
-def test_logits_equal_peft_with_the_same_adapters(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_logits_equal_peft_with_the_same_adapters(kind: type, tmp_path: Path) -> None:
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    net = adapted()
-    save_gpt2(random_net(), tmp_path, end_of_text=256)
+    net = adapted(kind)
+    save = save_gpt2 if kind is GPTConfig else save_rotary
+    save(random_net(kind=kind), tmp_path, end_of_text=256)
+    layers = sorted({name.split(".")[-1] for name, m in net.named_modules() if isinstance(m, LoRALinear)})
+    options = {"target_modules": layers, "fan_in_fan_out": kind is GPTConfig}  # GPT-2 has Conv1D
     theirs = peft.get_peft_model(
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path),
-        peft.LoraConfig(r=3, lora_alpha=6, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
+        peft.LoraConfig(r=3, lora_alpha=6, **options),
     ).eval()
     weights = theirs.state_dict()
     with torch.no_grad():

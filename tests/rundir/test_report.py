@@ -268,6 +268,11 @@ def test_page_sorts_its_tables_and_loads_nothing(runs: Path, browser: Any) -> No
     assert names.all_inner_texts() == ["d", "b", "a", "c"]
     assert page.locator("img").count() == 3  # curves, losses by learning rate, all runs
     assert page.locator("img").evaluate_all("all => all.every(one => one.naturalWidth > 500)")
+    picture = page.locator("img").first
+    page.set_viewport_size({"width": 400, "height": 800})
+    for shown in ("width <= 400", "width === naturalWidth", "width <= 400"):  # a click shows all of it
+        assert picture.evaluate(f"({{width, naturalWidth}}) => {shown}")
+        picture.click()
     assert "<b>new" in page.locator("pre").last.inner_text()
     assert "old" not in page.locator("pre").last.inner_text()
     page.close()

@@ -247,6 +247,24 @@ def begun(search: Search) -> Job:
     return job
 
 
+@pytest.mark.parametrize("pruner", ["MedianPruner", "HyperbandPruner"])
+def test_trials_that_are_worse_at_the_same_step_are_pruned(pruner: str, tmp_path: Path) -> None:
+    search = opened(tmp_path / "study", f"sweep.pruner._target_=optuna.pruners.{pruner}", "sweep.n_trials=20")
+    reasons = []
+    for loss in [1.0] * 10 + [2.0] * 10:
+        job = begun(search)
+        (search.folder / job.name).mkdir()
+        rows = [f"{step},{loss}\n" for step in (1, 3, 9, 27)]
+        (search.folder / job.name / "metrics.csv").write_text("step,val/loss\n" + "".join(rows))
+        reasons.append(search.hopeless(job))
+        job.status, job.result = ("pruned" if reasons[-1] else "finished"), loss
+        search.end(job)
+    assert reasons[:10] == [None] * 10
+    pruned = [reason for reason in reasons[10:] if reason]
+    assert len(pruned) == 10 if pruner == "MedianPruner" else pruned
+    assert all(f"pruned by {pruner} of the study" in reason for reason in pruned)
+
+
 @pytest.mark.parametrize("storage", ["sqlite:///{}/all.db", "{}/all.journal"])
 def test_directories_that_share_a_study_never_have_the_same_trial(storage: str, tmp_path: Path) -> None:
     shared = f"sweep.storage={storage.format(tmp_path)}"
