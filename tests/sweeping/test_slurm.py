@@ -1,16 +1,22 @@
-"""The array that is submitted to SLURM: the answers of its programs are made up, and bash runs the script."""
+"""The array that is submitted: to programs whose answers are made up, and to SLURM where it is installed."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
+import socket
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import TINY
+from support.comparison import differences
+from support.runs import SHARED, TINY
+from support.sweeps import OPTIONS, end, reached, start, wait_for
 
 
 @pytest.mark.slow
@@ -55,3 +61,77 @@ def test_jobs_are_submitted_as_an_array_of_plain_commands_and_only_once(
     assert "#SBATCH --array=0-0\n" in script
     assert "seed=1" in script
     assert "seed=2" not in script
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """SLURM with this machine as its only node; its programs know it by an environment variable."""
+    programs = ("munged", "slurmctld", "slurmd", "sbatch")
+    missing = [name for name in programs if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")]
+    if missing or os.geteuid() or not (SHARED / "slurm" / "slurm.conf").is_file():
+        pytest.skip(
+            f"needs root, {' '.join(missing) or 'SLURM'} (apt-get install slurm-wlm) and its configuration"
+        )
+    monkeypatch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin")
+    folder = Path(tempfile.mkdtemp(prefix="slurm"))  # a short path, which the user munge can read
+    folder.chmod(0o755)
+    for name in ("state", "spool", "log", "munge"):
+        (folder / name).mkdir()
+    shutil.chown(folder / "munge", "munge")
+    host = socket.gethostname().partition(".")[0]
+    text = (SHARED / "slurm" / "slurm.conf").read_text().replace("@HOST@", host).replace("@DIR@", str(folder))
+    wait = "cred_expire=5"  # seconds until a job that was queued again may start, 120 by default
+    (folder / "slurm.conf").write_text(f"{text}AuthInfo=socket={folder}/munge/socket,{wait}\n")
+    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+    files = [f"--{kind}-file={folder}/munge/{kind}" for kind in ("pid", "log", "seed")]
+    munged = ["runuser", "-u", "munge", "--", "munged", "-F", f"--socket={folder}/munge/socket", *files]
+    daemons = [munged, ["slurmctld", "-D", "-c"], ["slurmd", "-D", "-N", host]]
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder)
+        for command in daemons:
+            process = stack.enter_context(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+            stack.callback(process.terminate)
+            if command is munged:
+                wait_for((folder / "munge" / "socket").exists, process)
+        wait_for(lambda: " idle" in out("sinfo", "--noheader"), process)
+        yield
+
+
+def out(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
+@pytest.mark.slow
+def test_job_that_slurm_signals_while_it_trains_and_while_it_imports_is_queued_again_and_resumes(
+    slurm: None, small_text: Path, tmp_path: Path
+) -> None:
+    options = [*OPTIONS, f"data.path={small_text}", "trainer.max_steps=400", "trainer.save_every_steps=50"]
+    undisturbed = start(tmp_path, *options, "seed=1", f"hydra.run.dir={tmp_path / 'alone' / 'seed=1'}")
+    end(undisturbed, 0)
+    sweep = tmp_path / "sweep"
+    process = start(tmp_path, *options, "-m", "seed=1,2", f"hydra.sweep.dir={sweep}", "hydra/launcher=slurm")
+    said = end(process, 0)
+    number = said.partition("SLURM job ")[2].partition(":")[0]
+
+    def state(task: int) -> str:
+        return out("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={number}_{task}").strip()
+
+    def signal() -> None:  # as SLURM does before the time limit
+        subprocess.run(["scancel", "--signal=USR1", "--batch", f"{number}_0"], check=True)
+
+    def wait(condition: Callable[[], object]) -> None:
+        wait_for(condition, process=sleeper)
+
+    with subprocess.Popen(["sleep", "240"]) as sleeper:
+        wait(reached(sweep / "seed=1", 100))
+        signal()
+        wait(lambda: state(0) == "PENDING")
+        wait(lambda: state(0) == "RUNNING")
+        signal()  # Python imports for some seconds
+        wait(lambda: state(0) == "PENDING")
+        wait(lambda: (state(0), state(1)) == ("COMPLETED", "COMPLETED"))
+        sleeper.kill()
+    log = (sweep / "slurm-0.log").read_text()
+    found = differences(sweep / "seed=1", tmp_path / "alone" / "seed=1")
+    assert set(found) <= {".hydra/overrides.yaml differs"}, log  # in their order
+    assert json.loads((sweep / "seed=2" / "summary.json").read_text())["status"] == "finished"
