@@ -13,7 +13,7 @@ from pathlib import Path
 from playwright.sync_api import expect, sync_playwright
 
 
-def main(checkpoint: str, prompt: str = "Once upon a time") -> None:
+def main(checkpoint: str, prompt: str = "In a cozy hut") -> None:
     command = [sys.executable, "-m", "gpt_lightning.demo", f"checkpoint={checkpoint}", "port=0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, sync_playwright() as driver:
         try:
@@ -28,6 +28,9 @@ def main(checkpoint: str, prompt: str = "Once upon a time") -> None:
                 page.keyboard.press("Tab")
             page.get_by_role("button", name="Generate").click()
             expect(page.locator("#status")).to_contain_text("Done", timeout=120_000)
+            page.get_by_text("Loss of each token").click()
+            tokens = page.locator("#tokens .token")
+            tokens.nth(60).hover()  # shows what was expected there
             page.wait_for_timeout(500)
             page.screenshot(path=Path(__file__).with_name("demo.png"), full_page=True)
             browser.close()

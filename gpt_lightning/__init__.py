@@ -1,4 +1,4 @@
-"""Train GPT-2-style language models with PyTorch Lightning and Hydra.
+"""Train GPT-style language models with PyTorch Lightning and Hydra.
 
 The commands are functions, with the overrides of the command line; `load` gives a trained model:
 

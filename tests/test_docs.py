@@ -137,7 +137,7 @@ def test_configuration_reference_has_every_key_with_its_comment() -> None:
         "## trainer",
         "### trainer=default",
         "| `trainer.max_steps` | `1000` | null: max\\_epochs decides |",
-        "| `model.n_layer` | `12` |  |",
+        "| `model.n_layer` | `12` | blocks |",
         "| `callbacks.progress` | `gpt_lightning.training.callbacks.progress.Progress` |  |",
     ):
         assert line in pages["configuration"].splitlines()

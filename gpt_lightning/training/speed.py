@@ -15,7 +15,7 @@ from gpt_lightning.model.weights import NETWORKS
 from gpt_lightning.training.optimizers import OptimizerFactory, by_role, parameter_groups
 
 BUDGET = 8e10  # FLOPs of a step that is measured
-ENOUGH = 0.4  # seconds of measuring for each network
+MEASURE_SECONDS = 0.4  # for each network
 DEEP = 3  # layers of the second network; noise in the difference counts for all layers of the run
 
 
@@ -65,7 +65,7 @@ def _least(steps: list[Iterator[tuple[float, ...]]]) -> list[tuple[float, ...]]:
         next(each)  # the first step is slower
     rows: list[list[tuple[float, ...]]] = [[] for _ in steps]
     started = time.perf_counter()
-    while len(rows[0]) < 2 or time.perf_counter() - started < ENOUGH * len(steps):
+    while len(rows[0]) < 2 or time.perf_counter() - started < MEASURE_SECONDS * len(steps):
         for found, each in zip(rows, steps, strict=True):
             found.append(next(each))
     return [tuple(min(column) for column in zip(*found, strict=True)) for found in rows]
