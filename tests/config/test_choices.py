@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from support.models import random_net, save_checkpoint
 from support.runs import BIGRAM, TINY
 
 import gpt_lightning
+from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.resolvers import CONF
+from gpt_lightning.config.resume import check_extension
 from gpt_lightning.config.start import plan_arguments, start_arguments
 from gpt_lightning.rundir.checkpoint import read_checkpoint
 
@@ -289,6 +291,16 @@ def test_help_shows_every_key_with_its_comment_and_no_internal_choice(
         assert comment in line
     call("train", "--help", "model=gpt2_small", "optimizer=adamw")
     assert "model: # model=gpt2_small" in capsys.readouterr().out
+
+
+def test_run_under_wsd_is_extended_until_its_decay_has_begun(tmp_path: Path) -> None:
+    options = ["scheduler=wsd", "scheduler.warmup_steps=10", f"resume={tmp_path}"]
+    (tmp_path / ".hydra").mkdir()
+    OmegaConf.save(composed(*options, "trainer.max_steps=100"), tmp_path / ".hydra" / "config.yaml")
+    longer = composed(*options, "trainer.max_steps=200")
+    assert check_extension(longer, 80)  # the last fifth of a hundred steps decays
+    with pytest.raises(ConfigError, match="up to step 90 depend on the number of steps"):
+        check_extension(longer, 90)
 
 
 def test_finished_run_is_extended_under_a_constant_rate(
