@@ -82,7 +82,7 @@ def test_page_streams_the_text_of_the_model(page: Page, checkpoint: Path) -> Non
     lengths = set()
     while not page.status().startswith("Done"):
         lengths.add(len(page.text()))
-    assert len(lengths) > 3
+    assert lengths - {len("abc\nd"), len("abc\nd") + 800}  # a part of the text was there before the end
     model = load(checkpoint, "cpu")
     expected = model.generate("abc\nd", max_new_tokens=800, seed=7)
     page.wait_for(lambda: page.text() == "abc\nd" + expected)

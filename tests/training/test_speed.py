@@ -29,7 +29,7 @@ SHAPE = {"vocab_size": 50, "block_size": 16, "n_head": 2, "n_embd": 32}
 def test_whole_network_of_one_layer_is_measured(
     config: GPTConfig | Qwen3Config, optimizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speed, "ENOUGH", 0.0)
+    monkeypatch.setattr(speed, "MEASURE_SECONDS", 0.0)
     before = torch.get_rng_state()
     found = measure_speed(
         config, partial(optimizer, lr=1e-3), sequences=2, block_size=16, precision="bf16-mixed"
@@ -50,7 +50,7 @@ def test_layers_add_what_the_second_and_third_add(
     one: Speed, three: Speed, five: Speed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     speeds = {1: one, 3: three}
-    monkeypatch.setattr(speed, "ENOUGH", 0.0)
+    monkeypatch.setattr(speed, "MEASURE_SECONDS", 0.0)
     monkeypatch.setattr(speed, "_steps", lambda net, *_: itertools.repeat(astuple(speeds[len(net.blocks)])))
     config = GPTConfig(**SHAPE, n_layer=5)  # type: ignore[arg-type]
     assert (
@@ -73,7 +73,7 @@ def test_networks_take_turns_and_the_first_step_of_each_does_not_count(
             turns.append(len(net.blocks))
             yield value, value, value
 
-    monkeypatch.setattr(speed, "ENOUGH", 0.0)
+    monkeypatch.setattr(speed, "MEASURE_SECONDS", 0.0)
     monkeypatch.setattr(speed, "_steps", steps)
     config = GPTConfig(**SHAPE, n_layer=3)  # type: ignore[arg-type]
     found = measure_speed(config, partial(adamw, lr=1e-3), sequences=2, block_size=16, precision="32-true")
@@ -87,7 +87,7 @@ def test_the_micro_batch_of_the_run_is_measured_or_what_the_budget_allows(
 ) -> None:
     config, shapes = GPTConfig(**SHAPE, n_layer=1), set()  # type: ignore[arg-type]
     parameters = sum(p.numel() for p in GPT(config).parameters())
-    monkeypatch.setattr(speed, "ENOUGH", 0.0)
+    monkeypatch.setattr(speed, "MEASURE_SECONDS", 0.0)
     monkeypatch.setattr(speed, "BUDGET", 6 * parameters * 4 * 16 + 1)
     forward = GPT.forward
 
