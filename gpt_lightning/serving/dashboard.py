@@ -13,6 +13,8 @@ from typing import NoReturn
 
 from tensorboard import program
 
+from gpt_lightning.rundir.directory import leads_out
+
 REFRESH_SECONDS = 2
 
 
@@ -33,7 +35,7 @@ def serve(runs: Callable[[], Mapping[str, Path]], port: int) -> NoReturn:
     with tempfile.TemporaryDirectory(prefix="tensorboard-") as folder:
         board = program.TensorBoard()
         board.configure(logdir=folder, host="127.0.0.1", port=port, reload_interval=REFRESH_SECONDS)
-        _link(runs(), Path(folder))
+        link(runs(), Path(folder))
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # how it loads files
                 address = board.launch()
@@ -42,12 +44,15 @@ def serve(runs: Callable[[], Mapping[str, Path]], port: int) -> NoReturn:
         print(f"TensorBoard: {address}#custom_scalars (Ctrl-C ends it)", flush=True)  # losses first
         while True:
             time.sleep(REFRESH_SECONDS)
-            _link(runs(), Path(folder))
+            link(runs(), Path(folder))
 
 
-def _link(runs: Mapping[str, Path], folder: Path) -> None:
+def link(runs: Mapping[str, Path], folder: Path) -> None:
+    """Add a link for each run that has none; arguments as in `serve`."""
     for name, events in runs.items():
-        link = folder / name
-        if not link.is_symlink():
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(events, target_is_directory=True)
+        path = folder / name
+        if leads_out(path.parent, folder):  # a run inside another one, whose link this would follow
+            path = folder / name.replace("/", "_")
+        if not path.is_symlink():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(events, target_is_directory=True)

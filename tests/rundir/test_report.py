@@ -29,6 +29,7 @@ from gpt_lightning.data.files import write_json
 from gpt_lightning.rundir.report import as_csv, differing, notes, over_seeds, read_results, table
 from gpt_lightning.rundir.report_figures import losses_by_key, parallel_coordinates
 from gpt_lightning.rundir.report_page import as_html
+from gpt_lightning.serving.dashboard import link
 
 
 def make(folder: Path, overrides: list[str], losses: list[float], **facts: Any) -> None:
@@ -110,6 +111,17 @@ def test_tensorboard_names_runs_by_what_they_override(runs: Path) -> None:
         assert "in use" in only
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
+
+
+def test_run_inside_another_one_is_linked_without_a_trace_in_it(tmp_path: Path) -> None:
+    (folder := tmp_path / "links").mkdir()
+    runs = {name: tmp_path / f"{name}/tensorboard" for name in ("a", "a/b")}
+    for events in runs.values():
+        events.mkdir(parents=True)
+    for _ in range(2):
+        link(runs, folder)
+    assert {path.name: path.readlink() for path in folder.iterdir()} == {"a": runs["a"], "a_b": runs["a/b"]}
+    assert list(runs["a"].iterdir()) == []
 
 
 def test_tokens_and_training_time_of_validations_come_from_the_metrics(tmp_path: Path) -> None:
