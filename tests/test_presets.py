@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from stress.configurations import Material, draw_configuration
 from support.runs import ROOT, SHARED
 
 from gpt_lightning.config.build import build_net
@@ -412,3 +414,13 @@ def test_each_line_is_a_document(
     # 9, 19, 29 and 39 are for validation; an end-of-text id stands at each end and between two documents
     assert "train: 280 tokens, 36 documents, 243 bytes" in out
     assert "val: 32 tokens, 4 documents, 27 bytes" in out
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_random_run_of_the_stress_program_can_be_built(number: int, tmp_path: Path) -> None:
+    material = Material.make(tmp_path)
+    given = draw_configuration(random.Random(number), material).arguments
+    folder = ("--config-dir", str(material.choices))
+    cfg = composed(f"hydra.searchpath=[file://{folder[1]}]", *(text for text in given if text not in folder))
+    validate(cfg)
+    assert build_net(cfg, 256).config.block_size == cfg.model.block_size

@@ -1,7 +1,7 @@
 """`python -m tests.stress`: rounds of random interruptions for some minutes, then what was tried and held.
 
 Each round is printed in a line. What a round draws depends on the seed and the number of the round alone (but
-for the speed of the machine), so `--seed 7 --round 12` repeats one.
+for the speed of the machine), so `--seed 7 --round 12`, with the same `--sweeps`, repeats one.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from tests.stress.rounds import Failure, Round
 from tests.stress.sweeps import SweepRound
 from tests.support.zygote import Zygote
 
-SWEEPS = 0.15  # share of the rounds that interrupt a sweep
-
 
 class Stress:
     """Plays rounds in several lanes at a time and counts."""
 
-    def __init__(self, folder: Path, material: Material, seed: int, end: float, only: int | None):
+    def __init__(
+        self, folder: Path, material: Material, seed: int, end: float, only: int | None, sweeps: float
+    ):
         self.folder, self.material, self.seed, self.end = folder, material, seed, end
+        self.sweeps = sweeps
         self.numbers = iter([only]) if only is not None else itertools.count(1)
         self.counts: Counter[str] = Counter()
         self.failed: list[int] = []
@@ -43,7 +44,7 @@ class Stress:
         with Zygote(out) as zygote:
             while time.monotonic() < self.end and (round_number := self.next()) is not None:
                 folder = self.folder / f"round{round_number}"
-                is_sweep = random.Random(f"{self.seed} {round_number} sweep").random() < SWEEPS
+                is_sweep = random.Random(f"{self.seed} {round_number} sweep").random() < self.sweeps
                 kind = SweepRound if is_sweep else Round
                 self.tell(kind(round_number, self.seed, zygote, self.material, folder))
 
@@ -84,6 +85,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--round", type=int, help="play this round alone")
     parser.add_argument("--lanes", type=int, default=1, help="rounds at a time")
+    parser.add_argument("--sweeps", type=float, default=0.15, help="share of rounds that interrupt a sweep")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="stress-"))
     what = f"seed {options.seed}, {options.minutes:g} minutes, {options.lanes} rounds at a time"
@@ -92,7 +94,8 @@ def main() -> int:
     with Zygote(folder) as zygote:
         code, out = zygote.run("train", *material.base, f"hydra.run.dir={folder / 'base'}")
     assert code == 0, out
-    stress = Stress(folder, material, options.seed, time.monotonic() + 60 * options.minutes, options.round)
+    end = time.monotonic() + 60 * options.minutes
+    stress = Stress(folder, material, options.seed, end, options.round, options.sweeps)
     lanes = [threading.Thread(target=stress.lane, args=(number,)) for number in range(options.lanes)]
     for lane in lanes:
         lane.start()

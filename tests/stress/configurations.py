@@ -77,7 +77,7 @@ def _model(draw: random.Random, material: Material, features: list[str]) -> list
     dropout = f"model.dropout={draw.choice([0.0, 0.1])}"
     if draw.random() < 0.2:
         features.append("adapters")
-        layers = draw.choice(["[c_attn]", "[c_attn,c_proj,c_fc]"])
+        layers = draw.choice(["[q_proj]", "[q_proj,o_proj,c_fc]"])
         found = [f"init_from={material.weights}", f"lora.r={draw.choice([1, 4])}", dropout]
         return [*found, f"lora.target_modules={layers}", f"lora.lora_dropout={draw.choice([0.0, 0.1])}"]
     tokenizer = draw.choice(["byte", "char", "bpe"])
@@ -85,7 +85,10 @@ def _model(draw: random.Random, material: Material, features: list[str]) -> list
     found = [f"tokenizer={tokenizer}", *(["tokenizer.vocab_size=300"] if tokenizer == "bpe" else [])]
     found += [f"model.n_layer={draw.choice([1, 2])}", f"model.n_embd={draw.choice([16, 32])}", dropout]
     found += ["model.n_head=2", f"model.block_size={draw.choice([16, 32])}"]
-    return [*found, f"model.bias={_yes(draw)}", f"model.tie_weights={_yes(draw)}"]
+    model = draw.choice(["gpt", "qwen3", "starcoder2"])
+    features.append(model)
+    found += [f"model={model}", f"model.tie_weights={_yes(draw)}"]
+    return found + ([f"model.bias={_yes(draw)}"] if model == "gpt" else [])
 
 
 def _training(draw: random.Random, material: Material, features: list[str]) -> list[str]:
