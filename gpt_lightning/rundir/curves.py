@@ -83,7 +83,7 @@ def _draw_losses(axes: Any, train: Points, val: Points, floor: float | None) -> 
         best = min(val, key=lambda point: point[1])
         axes.plot(*_xy(val), color="tab:orange", marker="o", markersize=3.5, label="validation loss")
         axes.plot(
-            *best, "*", color="tab:red", markersize=12, label=f"best: {best[1]:.4f}, step {best[0]:,.0f}"
+            *best, "*", color="tab:red", markersize=12, label=f"lowest: {best[1]:.4f}, step {best[0]:,.0f}"
         )
         where = {"xytext": (1.005, val[-1][1]), "textcoords": ("axes fraction", "data"), "va": "center"}
         axes.annotate(f"{val[-1][1]:.4f}", val[-1], **where, color="tab:orange", fontsize="small")

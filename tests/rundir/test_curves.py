@@ -29,7 +29,7 @@ def test_losses_after_the_first_tenth_fill_the_panel_and_the_rest_is_named() -> 
     assert texts == ["corpus entropy 0.9000", "1.3000", "cut off: up to 8.00 at step 1"]
     drawn = {line.get_label(): line.get_xydata().tolist() for line in losses.lines}
     assert drawn["training loss"] == [[1, 8], [5, 3], [10, 1.5], [50, 1.2], [100, 1]]
-    assert drawn["best: 1.1000, step 50"] == [[50, 1.1]]
+    assert drawn["lowest: 1.1000, step 50"] == [[50, 1.1]]
     assert [0.9, 0.9] in [list(line.get_ydata()) for line in losses.lines]
     assert rates.lines[0].get_ydata().tolist() == [0, 0.01, 0.009, 0.004, 0.002, 0]
     assert figure.get_suptitle() == "gpt, lr=0.01"
