@@ -39,21 +39,16 @@ class Report(NamedTuple):
 
 
 def show(report: Report | None) -> None:
-    """The ranked table, the means over seeds, the law, and what must be known to compare."""
-    from gpt_lightning.rundir.report import as_text, notes, over_seeds, table
+    """The tables of the runs and, if one was fitted, of the law."""
+    from gpt_lightning.rundir.report import as_text, overview
     from gpt_lightning.rundir.scaling import law_notes, law_table
 
     if report is None:  # it was shown while it was watched
         return
-    results = report.results
-    print(as_text(*table(results)))
-    columns, rows = over_seeds(results)
-    if rows and any("seed" in result.overrides for result in results):
-        print(f"\n{as_text(columns, rows)}")
+    print(overview(report.results))
     if report.law is not None:
-        print(f"\n{as_text(*law_table(report.law, report.budget))}")
-    for note in [*notes(results), *(law_notes(report.law) if report.law else [])]:
-        print(f"note: {note}")
+        print(f"\n{as_text(*law_table(report.law, report.budget))}\n")
+        print("\n".join(f"note: {note}" for note in law_notes(report.law)))
 
 
 @command("report", show=show)

@@ -224,6 +224,17 @@ def as_text(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def overview(results: Sequence[Result]) -> str:
+    """For a terminal: the ranked table, the means over seeds, and what must be known to compare."""
+    parts = [as_text(*table(results))]
+    columns, rows = over_seeds(results)
+    if rows and any("seed" in result.overrides for result in results):
+        parts.append(as_text(columns, rows))
+    if said := notes(results):
+        parts.append("\n".join(f"note: {note}" for note in said))
+    return "\n\n".join(parts)
+
+
 def as_csv(results: Sequence[Result]) -> str:
     """The table of runs, with numbers as they are and not rounded."""
     columns, rows = table(results)

@@ -101,16 +101,6 @@ class Ledger:
         with atomic_write(self.folder / LEDGER, text=True) as file:
             file.writelines(json.dumps(job) + "\n" for job in [*self._others, *map(asdict, self.jobs)])
 
-    def table(self) -> str:
-        """The jobs, best first."""
-        width = max(len(job.name) for job in self.jobs)
-        ranked = sorted(self.jobs, key=lambda job: (job.result is None, job.result or 0.0))
-        rows = [
-            f"{job.name:<{width}}  {job.status:<11}  {'-' if job.result is None else f'{job.result:.4f}'}"
-            for job in ranked
-        ]
-        return "\n".join([f"{'job':<{width}}  {'status':<11}  best validation loss", *rows])
-
 
 def name_of(swept: Sequence[str]) -> str:
     """A name for a directory from the overrides that differ between jobs; their order does not matter.

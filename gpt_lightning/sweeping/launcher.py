@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from gpt_lightning.config.command_line import key_of, verbatim
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.rundir.directory import HYDRA, locked
+from gpt_lightning.rundir.report import overview, read_results
 from gpt_lightning.rundir.summary import LEDGER
 from gpt_lightning.sweeping.jobs import Job, Ledger, jobs_of
 from gpt_lightning.sweeping.process import PRELOADED, SIGNALS, Pool
@@ -93,7 +94,7 @@ class ProcessLauncher(Launcher):
 
     @contextmanager
     def sweep(self) -> Iterator[Path]:
-        """The directory of the sweep, locked; shows its table at the end, and ends the command if told to.
+        """The directory of the sweep, locked; shows its report at the end, and ends the command if told to.
 
         Raises:
             SystemExit: If a signal came.
@@ -103,7 +104,9 @@ class ProcessLauncher(Launcher):
         folder = Path(str(self.config.hydra.sweep.dir)).resolve()
         with locked(folder), self._signals():
             yield folder
-        print(f"\n{self.ledger.table()}\nsweep: {folder}", flush=True)
+        if self.command == "train":
+            print(f"\n{overview(read_results([folder]))}")
+        print(f"sweep: {folder}", flush=True)
         if self.stopped:
             log.info("the sweep was interrupted; the same command goes on with it")
             raise SystemExit(128 + self.stopped)

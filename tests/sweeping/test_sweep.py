@@ -19,7 +19,7 @@ from support.sweeps import OPTIONS, end, is_running, ledger, reached, start, wai
 from gpt_lightning.config.resolvers import CONF
 from gpt_lightning.rundir.checkpoint import read_checkpoint
 from gpt_lightning.rundir.metrics import read_metrics
-from gpt_lightning.rundir.report import read_results
+from gpt_lightning.rundir.report import overview, read_results
 from gpt_lightning.sweeping.jobs import jobs_of, name_of
 from gpt_lightning.sweeping.launcher import shares
 from gpt_lightning.sweeping.process import job_environment
@@ -93,7 +93,9 @@ def test_sweep_that_is_ended_leaves_no_process_and_goes_on_by_its_directory(
         assert json.loads((sweep / "seed=1" / "summary.json").read_text())["status"] == "interrupted"
         assert not (sweep / "seed=2").exists()
         process = start(tmp_path, f"resume={sweep}", f"sweep.jobs={jobs}")
-    assert "[seed=1] resuming from" in end(process, 0)
+    out = end(process, 0)
+    assert "[seed=1] resuming from" in out
+    assert out.endswith(f"\n{overview(read_results([sweep]))}\nsweep: {sweep}\n")
     assert {job["status"] for job in ledger(sweep).values()} == {"finished"}
 
 
