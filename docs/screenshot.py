@@ -29,7 +29,7 @@ def main(checkpoint: str, prompt: str = "In a cozy hut") -> None:
             page.get_by_role("button", name="Generate").click()
             expect(page.locator("#status")).to_contain_text("Done", timeout=120_000)
             page.get_by_text("Loss of each token").click()
-            tokens = page.locator("#tokens .token")
+            tokens = page.frame_locator("#tokens iframe").first.locator(".token")
             tokens.nth(60).hover()  # shows what was expected there
             page.wait_for_timeout(500)
             page.screenshot(path=Path(__file__).with_name("demo.png"), full_page=True)

@@ -81,9 +81,19 @@ def tokens_html(seen: Inspection, *, prompt: int = 0) -> str:
 
 
 def token_page(
-    seen: Inspection, title: str, *, total: int, weights: Tensor | None = None, layer: int = 0, head: int = 0
+    seen: Inspection,
+    title: str,
+    *,
+    total: int,
+    prompt: int = 0,
+    weights: Tensor | None = None,
+    layer: int = 0,
+    head: int = 0,
 ) -> str:
-    """The whole page of the first tokens of `total`, with the attention of a head if there are weights."""
+    """The whole page of the first tokens of `total`, with the attention of a head if there are weights.
+
+    The first `prompt` tokens are set off.
+    """
     losses = [nats for nats in seen.nats if nats is not None]
     facts = f"The first {len(seen.tokens):,} of {total:,} tokens, read at once. "
     facts += f"Their mean loss is {sum(losses) / len(losses):.4f} nats."
@@ -93,7 +103,7 @@ def token_page(
         guess=math.log(seen.n_vocab),
         style=STYLE,
         attention=ATTENTION.format(layer=layer, head=head) if weights is not None else "",
-        tokens=tokens_html(seen),
+        tokens=tokens_html(seen, prompt=prompt),
     )
     if weights is None:
         return page

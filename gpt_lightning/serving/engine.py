@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from gpt_lightning.inference.inspection import Inspection, inspect
+import torch
+
+from gpt_lightning.inference.inspection import Inspection, attention, inspect
 from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.inference.text import BATCH, Piece, TextGenerator
 
@@ -69,10 +71,16 @@ class Engine:
         finally:
             task.cancel()
 
-    async def inspect(self, ids: list[int]) -> Inspection:
-        """As `inspection.inspect`, in its turn."""
+    async def inspect(
+        self, ids: list[int], *, layer: int, head: int
+    ) -> tuple[Inspection, torch.Tensor | None]:
+        """What `inspection.inspect` and `inspection.attention` find in a text, in its turn."""
+
+        def look() -> tuple[Inspection, torch.Tensor | None]:
+            return inspect(self.model, ids), attention(self.model, ids, layer=layer, head=head)
+
         async with self._turn:
-            return await asyncio.get_running_loop().run_in_executor(self._worker, inspect, self.model, ids)
+            return await asyncio.get_running_loop().run_in_executor(self._worker, look)
 
     async def _compute(
         self, steps: Iterator[list[Piece]], made: asyncio.Queue[list[Piece] | Exception | None]

@@ -15,7 +15,7 @@ import gradio as gr
 from fastapi import FastAPI
 
 from gpt_lightning.inference.sampling import SamplingSettings
-from gpt_lightning.inference.token_page import STYLE, tokens_html
+from gpt_lightning.inference.token_page import token_page
 from gpt_lightning.interop.folder import ModelCard
 from gpt_lightning.serving.engine import STOP_LENGTH, STOPS, Busy, Engine
 
@@ -43,7 +43,9 @@ CSS = """
 #card :is(table, tr, td) {border: 0; padding: 0 0.8em 0.1em 0} #card table {width: auto}
 #card div {display: flex; flex-wrap: wrap; gap: 2em}
 #card img {flex: 1 1 18em; max-width: min(100%, 36em); object-fit: contain}
-.dark #card img {filter: invert(1) hue-rotate(180deg)} .dark .tip {color-scheme: dark}
+.dark #card img {filter: invert(1) hue-rotate(180deg)}
+#tokens iframe {width: 100%; height: 32em; border: 0; resize: vertical; color-scheme: light}
+.dark #tokens iframe {color-scheme: dark}
 """
 
 
@@ -83,6 +85,14 @@ def sample_html(prompt: str, text: str) -> str:
     return f'<div class="text"><span class="given">{given}</span>{new}</div>'
 
 
+def sample_box(number: int) -> gr.Markdown:
+    """Where a sample is shown; the first one is there from the beginning."""
+    return gr.Markdown(
+        sample_html("", ""), container=True, padding=True, latex_delimiters=[], visible=number == 1,
+        elem_id=f"sample-{number}",
+    )  # fmt: skip
+
+
 def settings_of(engine: Engine) -> dict[str, gr.components.Component]:
     """The input of each field of SamplingSettings."""
     default, most = SamplingSettings(), engine.max_new_tokens
@@ -101,6 +111,19 @@ def settings_of(engine: Engine) -> dict[str, gr.components.Component]:
     }
 
 
+def token_view(info: ModelCard) -> tuple[list[gr.Number], gr.HTML]:
+    """Where the tokens of the samples are shown, below the layer and the head whose attention is."""
+    known: dict[str, Any] = {**info}
+    fields = {"Layer": known.get("n_layer", 1), "Attention head": known.get("n_head", 1)}
+    with gr.Accordion("Loss of each token, and attention", open=False):
+        with gr.Row():
+            place = [
+                gr.Number(0, precision=0, minimum=0, maximum=count - 1, label=label)
+                for label, count in fields.items()
+            ]
+        return place, gr.HTML("Appears when a text is complete.", elem_id="tokens")
+
+
 def build_page(engine: Engine, curves: Path | None) -> gr.Blocks:
     """The page of a model; `curves` is a picture of its run."""
     info = engine.model.info
@@ -116,15 +139,8 @@ def build_page(engine: Engine, curves: Path | None) -> gr.Blocks:
                     stop = gr.Button("Stop", variant="stop", interactive=False)
                 status = gr.Markdown("Nothing generated yet.", elem_id="status")
                 with gr.Row():
-                    boxes = [
-                        gr.Markdown(
-                            sample_html("", ""), container=True, padding=True, latex_delimiters=[],
-                            visible=n == 1, elem_id=f"sample-{n}",
-                        )
-                        for n in range(1, SAMPLES + 1)
-                    ]  # fmt: skip
-                with gr.Accordion("Loss of each token", open=False):
-                    tokens = gr.HTML("Appears when a text is complete.", elem_id="tokens")
+                    boxes = [sample_box(number) for number in range(1, SAMPLES + 1)]
+                place, tokens = token_view(info)
                 gr.HTML(card_html(info, curves), elem_id="card")
             with gr.Column(scale=1, min_width=280):
                 settings = settings_of(engine)
@@ -136,37 +152,44 @@ def build_page(engine: Engine, curves: Path | None) -> gr.Blocks:
                 async for line, texts in updates:
                     rest = [""] * (SAMPLES - len(texts))
                     shown = [sample_html(given, text) for text in texts] + rest
-                    yield [line, *shown, gr.skip()]
-                yield [line, *shown, await losses(engine, given, texts)]
+                    yield [line, *shown, (given, texts)]
+
+        async def look(made: tuple[str, list[str]], layer: int, head: int) -> str:
+            return await token_pages(engine, *made, layer=layer, head=head)
 
         def show(number: int) -> list[Any]:
             """As many samples as will be generated, and the button that stops them."""
             return [gr.update(visible=n < number) for n in range(SAMPLES)] + [gr.update(interactive=True)]
 
-        inputs, outputs = [prompt, *settings.values()], [status, *boxes, tokens]
+        made = gr.State(("", []))  # the prompt and the samples that are shown
+        inputs, outputs = [prompt, *settings.values()], [status, *boxes, made]
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         begun = start.click(show, settings["num_samples"], [*boxes, stop], **quiet)
         run = begun.then(answer, inputs, outputs, **quiet)
         for over in (run.success, run.failure):
             over(lambda: gr.update(interactive=False), None, stop, **quiet)
+        for event in (run.success, *(field.change for field in place)):
+            event(look, [made, *place], tokens, **quiet)
         stop.click(lambda: gr.update(interactive=False), None, stop, cancels=[run], **quiet)
     return page.queue(max_size=engine.queue + 1, default_concurrency_limit=None)  # the engine queues
 
 
-async def losses(engine: Engine, prompt: str, texts: Sequence[str]) -> str:
-    """HTML of the samples, coloured by the loss of each token, as far as the model reads a text at once."""
-    parts = []
+async def token_pages(engine: Engine, prompt: str, texts: Sequence[str], **place: int) -> str:
+    """The page of the tokens of each sample, as far as the model reads a text at once; each in a frame.
+
+    `place` is the layer and the head whose attention it shows.
+    """
+    frames = []
     for number, text in enumerate(texts, start=1):
         ids = engine.model.encode(prompt)
         length = len(ids)
         with contextlib.suppress(ValueError):  # a character that the vocabulary lacks, or a single token
             ids += engine.model.encode(text[len(prompt) :])
-            seen = await engine.inspect(ids)
-            heading = f"Sample {number}" + (
-                f", its first {len(seen.tokens)} tokens" if len(ids) > len(seen.tokens) else ""
-            )
-            parts.append(f"<h4>{heading}</h4>{tokens_html(seen, prompt=length)}")
-    return "".join(parts)
+            seen, weights = await engine.inspect(ids, **place)
+            facts: dict[str, Any] = {"total": len(ids), "prompt": length, "weights": weights, **place}
+            page = token_page(seen, f"Sample {number}", **facts)
+            frames.append(f'<iframe title="Tokens of sample {number}" srcdoc="{html.escape(page)}"></iframe>')
+    return "".join(frames)
 
 
 async def respond(
@@ -213,6 +236,6 @@ async def respond(
 def mount(app: FastAPI, page: gr.Blocks) -> None:
     """Mount the page at the root of a server; it serves no files and uses no other servers."""
     gr.mount_gradio_app(
-        app, page, path="/", css=CSS + STYLE, footer_links=[], allowed_paths=[], run_history=False,
+        app, page, path="/", css=CSS, footer_links=[], allowed_paths=[], run_history=False,
         ssr_mode=False, mcp_server=False, pwa=False,
     )  # fmt: skip

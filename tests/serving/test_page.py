@@ -14,6 +14,7 @@ import pytest
 from serving.conftest import KEY
 
 from gpt_lightning import load
+from gpt_lightning.inference.inspection import attention
 
 pytestmark = pytest.mark.slow
 HEADERS = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
@@ -199,17 +200,27 @@ def test_tokens_of_a_text_have_their_losses(page: Page, checkpoint: Path) -> Non
     page.set(Prompt="${1+1} {{x}} <b>", New_tokens=8, Seed=3)
     page.click("Generate")
     page.page.get_by_text("Loss of each token").click()
-    tokens = page.page.locator("#tokens .token")
+    frame = page.page.frame_locator("#tokens iframe")
+    tokens = frame.locator(".token")
     page.wait_for(lambda: tokens.count() == 16 + 8)
-    text = "${1+1} {{x}} <b>" + load(checkpoint, "cpu").generate("${1+1} {{x}} <b>", max_new_tokens=8, seed=3)
+    model = load(checkpoint, "cpu")
+    text = "${1+1} {{x}} <b>" + model.generate("${1+1} {{x}} <b>", max_new_tokens=8, seed=3)
     assert page.text() == text
     assert "".join(tokens.evaluate_all("all => all.map(one => one.firstChild.textContent)")) == text
-    assert page.page.locator("#tokens .token.prompt").count() == 16
+    assert frame.locator(".token.prompt").count() == 16
     tokens.nth(20).hover()
-    first, _, *expected = page.page.locator(".tip:visible").inner_text().splitlines()
+    first, _, *expected = frame.locator(".tip:visible").inner_text().splitlines()
     assert first == f'"{text[20]}"  12.5%, loss 2.079 nats'  # one of eight letters: ln 8
     assert len(expected) == 5
     assert all(line.split()[0] == "12.5%" for line in expected)
+    page.set(Attention_head=1)
+    frame.get_by_label("attention of layer 0, head 1").check()
+    tokens.nth(20).hover()
+    weights = attention(model, list(text.encode()), layer=0, head=1)
+    assert weights is not None
+    shown = tokens.evaluate_all("all => all.map(one => +one.style.getPropertyValue('--weight'))")
+    assert shown == pytest.approx((weights[20] / weights[20].max()).tolist(), abs=1 / 255)
+    assert page.wrong == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
