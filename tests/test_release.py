@@ -72,6 +72,9 @@ def test_version_is_said_once_and_cited() -> None:
     assert "version" not in PROJECT
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert (citation["version"], citation["license"]) == (gpt_lightning.__version__, PROJECT["license"])
+    changes = re.search(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert changes is not None
+    assert changes[1] in ("Unreleased", gpt_lightning.__version__)
 
 
 def test_extra_all_has_every_extra_for_users() -> None:
