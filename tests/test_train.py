@@ -22,6 +22,7 @@ import torch
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from support.comparison import charts
 from support.runs import TINY
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -118,19 +119,6 @@ def test_tensorboard_has_scalars_text_and_hyperparameters(run: Path) -> None:
     sample = events.Tensors("sample")[-1].tensor_proto.string_val[0].decode()
     text = (run / "samples.md").read_text().split("```text\n")[-1].removesuffix("\n```\n\n")
     assert sample == "prompt: none, a new document\n\n---\n\n" + text.replace("\n", "  \n")
-    charts = [chart for part in layout(events) for chart in part.chart]
-    shown = {chart.title: list(chart.multiline.tag) for chart in charts}
-    assert shown["training and validation loss, nats per token"] == ["train/loss$", "val/loss$"]
-    for patterns in list(shown.values())[:5]:  # of the others, this run has none; nor of the entropy
-        assert any(re.match(pattern, tag) for pattern in patterns for tag in tags["scalars"])
-
-
-def layout(events: Any) -> Any:
-    """The categories of TensorBoard's page Custom Scalars."""
-    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
-
-    (event,) = events.Tensors("custom_scalars__config__")
-    return Layout.FromString(event.tensor_proto.string_val[0]).category
 
 
 def hyperparameters(folder: Path) -> list[dict[str, float | str]]:
@@ -177,7 +165,7 @@ def test_hyperparameters_of_an_interrupted_run_are_its_overrides_and_shown_once(
     tags = {"val_loss": "val/loss", "best_val_loss": "val/best_loss", "bits_per_byte": "val/bits_per_byte"}
     for key, tag in tags.items():
         assert events.Scalars(tag)[-1].value == pytest.approx(summary[key])
-    assert len(layout(events)) == 3  # once, though the run was resumed
+    assert len(charts(events)) == 7  # once, though the run was resumed
 
 
 def test_hyperparameters_of_a_run_without_overrides_are_none(tmp_path: Path) -> None:

@@ -169,3 +169,12 @@ def _hydra(run: Path, reference: Path) -> Iterator[str]:
         a, b = (re.sub(r"hydra.run.dir=.*", "", text) for text in (a, b))
         if a != b:
             yield f".hydra/{name} differs"
+
+
+def charts(events: Any) -> dict[str, list[str]]:
+    """The charts of TensorBoard's page Custom Scalars, and the patterns of the tags in each."""
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+    (event,) = events.Tensors("custom_scalars__config__")
+    categories = Layout.FromString(event.tensor_proto.string_val[0]).category
+    return {chart.title: list(chart.multiline.tag) for part in categories for chart in part.chart}
