@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +105,25 @@ def test_no_function_is_longer_than_fifty_lines() -> None:
                 body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
                 length = (body[-1].end_lineno or 0) - body[0].lineno + 1
                 assert length <= 50, f"{path.relative_to(PACKAGE)}: {node.name} has {length} lines"
+
+
+def test_private_names_of_dependencies_are_those_that_contributing_lists() -> None:
+    page = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = page.partition("| name | of | because |")[2].partition("\n\n")[0].splitlines()[2:]
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in FILES]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    ours = {
+        node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    }
+    ours |= {
+        node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    }
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute)} | {
+        part
+        for node in nodes
+        if isinstance(node, ast.ImportFrom)
+        for part in [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+    }
+    private = {name for name in used - ours if name.startswith("_") and not name.endswith("_")}
+    assert sorted(private - {"_exit"}) == sorted(listed)  # os._exit is documented

@@ -75,12 +75,18 @@ def log_hyperparameters(trainer: pl.Trainer, results: RunSummary, overrides: Seq
     columns = {key: _number_or_text(value) for key, _, value in pairs}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and metrics:
-            # without a point in each chart, there is no public way: add_hparams makes another run
-            writer = logger.experiment._get_file_writer()
             for summary in hparams(columns, metrics):
-                writer.add_summary(summary, trainer.global_step)
+                add_summary(logger, summary, trainer.global_step)
             with true_reason():
                 logger.experiment.flush()
+
+
+def add_summary(logger: TensorBoardLogger, summary: Any, step: int) -> None:
+    """Write a summary into TensorBoard's file.
+
+    There is no public way: add_hparams of the writer makes another run, its add_text adds to the tag.
+    """
+    logger.experiment._get_file_writer().add_summary(summary, step)
 
 
 def _number_or_text(value: str) -> float | str:

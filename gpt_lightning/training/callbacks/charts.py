@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from gpt_lightning.training.loggers import true_reason
+from gpt_lightning.training.loggers import add_summary, true_reason
 from gpt_lightning.training.module import LanguageModel
 
 FLOOR, BEST = "val/floor_bits_per_byte", "val/best_loss"
@@ -67,6 +67,5 @@ def show_sample(trainer: pl.Trainer, prompt: str, text: str) -> None:
     asked = f"`{prompt}`" if prompt else "none, a new document"
     lines = text.replace("\n", "  \n")  # Markdown's line break
     for logger in tensorboards(trainer):
-        # the writer's add_text appends /text_summary to the tag; there is no public way to its file
-        writer = logger.experiment._get_file_writer()
-        writer.add_summary(text_pb("sample", [f"prompt: {asked}\n\n---\n\n{lines}"]), trainer.global_step)
+        text_of_tag = text_pb("sample", [f"prompt: {asked}\n\n---\n\n{lines}"])
+        add_summary(logger, text_of_tag, trainer.global_step)
