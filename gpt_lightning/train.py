@@ -21,7 +21,7 @@ from gpt_lightning.config.command_line import OWN_KEYS, key_of
 from gpt_lightning.config.errors import lacks_memory
 from gpt_lightning.config.parts import build_loggers, build_parts, build_trainer, starting_point
 from gpt_lightning.config.ranks import is_first_rank, tell_other_ranks
-from gpt_lightning.config.recorded import recorded_choices
+from gpt_lightning.config.recorded import recorded_choices, without_fixed
 from gpt_lightning.config.resume import (
     check_corpus,
     check_extension,
@@ -155,6 +155,7 @@ def train(cfg: DictConfig, folder: Path, deadline: float) -> None:
             folder=folder,
             val_every_steps=cfg.trainer.val_every_steps,
             facts=facts,
+            hyperparameters=without_fixed(facts["overrides"], folder),
             checkpoint=checkpoint,
             deadline=deadline,
         )

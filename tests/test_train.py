@@ -22,7 +22,7 @@ import torch
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from support.comparison import charts
+from support.comparison import charts, hyperparameters
 from support.runs import TINY
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -119,21 +119,6 @@ def test_tensorboard_has_scalars_text_and_hyperparameters(run: Path) -> None:
     sample = events.Tensors("sample")[-1].tensor_proto.string_val[0].decode()
     text = (run / "samples.md").read_text().split("```text\n")[-1].removesuffix("\n```\n\n")
     assert sample == "prompt: none, a new document\n\n---\n\n" + text.replace("\n", "  \n")
-
-
-def hyperparameters(folder: Path) -> list[dict[str, float | str]]:
-    """Every start of a session on the HParams page, in all event files."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-
-    found = []
-    for path in sorted(folder.glob("events.*")):
-        values = (value for event in EventFileLoader(str(path)).Load() for value in event.summary.value)
-        for value in (value for value in values if value.tag == "_hparams_/session_start_info"):
-            data = HParamsPluginData.FromString(value.metadata.plugin_data.content)
-            columns = data.session_start_info.hparams
-            found.append({key: getattr(v, v.WhichOneof("kind")) for key, v in columns.items()})
-    return found
 
 
 def test_hyperparameters_of_an_interrupted_run_are_its_overrides_and_shown_once(

@@ -44,6 +44,15 @@ def recorded_overrides(folder: Path) -> list[str]:
     return [t for t in texts if key_of(t) not in OWN_KEYS and not re.match(r"hydra\b", key_of(t))]
 
 
+def without_fixed(overrides: list[str], folder: Path) -> list[str]:
+    """The overrides that vary in the sweep that a run belongs to; all of them without a sweep."""
+    multirun = folder.parent / "multirun.yaml"
+    if not multirun.is_file():
+        return overrides
+    fixed: Any = OmegaConf.to_container(read_yaml(multirun).hydra.overrides.task, resolve=False)
+    return [text for text in overrides if text not in fixed]
+
+
 def recorded_choices(folder: Path) -> list[str]:
     """What the run took by default from the groups that decide its classes; releases may differ in it."""
     choices, given = group_choices(folder), {key_of(text) for text in recorded_overrides(folder)}

@@ -7,6 +7,7 @@ import math
 import signal
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -43,6 +44,7 @@ def fit(
     *,
     folder: Path,
     facts: RunSummary,
+    hyperparameters: Sequence[str] = (),
     val_every_steps: int | None = None,
     checkpoint: Path | None = None,
     deadline: float | None = None,
@@ -53,6 +55,7 @@ def fit(
         module, data, trainer: The parts of the run.
         folder: The run directory.
         facts: What identifies the run, copied to the summary: name, seed, device, versions, digests.
+        hyperparameters: Overrides that become columns of TensorBoard's HParams page.
         val_every_steps: Optimizer steps between validations; None follows the length of the run.
         checkpoint: A last.ckpt to resume from.
         deadline: When everything must be written, in the seconds of time.monotonic(); None for never.
@@ -97,7 +100,7 @@ def fit(
             if trainer.is_global_zero:
                 _draw(folder, data, f"{facts.get('name', 'run')}, {folder.name}")
                 if status == "finished":
-                    log_hyperparameters(trainer, _results(module, data, trainer), facts.get("overrides", []))
+                    log_hyperparameters(trainer, _results(module, data, trainer), hyperparameters)
             summary = record(status)  # last, so that a finished run has everything
         except OSError as error:
             if status == "finished":

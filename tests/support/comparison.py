@@ -178,3 +178,18 @@ def charts(events: Any) -> dict[str, list[str]]:
     (event,) = events.Tensors("custom_scalars__config__")
     categories = Layout.FromString(event.tensor_proto.string_val[0]).category
     return {chart.title: list(chart.multiline.tag) for part in categories for chart in part.chart}
+
+
+def hyperparameters(folder: Path) -> list[dict[str, float | str]]:
+    """Every start of a session on the HParams page, in all event files."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    found = []
+    for path in sorted(folder.glob("events.*")):
+        values = (value for event in EventFileLoader(str(path)).Load() for value in event.summary.value)
+        for value in (value for value in values if value.tag == "_hparams_/session_start_info"):
+            data = HParamsPluginData.FromString(value.metadata.plugin_data.content)
+            columns = data.session_start_info.hparams
+            found.append({key: getattr(v, v.WhichOneof("kind")) for key, v in columns.items()})
+    return found

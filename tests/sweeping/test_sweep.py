@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from support.comparison import hyperparameters
 from support.sweeps import OPTIONS, end, is_running, ledger, reached, start, wait_for
 
 from gpt_lightning.config.resolvers import CONF
@@ -37,6 +38,7 @@ def test_killed_job_leaves_the_others_alone_and_the_same_command_resumes_it(
     options: list[str], tmp_path: Path, call: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep = tmp_path / "sweep"
+    options = [option for option in options if option != "logger=none"]
     command = ["-m", *options, *LONG, "sweep.jobs=2"]
     process = start(tmp_path, *command, "seed=1,2")
     wait_for((sweep / "sweep.jsonl").exists, process)
@@ -64,6 +66,8 @@ def test_killed_job_leaves_the_others_alone_and_the_same_command_resumes_it(
         "seed=2": ("finished", 1),
         "seed=3": ("finished", 1),
     }
+    for seed in (1, 2, 3):
+        assert hyperparameters(sweep / f"seed={seed}" / "tensorboard") == [{"seed": seed}]
     fixed = [option for option in options if not option.startswith("hydra.sweep.dir")]
     call("train", *fixed, *LONG, "seed=1", f"hydra.run.dir={tmp_path / 'alone'}")
     a, b = (
