@@ -66,7 +66,7 @@ class Round:
         configuration = draw_configuration(self.draw, self.material)
         self.features = configuration.features
         (self.folder / "arguments.txt").write_text("\n".join(configuration.arguments))
-        reference = self.folder / "reference" / "run"  # its name is in its picture
+        reference = self.folder / "reference" / "run"  # the name of the other one, which is in its picture
         begun = time.monotonic()
         self.arguments = configuration.arguments
         process = self._start([*self.arguments, f"hydra.run.dir={reference}"], cache="cache of the reference")

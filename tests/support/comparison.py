@@ -144,7 +144,8 @@ def _shown_by_the_older_reader(folder: Path) -> dict[str, list[Any]]:
 
 
 def _texts(run: Path, reference: Path) -> Iterator[str]:
-    for name in ("samples.md", "curves.png"):
+    # the title of curves.png is the name of the directory
+    for name in ("samples.md", *(["curves.png"] if run.name == reference.name else [])):
         a, b = (
             (folder / name).read_bytes() if (folder / name).exists() else None for folder in (run, reference)
         )
