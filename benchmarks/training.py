@@ -4,7 +4,8 @@ All train the same network on the same windows of input.txt with fused AdamW and
 process; the loop does nothing else, and "Lightning alone" is a Trainer without callbacks and loggers. The
 time is that from the end of the first step to the end of the last, with everything in between but
 checkpoints, which have their own interval. Without overrides, the network is so small that the rest shows.
-Prints milliseconds per step of each turn, the medians, and what a step takes longer than in the bare loop.
+Prints milliseconds per step of each turn (the last ones are those of the loader alone), the medians, and
+what a step takes longer than in the bare loop.
 
     python benchmarks/training.py [--rounds 7] [--steps 800] [--device cpu] [overrides of train …]
 """
@@ -73,6 +74,14 @@ def framework(cfg: DictConfig, prepared: Prepared, folder: Path) -> float:
 def micro_batches(data: Any, loader: Any) -> int:
     """Of an optimizer step."""
     return data.tokens_per_step // loader.dataset[0][0].numel()
+
+
+def loading(cfg: DictConfig, prepared: Prepared) -> float:
+    """Milliseconds in which the loader gives the micro-batches of a step, when nobody uses them."""
+    data = build_data(cfg, prepared)
+    loader = data.train_dataloader()
+    times = [time.perf_counter() for _ in loader]
+    return per_step(times, micro_batches(data, loader))
 
 
 def plain(cfg: DictConfig, parts: Parts, prepared: Prepared) -> float:
@@ -158,13 +167,14 @@ def main() -> None:
         cfg = compose("train", overrides=[*fixed, *overrides])
     parts = build_parts(cfg)
     prepared = prepare_data(cfg, parts)
-    turns: list[tuple[float, float, float]] = []
+    turns: list[tuple[float, ...]] = []
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(-1, arguments.rounds):  # the first turn warms up
             found = (
                 framework(cfg, prepared, Path(folder) / str(turn)),
                 lightning_alone(cfg, parts, prepared),
                 plain(cfg, parts, prepared),
+                loading(cfg, prepared),
             )
             if turn >= 0:
                 turns.append(found)
@@ -176,6 +186,8 @@ def main() -> None:
             f"| {name} | {statistics.median(found[index] for found in turns):.2f} "
             f"| {statistics.median(more):.2f} | {min(more):.2f} to {max(more):.2f} |"
         )
+    alone, bare = (statistics.median(found[index] for found in turns) for index in (3, 2))
+    print(f"the loader alone: {alone:.3f} ms per step, {alone / bare:.2%} of one of the bare loop")
 
 
 if __name__ == "__main__":
