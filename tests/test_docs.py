@@ -110,8 +110,10 @@ def test_links_of_a_page_lead_somewhere(path: Path) -> None:
 
 
 def test_plugin_shown_is_the_one_in_examples() -> None:
-    ((path, text),) = re.findall(r"```yaml\n# (examples/\S+)\n(.*?)```", PAGES["extending"], re.S)
-    assert (ROOT / path).read_text(encoding="utf-8") == text
+    files = re.findall(r"```yaml\n# (examples/\S+)\n(.*?)```", PAGES["extending"], re.S)
+    assert len(files) == 2
+    for path, text in files:
+        assert (ROOT / path).read_text(encoding="utf-8") == text
     (command,) = (shown for shown in SHOWN if "train --config-dir" in shown)
     assert command in (ROOT / "examples/plugin/README.md").read_text(
         encoding="utf-8"

@@ -16,8 +16,11 @@ import pytest
 import torch
 from support.runs import ROOT
 
+from gpt_lightning.data.tokenizer import encode_array
+
 PLUGIN = ROOT / "examples" / "plugin"
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+TARGETS = "".join(path.read_text(encoding="utf-8") for path in PLUGIN.glob("conf/*/*.yaml"))
 COMMANDS = re.findall(r"```bash\n(.*)\n```", (PLUGIN / "README.md").read_text(encoding="utf-8"))
 
 
@@ -30,8 +33,8 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> object:
 
 
 @pytest.mark.slow
-def test_plugin_trains_with_its_model_optimizer_schedule_and_corpus(
-    command: Callable[..., Any], tmp_path: Path
+def test_plugin_trains_with_its_choices_and_its_run_is_read(
+    command: Callable[..., Any], plugin: Any, tmp_path: Path
 ) -> None:
     shutil.copytree(PLUGIN, tmp_path, dirs_exist_ok=True)
     (line,) = COMMANDS
@@ -40,22 +43,57 @@ def test_plugin_trains_with_its_model_optimizer_schedule_and_corpus(
     result = command("train", *arguments, "device=cpu", "hydra.run.dir=run")
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    # embeddings, hidden layer and output layer for 256 bytes and <|endoftext|>
-    assert summary["parameters"] == 257 * 16 + (8 * 16 + 1) * 128 + (128 + 1) * 257
+    # embeddings, hidden layer and output layer for 10 digits, 2 signs and <|endoftext|>
+    assert summary["parameters"] == 13 * 16 + (8 * 16 + 1) * 128 + (128 + 1) * 13
     assert summary["steps"] == 500
     # two numbers below 100 in a document of 8.3 bytes on average
     assert math.isclose(summary["floor_bits_per_byte"], 2 * math.log2(100) / 8.3, rel_tol=0.01)
-    assert summary["val_loss"] < 1.8  # 2.52 is the entropy of how often each byte occurs
+    assert summary["val_loss"] < 1.8  # 2.52 is the entropy of how often each character occurs
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     (state,) = checkpoint["optimizer_states"]
     assert all(set(of_one) == {"momentum"} for of_one in state["state"].values())
-    with (tmp_path / "run" / "metrics.csv").open() as file:
-        rates = {int(row["step"]): float(row["train/lr"] or "nan") for row in csv.DictReader(file)}
-    assert math.isclose(rates[496], 1e-3 * math.sqrt(50 / 496))
-    shown = re.search(r"python -m gpt_lightning.generate (--config-dir .*)", PAGE)
-    arguments = shlex.split(shown[1].replace("RUN", "run"))  # type: ignore[index]
-    result = command("generate", *arguments, "max_new_tokens=2", "temperature=0")
+    metrics = check_metrics(tmp_path / "run")
+    assert math.isclose(metrics[496, "train/lr"], 1e-3 * math.sqrt(50 / 496))
+    expected = accuracy(plugin, checkpoint["state_dict"])
+    assert math.isclose(metrics[500, "val/accuracy"], expected, abs_tol=2e-4)  # rounding may move a token
+    check_shown_commands(command, summary)
+    refusal = command("train", "resume=run").stderr  # without --config-dir
+    assert set(re.findall(r"plugin\.\w+", refusal)) == set(re.findall(r"plugin\.\w+", TARGETS)), refusal
+
+
+def check_metrics(run: Path) -> dict[tuple[int, str], float]:
+    """The metrics of each step, which metrics.jsonl and metrics.csv have alike."""
+    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    found = {(one["step"], key): one[key] for one in lines for key in one.keys() - {"step"}}
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    in_csv = {(int(row["step"]), key): float(row[key]) for row in rows for key in row if row[key]}
+    assert found == {place: value for place, value in in_csv.items() if place[1] != "step"}
+    return found
+
+
+def accuracy(plugin: Any, state: dict[str, torch.Tensor]) -> float:
+    """Share of the validation tokens but the first that have the highest logit, in windows of 64 tokens."""
+    net = plugin.MLP(vocab_size=13, block_size=64, window=8, n_embd=16, n_hidden=128)
+    net.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
+    documents = plugin.Additions(limit=100, val_fraction=0.1).documents("val")
+    # <|endoftext|>, 12, is before and after each document
+    ids = torch.tensor([12, *(i for text in documents for i in (*map("0123456789+=".index, text), 12))])
+    windows = zip(ids[:-1].split(64), ids[1:].split(64), strict=True)
+    right = sum(int((net(idx[None])[0].argmax(-1) == targets).sum()) for idx, targets in windows)
+    return right / (len(ids) - 1)
+
+
+def check_shown_commands(command: Callable[..., Any], summary: dict[str, Any]) -> None:
+    """Run the commands that the page has for a trained model, which do not name the tokenizer."""
+    shown = re.findall(r"python -m gpt_lightning.(\w+) (--config-dir .*checkpoint=RUN.*)", PAGE)
+    (_, generate), (_, evaluate) = ((name, shlex.split(text.replace("RUN", "run"))) for name, text in shown)
+    result = command("generate", *generate, "max_new_tokens=2", "temperature=0")
     assert re.fullmatch(r"12\+30=\d\d\n", result.stdout), result.stderr
+    result = command("evaluate", *evaluate)
+    (bits,) = re.findall(r"bits_per_byte +([\d.]+)\n", result.stdout)
+    # windows that overlap give tokens more context than those of the training's validation
+    assert summary["floor_bits_per_byte"] < float(bits) < summary["bits_per_byte"]
 
 
 def test_sums_are_split_without_overlap_and_are_correct(plugin: object) -> None:
@@ -92,3 +130,20 @@ def test_lion_takes_steps_of_one_size_along_the_sign_of_the_gradient(plugin: obj
 def test_schedule_rises_to_one_and_falls_with_the_square_root(plugin: object) -> None:
     factors = [plugin.inverse_sqrt(step, warmup_steps=4) for step in (0, 1, 3, 15)]  # type: ignore[attr-defined]
     assert factors == [0.25, 0.5, 1.0, 0.5]
+
+
+def test_tokenizer_numbers_its_characters_and_refuses_others(plugin: Any) -> None:
+    encoding = plugin.Alphabet("ACGTA").build(None)
+    assert encode_array(encoding, "GATTACA").tolist() == [2, 0, 3, 3, 0, 1, 0]
+    assert (encoding.eot_token, encoding.n_vocab) == (4, 5)
+    with pytest.raises(ValueError, match="no token for 'N'"):
+        encode_array(encoding, "GAN")
+
+
+def test_logger_appends_a_line_for_each_call(plugin: Any, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    plugin.JSONLines(str(path)).log_metrics({"train/loss": 2.5}, step=1)
+    plugin.JSONLines(str(path)).log_metrics({"val/loss": 2.25, "val/accuracy": 0.5}, step=1)  # a resumed run
+    assert path.read_text() == (
+        '{"step": 1, "train/loss": 2.5}\n{"step": 1, "val/loss": 2.25, "val/accuracy": 0.5}\n'
+    )

@@ -1,4 +1,4 @@
-"""A model, an optimizer, a schedule and a corpus of your own.
+"""A model, an optimizer, a schedule, a corpus, a tokenizer, a callback and a logger of your own.
 
 B sequences, T block_size, N window, C n_embd, V vocab_size.
 """
@@ -6,14 +6,21 @@ B sequences, T block_size, N window, C n_embd, V vocab_size.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import tiktoken
 import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from gpt_lightning.training.loggers import log_metrics
 
 
 class MLP(nn.Module):
@@ -121,3 +128,68 @@ class Additions:
 
 def hash_of(a: int, b: int) -> bytes:
     return hashlib.sha256(f"{a} {b}".encode()).digest()
+
+
+class Alphabet:
+    """One token for each of `characters`, in their order; <|endoftext|> has the last id.
+
+    A text with other characters is refused.
+    """
+
+    trained = False  # True for one that `build` makes from the corpus, to keep it in the cache
+
+    def __init__(self, characters: str):
+        self.characters = characters
+
+    def key(self) -> str:
+        """Identity in the name of the cached file of a trained tokenizer; differs with the arguments."""
+        return f"alphabet-{self.characters}"
+
+    def build(self, documents: Any) -> tiktoken.Encoding:
+        """The encoding, which every checkpoint keeps; `documents("train")` would read the corpus."""
+        ids = {character.encode(): i for i, character in enumerate(dict.fromkeys(self.characters))}
+        special = {"<|endoftext|>": len(ids)}
+        return tiktoken.Encoding("alphabet", pat_str="(?s:.)", mergeable_ranks=ids, special_tokens=special)
+
+
+class Accuracy(Callback):
+    """Logs val/accuracy: the share of the validation tokens that have the highest logit."""
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.counts = torch.zeros(2, dtype=torch.int64, device=pl_module.device)  # tokens: right, all
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        idx, targets = batch  # (B, T) each
+        counted = targets != -100
+        right = counted & (pl_module.net(idx).argmax(-1) == targets)
+        self.counts += torch.stack([right.sum(), counted.sum()])
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        right, tokens = trainer.strategy.reduce(self.counts, reduce_op="sum").tolist()  # of all processes
+        log_metrics(trainer, {"val/accuracy": right / tokens}, trainer.global_step)
+
+
+class JSONLines(Logger):
+    """Appends a line such as {"step": 8, "train/loss": 2.5} to a file for each call of `log_metrics`.
+
+    A resumed run repeats the steps after its checkpoint: of a step's values of a metric, the last counts.
+
+    Args:
+        path: The file.
+    """
+
+    name = version = ""  # required by Lightning
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = Path(path)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+        """They are in .hydra/config.yaml."""

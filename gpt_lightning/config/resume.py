@@ -123,7 +123,7 @@ def _take_recorded(
     for key, value in before.items():  # a class that is no longer chosen takes no argument of another one
         other = key.endswith("._target_") and now.get(key) != value and not _covered(key, keys)
         if other and not moves(key, value):
-            OmegaConf.update(cfg, key.removesuffix("._target_"), {}, merge=False)
+            OmegaConf.update(cfg, key.removesuffix("._target_"), {}, merge=False, force_add=True)
     for key, value in before.items():
         value = OLDER_VALUES.get((key, value), value) if isinstance(value, str) else value
         own_class = key.endswith("_target_") and key in now and moves(key, value)

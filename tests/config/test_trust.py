@@ -48,6 +48,7 @@ def edit(path: Path, key: str, value: Any) -> None:
     ("key", "node"),
     [
         ("callbacks.layers", {"_target_": "subprocess.run", "args": ["touch", "planted"]}),
+        ("callbacks.own", {"_target_": "subprocess.run", "args": ["touch", "planted"]}),
         ("callbacks.layers", {"_target_": "gpt_lightning.train.shlex.os.system", "command": "touch planted"}),
         ("model.n_layer", {"_target_": "os.system", "command": "touch planted"}),
         ("trainer.strategy", {"_target_": "lightning.pytorch.trainer.trainer.os.system", "command": "true"}),
