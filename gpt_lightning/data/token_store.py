@@ -323,14 +323,16 @@ class Job:
         return np.array([self.encoding.eot_token], dtype=self.dtype)
 
     def _encode(self, stream: int, place: int, texts: list[str]) -> Group:
-        arrays, rows = [], []
-        for text in texts:
-            ids = tokenizers.encode_array(self.encoding, text).astype(self.dtype)
-            arrays += [ids, self.end] if self.corpus.separated else [ids]
+        if self.corpus.separated:
+            ids, counts = tokenizers.encode_documents(self.encoding, texts)
+        else:
+            arrays = [tokenizers.encode_array(self.encoding, text) for text in texts]
+            ids, counts = np.concatenate(arrays), np.array([len(ids) for ids in arrays])
+        rows = []
+        for text, count in zip(texts, counts, strict=True):
             floor = self.corpus.floor_bits(text)
-            size = len(ids) + self.corpus.separated
-            rows.append((size, len(text.encode()), math.nan if floor is None else floor))
-        return Group(stream, place, np.concatenate(arrays), np.array(rows, dtype=DOCUMENT))
+            rows.append((count, len(text.encode()), math.nan if floor is None else floor))
+        return Group(stream, place, ids.astype(self.dtype), np.array(rows, dtype=DOCUMENT))
 
 
 def _times(corpus: Corpus) -> dict[Path, int]:

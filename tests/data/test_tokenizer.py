@@ -118,6 +118,25 @@ def test_bpe_merges_the_most_frequent_pair_each_time():
                 i += 1
 
 
+PIECES = st.sampled_from(["a", "Z", " ", "\n", "漢", "<", "|", ">", "<|endoftext", "<|endoftext|>"])
+
+
+@settings(deadline=None)
+@given(texts=st.lists(st.lists(PIECES, max_size=8).map("".join), min_size=1, max_size=6))
+def test_documents_have_the_ids_that_each_has_alone(texts, learned):
+    ids, counts = tokenizers.encode_documents(learned, texts)
+    alone = [[*ids_of(learned, text), learned.eot_token] for text in texts]
+    assert ids.tolist() == [token for document in alone for token in document]
+    assert counts.tolist() == [len(document) for document in alone]
+
+
+def test_documents_with_a_character_that_has_no_token_are_refused(learned):
+    with pytest.raises(ValueError, match="half a surrogate pair"):
+        tokenizers.encode_documents(learned, ["a", "b\ud800"])
+    with pytest.raises(ValueError, match="has no token for 'c'"):
+        tokenizers.encode_documents(Char().build(documents("ab")), ["a", "c"])
+
+
 def test_bpe_learns_only_from_the_training_split():
     def train_only(split: str) -> Iterator[str]:
         assert split == "train"
