@@ -1,16 +1,66 @@
-"""Take docs/demo.png again: `python docs/screenshot.py CHECKPOINT [PROMPT]`.
+"""Take docs/terminal.png and docs/demo.png again: `python docs/screenshot.py CHECKPOINT [PROMPT]`.
 
 Needs the extra demo, the package playwright, and Chromium (on Debian: apt-get install chromium).
 """
 
 from __future__ import annotations
 
+import fcntl
+import html
+import os
+import pty
 import shutil
+import struct
 import subprocess
 import sys
+import tempfile
+import termios
 from pathlib import Path
+from typing import Any
 
 from playwright.sync_api import expect, sync_playwright
+
+HERE = Path(__file__).parent
+LINES, COLUMNS = 50, 80
+SHOWN_AT = b"600/1000"  # what the progress bar says when the picture of the terminal is taken
+PRE = "margin:0;padding:12px;display:inline-block;background:#1d1f21;color:#e0e0e0;font:14px/1.35 monospace"
+
+
+def terminal(browser: Any) -> None:
+    """What a terminal shows of the default run while it trains."""
+    with tempfile.TemporaryDirectory() as folder:
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.chdir(folder)
+            os.execv(sys.executable, [sys.executable, "-m", "gpt_lightning.train"])
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
+        seen = b""
+        while SHOWN_AT not in seen.rpartition(b"\n")[2]:
+            seen += os.read(terminal, 1 << 16)
+        os.kill(pid, 15)
+        while os.waitpid(pid, os.WNOHANG) == (0, 0):
+            os.read(terminal, 1 << 16)
+        shown = [line.rstrip("\r").rpartition("\r")[2] for line in seen.decode().split("\n")]
+        text = "\n".join(["$ make train", *shown]).replace(folder, "gpt_lightning")
+    page = browser.new_page(viewport={"width": 760, "height": 400})
+    page.set_content(f'<body style="margin:0"><pre style="{PRE}">{html.escape(text)}</pre></body>')
+    page.locator("pre").screenshot(path=HERE / "terminal.png")
+
+
+def demo(browser: Any, url: str, prompt: str) -> None:
+    """The demo with two samples, and what was expected at one of their tokens."""
+    page = browser.new_page(viewport={"width": 1240, "height": 600})
+    page.goto(url)
+    for label, value in {"Prompt": prompt, "Samples": "2", "New tokens": "160", "Seed": "1"}.items():
+        page.get_by_label(label).first.fill(value)
+        page.keyboard.press("Tab")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#status")).to_contain_text("Done", timeout=120_000)
+    page.get_by_text("Loss of each token").click()
+    tokens = page.frame_locator("#tokens iframe").first.locator(".token")
+    tokens.nth(60).hover()  # shows what was expected there
+    page.wait_for_timeout(500)
+    page.screenshot(path=HERE / "demo.png", full_page=True)
 
 
 def main(checkpoint: str, prompt: str = "In a cozy hut") -> None:
@@ -21,18 +71,8 @@ def main(checkpoint: str, prompt: str = "In a cozy hut") -> None:
             url = server.stdout.readline().removeprefix("page: ").strip()
             flags = ["--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
             browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
-            page = browser.new_page(viewport={"width": 1240, "height": 600})
-            page.goto(url)
-            for label, value in {"Prompt": prompt, "Samples": "2", "New tokens": "160", "Seed": "1"}.items():
-                page.get_by_label(label).first.fill(value)
-                page.keyboard.press("Tab")
-            page.get_by_role("button", name="Generate").click()
-            expect(page.locator("#status")).to_contain_text("Done", timeout=120_000)
-            page.get_by_text("Loss of each token").click()
-            tokens = page.frame_locator("#tokens iframe").first.locator(".token")
-            tokens.nth(60).hover()  # shows what was expected there
-            page.wait_for_timeout(500)
-            page.screenshot(path=Path(__file__).with_name("demo.png"), full_page=True)
+            demo(browser, url, prompt)
+            terminal(browser)
             browser.close()
         finally:
             server.terminate()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +21,7 @@ REFRESH_SECONDS = 2
 
 
 def serve(runs: Callable[[], Mapping[str, Path]], port: int) -> NoReturn:
-    """Show runs, and those that begin meanwhile, until Ctrl-C.
+    """Show runs, and those that begin meanwhile, until Ctrl-C or SIGTERM.
 
     TensorBoard names a run by the path of its event files, which would end in `/tensorboard`: it is given a
     temporary folder with a link to them for each run.
@@ -32,6 +34,7 @@ def serve(runs: Callable[[], Mapping[str, Path]], port: int) -> NoReturn:
         OSError: If the port is taken, or the file system has no links.
     """
     logging.disable(logging.INFO)  # a line for each request
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # which removes the folder
     with tempfile.TemporaryDirectory(prefix="tensorboard-") as folder:
         board = program.TensorBoard()
         board.configure(logdir=folder, host="127.0.0.1", port=port, reload_interval=REFRESH_SECONDS)

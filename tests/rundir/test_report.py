@@ -84,7 +84,11 @@ def killed_at_the_end(command: list[str]) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def test_tensorboard_names_runs_by_what_they_override(runs: Path) -> None:
+def test_tensorboard_names_runs_by_what_they_override(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (links := tmp_path / "links").mkdir()
+    monkeypatch.setenv("TMPDIR", str(links))
     for name in "abc":
         add_events(runs / name)
     command = [sys.executable, "-m", "gpt_lightning.report", f"runs={runs}", "tensorboard=0"]
@@ -109,8 +113,9 @@ def test_tensorboard_names_runs_by_what_they_override(runs: Path) -> None:
         assert refused.returncode == 1
         (only,) = refused.stderr.splitlines()
         assert "in use" in only
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 143
+    assert not list(links.glob("tensorboard-*"))
 
 
 def test_run_inside_another_one_is_linked_without_a_trace_in_it(tmp_path: Path) -> None:
