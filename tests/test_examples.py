@@ -1,4 +1,4 @@
-"""The plugin in examples/ runs with the command in its README."""
+"""The plugin in examples/ runs with the commands of its README and of docs/extending.md."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 from support.runs import ROOT
+from support.shown import commands
 
 PLUGIN = ROOT / "examples" / "plugin"
-PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"```bash\n(.*)\n```", (PLUGIN / "README.md").read_text(encoding="utf-8"))
+TRAIN, GENERATE, EVALUATE = (shlex.split(command)[3:] for command in commands("extending"))
 
 
 @pytest.fixture
@@ -33,11 +33,9 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> object:
 def test_plugin_trains_with_its_model_optimizer_schedule_and_corpus(
     command: Callable[..., Any], tmp_path: Path
 ) -> None:
+    assert commands("extending")[0] in (PLUGIN / "README.md").read_text(encoding="utf-8").splitlines()
     shutil.copytree(PLUGIN, tmp_path, dirs_exist_ok=True)
-    (line,) = COMMANDS
-    program, *arguments = shlex.split(line.removeprefix("python -m gpt_lightning."))
-    assert program == "train"
-    result = command("train", *arguments, "device=cpu", "hydra.run.dir=run")
+    result = command("train", *TRAIN, "device=cpu", "hydra.run.dir=run")
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     # embeddings, hidden layer and output layer for 256 bytes and <|endoftext|>
@@ -52,10 +50,12 @@ def test_plugin_trains_with_its_model_optimizer_schedule_and_corpus(
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rates = {int(row["step"]): float(row["train/lr"] or "nan") for row in csv.DictReader(file)}
     assert math.isclose(rates[496], 1e-3 * math.sqrt(50 / 496))
-    shown = re.search(r"python -m gpt_lightning.generate (--config-dir .*)", PAGE)
-    arguments = shlex.split(shown[1].replace("RUN", "run"))  # type: ignore[index]
-    result = command("generate", *arguments, "max_new_tokens=2", "temperature=0")
+    (tmp_path / "my.txt").write_text("1+2=3\n10+20=30\n")
+    generate, evaluate = ([text.replace("RUN", "run") for text in given] for given in (GENERATE, EVALUATE))
+    result = command("generate", *generate, "max_new_tokens=2", "temperature=0")
     assert re.fullmatch(r"12\+30=\d\d\n", result.stdout), result.stderr
+    result = command("evaluate", *evaluate)
+    assert result.returncode == 0, result.stderr
 
 
 def test_sums_are_split_without_overlap_and_are_correct(plugin: object) -> None:
