@@ -1,4 +1,4 @@
-"""The plugin in examples/ runs with the command in its README."""
+"""The plugin in examples/ runs with the commands of its README and of docs/extending.md."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 from support.runs import ROOT
+from support.shown import commands
 
 from gpt_lightning.data.tokenizer import encode_array
 
 PLUGIN = ROOT / "examples" / "plugin"
-PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 TARGETS = "".join(path.read_text(encoding="utf-8") for path in PLUGIN.glob("conf/*/*.yaml"))
-COMMANDS = re.findall(r"```bash\n(.*)\n```", (PLUGIN / "README.md").read_text(encoding="utf-8"))
+TRAIN, GENERATE, EVALUATE = (shlex.split(command)[3:] for command in commands("extending"))
 
 
 @pytest.fixture
@@ -36,11 +36,9 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> object:
 def test_plugin_trains_with_its_choices_and_its_run_is_read(
     command: Callable[..., Any], plugin: Any, tmp_path: Path
 ) -> None:
+    assert commands("extending")[0] in (PLUGIN / "README.md").read_text(encoding="utf-8").splitlines()
     shutil.copytree(PLUGIN, tmp_path, dirs_exist_ok=True)
-    (line,) = COMMANDS
-    program, *arguments = shlex.split(line.removeprefix("python -m gpt_lightning."))
-    assert program == "train"
-    result = command("train", *arguments, "device=cpu", "hydra.run.dir=run")
+    result = command("train", *TRAIN, "device=cpu", "hydra.run.dir=run")
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     # embeddings, hidden layer and output layer for 10 digits, 2 signs and <|endoftext|>
@@ -86,8 +84,7 @@ def accuracy(plugin: Any, state: dict[str, torch.Tensor]) -> float:
 
 def check_shown_commands(command: Callable[..., Any], summary: dict[str, Any]) -> None:
     """Run the commands that the page has for a trained model, which do not name the tokenizer."""
-    shown = re.findall(r"python -m gpt_lightning.(\w+) (--config-dir .*checkpoint=RUN.*)", PAGE)
-    (_, generate), (_, evaluate) = ((name, shlex.split(text.replace("RUN", "run"))) for name, text in shown)
+    generate, evaluate = ([text.replace("RUN", "run") for text in given] for given in (GENERATE, EVALUATE))
     result = command("generate", *generate, "max_new_tokens=2", "temperature=0")
     assert re.fullmatch(r"12\+30=\d\d\n", result.stdout), result.stderr
     result = command("evaluate", *evaluate)

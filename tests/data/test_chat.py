@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support.runs import TINY
+from support.shown import blocks
 from torch.nn import functional as F
 
 import gpt_lightning
@@ -160,7 +161,11 @@ def answer_loss(model: Any, path: Path) -> tuple[int, float]:
 
 @pytest.mark.slow
 def test_model_is_fine_tuned_to_answer_and_exported_with_its_template(
-    call: Callable[..., Any], tiny: list[str], path: Path, tmp_path: Path
+    call: Callable[..., Any],
+    tiny: list[str],
+    path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     transformers = pytest.importorskip("transformers")
     call("train", *tiny, "logger=none", "trainer.max_steps=3")
@@ -176,6 +181,11 @@ def test_model_is_fine_tuned_to_answer_and_exported_with_its_template(
     messages = ROWS[0]["messages"]
     answer = loaded.chat(messages, max_new_tokens=5, temperature=0)
     assert answer == loaded.generate(render(messages), max_new_tokens=5, temperature=0)
+    (shown,) = blocks("chat", "python")
+    capsys.readouterr()
+    exec(shown.replace('"RUN"', repr(str(tmp_path / "chat"))), {})
+    question = [{"role": "user", "content": "Who are you?"}]
+    assert capsys.readouterr().out == loaded.chat(question, max_new_tokens=50) + "\n"
     call("export", f"checkpoint={tmp_path / 'chat'}", f"output={tmp_path / 'hf'}")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from support.ranks import STARTERS, free_port, srun, start, torchrun
 from support.runs import TINY
+from support.shown import commands
 from support.zygote import Process, Zygote
 
 from gpt_lightning.rundir.metrics import read_metrics
@@ -39,6 +40,18 @@ def options(small_text: Path, tmp_path: Path) -> list[str]:
     return [*kept, f"paths.outputs={tmp_path / 'outputs'}", "name=run", "device.devices=2"]
 
 
+def shown(starter: str) -> list[str]:
+    """The arguments of a command of docs/scaling.md, for two processes of this machine."""
+    (line,) = (command for command in commands("scaling") if command.startswith(starter))
+    for several, two in {
+        "--nnodes=2 --nproc-per-node=4": "--nnodes=1 --nproc-per-node=2",
+        "HOST:29500": f"127.0.0.1:{free_port()}",
+        "device.devices=4 trainer.num_nodes=2": "device.devices=2",
+    }.items():
+        line = line.replace(several, two)
+    return line.split()[1:]
+
+
 def runs(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "outputs" / "run").iterdir())
 
@@ -53,7 +66,9 @@ def test_one_directory_and_one_log_whoever_starts_the_processes(
     zygote: Zygote, options: list[str], tmp_path: Path
 ) -> None:
     for starter in STARTERS:
-        for process in start(zygote, options, starter):
+        arguments = shown(starter)
+        arguments = arguments[arguments.index("gpt_lightning.train") + 1 :]
+        for process in start(zygote, [*arguments, *options], starter):
             assert process.wait() == 0, process.out.read_text()
     first, second = runs(tmp_path)
     assert first.name.partition(".")[0] != second.name
@@ -72,8 +87,7 @@ def test_one_directory_and_one_log_whoever_starts_the_processes(
 
 @pytest.mark.slow
 def test_torchrun_itself_starts_one_run(options: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "gpt_lightning.train", *options]
+    command = [sys.executable, "-m", "torch.distributed.run", *shown("torchrun"), *options]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     (run,) = runs(tmp_path)

@@ -1,4 +1,4 @@
-"""Every command in the README runs."""
+"""Every command of the README and of the pages of docs/ runs."""
 
 from __future__ import annotations
 
@@ -19,26 +19,82 @@ from typing import Any
 
 import pytest
 from support.runs import ROOT, TINY
+from support.shown import PAGES, blocks, commands
 from support.zygote import Zygote
 
 import gpt_lightning
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.strip().splitlines()
-]
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+README = PAGES["README"]
+COMMANDS = commands("README")
+# What other tests run: test_server_starts and those of make below, training/test_processes.py
+ELSEWHERE = ("python -m gpt_lightning.demo checkpoint=RUN", "make ", "torchrun ", "srun ")
+# test_examples.py; test_presets.py trains the presets, and test_docs.py composes the commands
+PAGES_ELSEWHERE = ("extending", "reproductions")
+
+
+def sessions() -> dict[str, list[str]]:
+    """For each page, the commands that no page before it shows."""
+    found: dict[str, list[str]] = {}
+    for page in PAGES:
+        before = [command for of_page in found.values() for command in of_page]
+        new = [c for c in commands(page) if c not in before and not c.startswith(ELSEWHERE)]
+        if new and page not in PAGES_ELSEWHERE:
+            found[page] = new
+    return found
+
+
 SHRINK = [override for override in TINY if not override.startswith(("data=", "tokenizer=", "device="))]
 RUN = [*TINY, "scheduler=constant", "data.path=my.txt", "hydra.run.dir=outputs/gpt/first"]
+INSTEAD = {  # so that a command takes seconds on any machine
+    "checkpoint=RUN": "checkpoint=latest",  # of the commands before it
+    "=RUN": "=outputs/gpt/first",
+    "=hf:gpt2": "=weights",
+    "=mps": "=cpu",
+    "device.devices=4": "device.devices=2",
+    "max_steps=4000": "max_steps=12",
+    "max_steps=500": "max_steps=8",
+    "n_trials=50": "n_trials=2",
+    "min_resource=100": "min_resource=4",
+    "shards=4 'shard=range(4)'": "shards=2 'shard=range(2)'",
+    "shards=8 'shard=range(8)'": "shards=2 'shard=range(2)'",
+    "shards=8 shard=0": "shards=2 shard=0",
+    "postgresql://user@host/studies": "sqlite:///studies.db",
+}
+# What a command has in addition, and how the overrides of SHRINK begin that it must not have
+ADDED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "init_from=": ("", ("model.",)),
+    "experiment=finetune_gpt2": ("init_from=weights tokenizer=byte", ("model.",)),
+    "model=small": ("tokenizer=byte", ()),  # GPT-2's own may have to be downloaded
+    "trainer=ddp": ("device=cpu", ()),
+    "device=cuda": ("tokenizer=byte", ("",)),  # a plan alone, which no size makes slow
+    "sweep=learning_rate": ("optimizer.lr=1e-3,3e-3 seed=1", ()),
+    "sweep=optuna": ("sweep.n_trials=2", ()),
+    "sweep=optuna_optimizer": ("scheduler.warmup_steps=range(0,5,2)", ("scheduler.",)),
+    "sweep=optuna_shape": ("", ("model.n_layer", "model.n_embd")),
+    "HyperbandPruner": ("sweep.n_trials=3", ()),  # goes on with the same study
+    "RandomSampler": ("sweep.n_trials=4", ()),
+    "experiment=scaling": (
+        "size=w16,w24 tokenizer.vocab_size=300 data.stories=300",
+        ("model.n_", "trainer.max_steps"),
+    ),
+    "experiment=scaling sweep.jobs": ("trainer.tokens_per_parameter=0.2,0.4", ()),
+    "sweep=isoflop": ("trainer.max_flops=2e8", ()),
+}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, small_text: Path, zygote: Zygote) -> Path:
-    """A folder with my.txt and a finished run."""
+    """A folder with texts, conversations, a finished run, and its model in Hugging Face's format."""
     folder = tmp_path_factory.mktemp("user")
     shutil.copy(small_text, folder / "my.txt")
-    code, out = zygote.run("train", *RUN, cwd=folder)
-    assert code == 0, out
+    (folder / "corpus").mkdir()
+    for number in range(20):
+        (folder / "corpus" / f"{number}.txt").write_text(f"Text {number} of a corpus.\n")
+    chats = ({"prompt": f"{n} + 1", "response": str(n + 1)} for n in range(50))
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    for name, *arguments in (("train", *RUN), ("export", "checkpoint=latest", "output=weights")):
+        code, out = zygote.run(name, *arguments, cwd=folder)
+        assert code == 0, out
     return folder
 
 
@@ -62,29 +118,34 @@ def run(folder: Path, command: str, **options: object) -> subprocess.CompletedPr
 
 
 def prepared(command: str) -> str:
-    """The command with the run that exists, on this device, in seconds."""
-    command = command.replace("RUN", "outputs/gpt/first").replace("device=mps", "device=cpu")
-    command = command.replace("max_steps=4000", "max_steps=12")
-    if re.search(r"(\.train|-train|\.plan) ", command) and "resume=" not in command and "--" not in command:
-        shrink = [s for s in SHRINK if not ("init_from" in command and s.startswith("model."))]
-        command += " " + " ".join(shrink)
-        if "model=small" in command:
-            command += " tokenizer=byte"  # GPT-2's own may have to be downloaded
-    return command
+    """The command with a run that exists, on this device, in seconds."""
+    for shown, text in INSTEAD.items():
+        command = command.replace(shown, text)
+    if not re.search(r"[.-](train|plan) ", command) or re.search(r"resume=|repeat=|check=| --", command):
+        return command
+    found = [ADDED[shown] for shown in ADDED if shown in command]
+    given = [text.partition("=")[0] + "=" for text in shlex.split(command)]
+    without = (*given, *(start for _, starts in found for start in starts))
+    shrink = [override for override in SHRINK if not override.startswith(without)]
+    return shlex.join([*shlex.split(command), *shrink, *" ".join(added for added, _ in found).split()])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "command",
-    [c for c in COMMANDS if not c.startswith("make") and ".demo" not in c],
-)
-def test_command_runs(command: str, place: Path, zygote: Zygote) -> None:
-    module, *arguments = shlex.split(prepared(command).removeprefix("python -m gpt_lightning."))
-    if not command.startswith("python -m"):
-        run(place, prepared(command))  # a console script
-    else:
-        code, out = zygote.run(module, *arguments, cwd=place)
-        assert code == 0, out
+@pytest.mark.parametrize("page", sessions())
+def test_commands_of_a_page_run_in_their_order(
+    page: str, place: Path, zygote: Zygote, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(place, tmp_path / "user")
+    for command in map(prepared, sessions()[page]):
+        before = set(folder.rglob("summary.json"))
+        module, *arguments = shlex.split(command.removeprefix("python -m gpt_lightning."))
+        if not command.startswith("python -m"):
+            run(folder, command)  # a console script
+        else:
+            code, out = zygote.run(module, *arguments, cwd=folder)
+            assert code == 0, f"{command}\n{out}"
+        if module.endswith("train") and not re.search("resume=| --", command):
+            assert set(folder.rglob("summary.json")) > before, f"{command} trained nothing"
 
 
 @pytest.mark.slow
@@ -147,10 +208,11 @@ def test_figures_of_the_default_run_are_those_of_the_measurements() -> None:
     ("command", "ready"),
     [("python -m gpt_lightning.demo checkpoint=RUN", "http://127.0.0.1:"), ("make tensorboard", "http://")],
 )
-def test_server_starts(command: str, ready: str, place: Path) -> None:
+def test_server_starts(command: str, ready: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command in COMMANDS
     if ".demo" in command:
         pytest.importorskip("gradio")
+        pytest.importorskip("openai")
         command = prepared(command) + " port=0"
     else:
         if not (ROOT / ".venv" / ".core").exists():
@@ -173,6 +235,13 @@ def test_server_starts(command: str, ready: str, place: Path) -> None:
             if ready in line or time.monotonic() > end:
                 break
         assert ready in seen, seen
+        if ".demo" in command:  # the client of docs/inference.md
+            (code,) = blocks("inference", "python")
+            assert "http://127.0.0.1:7860/v1" in code
+            names: dict[str, Any] = {}
+            exec(code.replace("http://127.0.0.1:7860", seen.split()[-1]), names)
+            names["client"].close()
+            assert capsys.readouterr().out
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
@@ -203,7 +272,7 @@ def test_make_help_lists_the_targets() -> None:
 def test_python_example_runs(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (code,) = PYTHON
+    (code,) = blocks("README", "python")
     overrides = '"model=tiny", "trainer.max_steps=200"'
     assert overrides in code
     monkeypatch.chdir(place)
@@ -212,6 +281,9 @@ def test_python_example_runs(
 
 
 def test_no_command_escapes_the_tests() -> None:
-    shown = set(re.findall(r"(?:python -m gpt_lightning|make )[^`\n]*", README))
-    tested = {*COMMANDS, "make help", "make docs"}  # which has a test of its own
+    shown = re.findall(r"(?:python -m gpt_lightning|make )[^`\n]*", README)
+    others = "\n".join(text for page, text in PAGES.items() if page not in ("README", "reproductions"))
+    shown += re.findall(r"(?<!srun )python -m gpt_lightning[^`\n]*", others)
+    tested = {*(c for page in PAGES for c in commands(page)), "make help", "make docs"}
+    tested.add("python -m gpt_lightning.report runs=outputs tensorboard=6006")  # what make tensorboard runs
     assert {command.strip() for command in shown} <= tested
