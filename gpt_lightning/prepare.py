@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
@@ -32,12 +33,17 @@ def show(store: TokenStore | None) -> None:
 @command("prepare", show=show)
 def main(cfg: DictConfig) -> TokenStore | None:
     """The token store; None while other shards are missing."""
+    from gpt_lightning.data.remembered import remember_in
     from gpt_lightning.data.shards import prepare_shard
     from gpt_lightning.data.token_store import prepare
 
+    if not isinstance(cfg.verify, bool):
+        raise ConfigError(f"verify={cfg.verify!r} must be true or false")
     corpus, tokenizer, cache = build(cfg, "data.corpus"), build(cfg, "tokenizer"), cfg.paths.cache
     if (cfg.shard is None) != (cfg.shards is None):
         raise ConfigError(f"shard={cfg.shard} and shards={cfg.shards} go together; give both or neither")
+    if isinstance(cache, str):  # anything else is refused below
+        remember_in(Path(cache) / "remembered", verify=cfg.verify)
     if cfg.shard is None:
         return prepare(corpus, tokenizer, cache)
     return prepare_shard(corpus, tokenizer, cache, shard=cfg.shard, shards=cfg.shards)

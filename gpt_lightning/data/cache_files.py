@@ -25,15 +25,18 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file against other processes, also on other machines that share the folder."""
+def locked(path: Path, doing: str = "") -> Iterator[None]:
+    """Hold a lock file against other processes, also on other machines that share the folder.
+
+    A process that must wait says what the other one is doing.
+    """
     lock = filelock.FileLock(f"{path}.lock")
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            log.info("waiting for another process that prepares %s", path)
+            log.info("waiting for another process that %s", doing or f"prepares {path}")
             lock.acquire()
     try:
         yield

@@ -108,6 +108,7 @@ TABLE: list[tuple[str, str, str]] = [
     ("prepare", "data=bin data.path=bins tokenizer=byte", "train.bin has 3 bytes, no whole number"),
     ("prepare", "data=chat data.path=good.txt", "good.txt: data=chat reads .jsonl files, a conversation per line"),
     ("prepare", "data=text data.path=good.txt shard=1", "shard=1 and shards=None go together"),
+    ("prepare", "data=text data.path=good.txt verify=x", "verify='x' must be true or false"),
     ("prepare", "data=text data.path=good.txt shard=5 shards=2", "shard=5 must be a whole number from 0 to 1, since shards=2"),
     ("prepare", "-m data=text data.path=good.txt shard=0,1 shards=2 sweep.jobs=0", "sweep.jobs=0 must be a whole number"),
     ("evaluate", "-m checkpoint=run,run hydra/launcher=processes", "starts jobs of train and prepare, not of evaluate"),

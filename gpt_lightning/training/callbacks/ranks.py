@@ -48,8 +48,11 @@ class Ranks(Callback, AbstractContextManager):
             return
         if _started_by_another_rank():
             time.sleep(30)  # the first rank has the reason; its end is that of this process
-        late = re.search("[Tt]imed? ?out", str(error))
-        how = "did not answer within trainer.timeout_seconds=" if late else "ended or cannot be reached"
+        how = "ended or cannot be reached"
+        if "connectFullMesh" in str(error):  # gloo connects, and calls a refusal a timeout
+            how += " at the address of its host name (GLOO_SOCKET_IFNAME= names a network interface instead)"
+        elif re.search("[Tt]imed? ?out", str(error)):
+            how = "did not answer within trainer.timeout_seconds="
         raise ConnectionError(f"another process of the run {how}; {self.remedy}") from error
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

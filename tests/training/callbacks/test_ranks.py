@@ -31,6 +31,7 @@ def test_rank_leaves_it_to_the_first_one_to_tell_why_the_connection_broke(
     for rank, text, line in (
         ("0", "gloo: closed by peer", "another process of the run ended or cannot be reached; go on"),
         ("0", "gloo: Timed out", "did not answer within trainer.timeout_seconds=; go on"),
+        ("0", "gloo connectFullMesh: timed out connecting", "or cannot be reached at .*; go on"),
         ("0", "Application timeout caused pair closure", "did not answer within trainer.timeout_seconds="),
         ("1", "index 3 is out of bounds", "index 3 is out of bounds"),
         ("1", "gloo: closed", "another process of the run ended"),
