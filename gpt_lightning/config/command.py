@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import os
@@ -111,6 +112,7 @@ class Command:
         try:
             self.run(sys.argv[1:])
             sys.stdout.flush()
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # all is done, and Python cleans up
         except BrokenPipeError:  # whoever read the output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(141) from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
@@ -19,10 +21,29 @@ VAL_TOKENS = 4096
 VAL_LOGITS = 2**23  # 32 MiB
 
 
+STOPS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Let signals that end a run wait until the block ends; processes that start in it have them blocked."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_process_group(worker: int) -> None:
     """Keep signals to the whole process group, such as Ctrl-C, from ending a worker before the run."""
     if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()
+        while came := signal.sigpending() & STOPS:  # since the worker started
+            signal.sigwait(came)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 @dataclass(eq=False)
@@ -63,7 +84,9 @@ class PositionedLoader:
             worker_init_fn=_leave_process_group,
             generator=torch.Generator(),  # an iterator must not draw from the global one
         )
-        for batch in loader:
+        with _signals_wait():
+            batches = iter(loader)  # starts the workers
+        for batch in batches:
             self.position += 1
             yield batch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -259,3 +260,16 @@ def test_two_starts_at_once_get_two_run_directories() -> None:
             folders.add(compose("train", return_hydra_config=True).hydra.run.dir)
         time.sleep(0.001)
     assert len(folders) == 2
+
+
+def test_ctrl_c_while_python_cleans_up_after_a_command_is_ignored() -> None:
+    code = "import atexit, sys, time\n"
+    code += "atexit.register(lambda: (print('leaving', flush=True), time.sleep(1)))\n"
+    code += "from gpt_lightning.plan import main\nsys.argv = ['plan', '--help']\nmain()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert next(line for line in process.stdout if line == "leaving\n")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (0, "")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
+import signal
+import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -192,6 +196,30 @@ class Groups(Dataset):
 def test_signal_to_the_process_group_does_not_reach_the_workers() -> None:
     groups = list(PositionedLoader(Groups(), sequences=1, resumable=True, num_workers=1))
     assert os.getpgrp() not in groups
+
+
+@pytest.mark.skipif(not hasattr(os, "getpgrp"), reason="Windows has no process groups")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # the loader's processes fork
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_the_process_group_does_not_reach_a_worker_that_starts(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed, started = torch.manual_seed, multiprocessing.get_context("fork").Event()
+
+    def slowly(value: int) -> Any:  # called before the worker leaves the group
+        started.set()
+        time.sleep(0.5)
+        return seed(value)
+
+    def send() -> None:
+        assert started.wait(20)
+        os.kill(multiprocessing.active_children()[0].pid or 0, number)
+
+    monkeypatch.setattr(torch, "manual_seed", slowly)
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert len(list(PositionedLoader(Groups(), sequences=1, resumable=True, num_workers=1))) == 2
+    thread.join()
 
 
 def test_position_holds_for_another_micro_batch_size() -> None:

@@ -40,6 +40,8 @@ class Ranks(Callback, AbstractContextManager):
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._ended.set()
         if not isinstance(error, RuntimeError):
+            if isinstance(error, Exception):  # whose line is to be the last one
+                self._end_others()
             return
         if line := self._death(patience=2):
             self._end_others()

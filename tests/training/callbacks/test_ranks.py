@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -41,3 +44,12 @@ def test_rank_leaves_it_to_the_first_one_to_tell_why_the_connection_broke(
         with pytest.raises((RuntimeError, OSError), match=line), Ranks("go on"):
             raise RuntimeError(text)
     assert len(waited) == 1
+
+
+def test_error_of_the_first_rank_ends_the_others_before_they_say_anything() -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
+        ranks = Ranks("go on")
+        ranks._processes = [other]
+        with pytest.raises(OSError, match="disk is full"), ranks:
+            raise OSError("disk is full")
+        assert other.wait(timeout=30) == -signal.SIGKILL
