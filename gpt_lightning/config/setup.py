@@ -13,12 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig
 
-from gpt_lightning.config.build import build_net, memory_needs
+from gpt_lightning.config.build import build_net, memory_needs, windows
 from gpt_lightning.config.errors import EXTRAS
-from gpt_lightning.config.help import choices_of
 from gpt_lightning.rundir.provenance import versions
 from gpt_lightning.training.memory import DEFAULT_MICRO_BATCH_SIZE, GIB
 
@@ -50,7 +51,7 @@ def check_setup(cfg: DictConfig) -> list[Finding]:
     return [
         *_packages(),
         *_device(str(cfg.device.accelerator)),
-        *(_folder(key, Path(str(cfg.paths[key])).expanduser()) for key in ("outputs", "cache")),
+        *(_folder(key, Path(str(cfg.paths[key])).expanduser()) for key in ("outputs", "cache", "data")),
         _gpt2_tokenizer(),
         *_presets(cfg),
     ]
@@ -140,14 +141,25 @@ def _presets(cfg: DictConfig) -> Iterator[Finding]:
     for group in ("model", "experiment"):
         fit: list[str] = []
         large: list[str] = []
+        unknown: list[str] = []
         for name in choices_of(group):
-            if (need := _need(group, name)) is not None:
+            if (need := _need(group, name)) is None:
+                unknown.append(name)
+            else:
                 room = memory is None or need <= SHARE * memory
                 (fit if room else large).append(f"{name} {need / GIB:.1f}")
         yield Finding(name=f"{group}s that fit", found=f"GiB: {', '.join(fit) or 'none'}")
+        if unknown:
+            yield Finding(name="sized by weights", found=", ".join(unknown))
         if large:
             remedy = "lower device.micro_batch_size, set trainer.activation_checkpointing=true, or shard"
             yield Finding(name=f"{group}s too large", found=f"GiB: {', '.join(large)}", remedy=remedy)
+
+
+def choices_of(group: str) -> list[str]:
+    """The choices of a group, those of a --config-dir too."""
+    names = GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG)
+    return [name for name in names if not name.startswith("_")]
 
 
 def _need(group: str, name: str) -> float | None:
@@ -162,5 +174,5 @@ def _need(group: str, name: str) -> float | None:
     with torch.device("meta"):
         net = build_net(cfg, vocab_size)
     sequences = min(cfg.device.micro_batch_size or DEFAULT_MICRO_BATCH_SIZE, cfg.data.batch_size)
-    tokens = sequences * cfg.model.block_size
+    tokens = sequences * windows(cfg)["block_size"]
     return sum(memory_needs(cfg, net, tokens=tokens, vocab_size=vocab_size).values())

@@ -37,7 +37,26 @@ def test_machine_and_its_presets_are_listed(check: Callable[..., list[str]], tmp
     refused = "paths.cache /proc/1/cache cannot be written"
     place = next(n for n, line in enumerate(lines) if line.startswith(refused))
     assert lines[place + 1] == "→ use another folder, paths.cache=DIR"
-    assert "experiments that fit GiB: scaling 0.0" in lines  # what is fine-tuned has the size of its weights
+    assert "experiments that fit GiB: scaling 0.0" in lines
+    assert "sized by weights finetune_gpt2" in lines
+
+
+def test_presets_of_a_users_own_are_looked_at_and_count_the_tokens_that_they_read(
+    check: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # all choices
+    need = setup._need
+    monkeypatch.setattr(setup, "_need", lambda group, name: need(group, name) if "mine" in name else None)
+    (tmp_path / "experiment").mkdir()
+    for name, length in (("mine_long", "null"), ("mine_short", "128")):
+        text = "# @package _global_\ndefaults: [override /model: gpt2_small]\n"
+        text += f"data: {{sequence_length: {length}}}\n"
+        (tmp_path / "experiment" / f"{name}.yaml").write_text(text)
+    lines = "\n".join(check("--config-dir", str(tmp_path)))
+    ((long, short),) = re.findall(
+        r"^experiments that fit GiB: mine_long ([\d.]+), mine_short ([\d.]+)$", lines, re.M
+    )
+    assert float(long) > 1.5 * float(short)
 
 
 def test_model_that_needs_more_than_the_memory_is_named(
