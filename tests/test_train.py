@@ -28,7 +28,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from gpt_lightning.inference.loading import read_model
+from gpt_lightning.rundir import curves
 from gpt_lightning.rundir.checkpoint import read_checkpoint
+from gpt_lightning.rundir.curves import draw_curves
 from gpt_lightning.training.loggers import log_hyperparameters
 from gpt_lightning.training.module import LanguageModel
 
@@ -248,8 +250,15 @@ def test_main_returns_the_best_validation_loss(
 
 
 def test_best_checkpoint_is_that_of_the_lowest_training_loss_if_that_is_monitored(
-    call: Callable[..., Any], tiny: list[str], tmp_path: Path
+    call: Callable[..., Any], tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    drawn: list[Any] = []
+
+    def draw(*rows: Any, **options: Any) -> Any:
+        drawn.append(draw_curves(*rows, **options))
+        return drawn[-1]
+
+    monkeypatch.setattr(curves, "draw_curves", draw)
     call(
         "train", *tiny, "callbacks.best.monitor=train/loss", "logger=none", "trainer.max_steps=12",
         "model=gpt", "optimizer=adamw", "optimizer.lr=1e-9",
@@ -264,6 +273,8 @@ def test_best_checkpoint_is_that_of_the_lowest_training_loss_if_that_is_monitore
     assert min(validations, key=lambda step: validations[step]) == 12
     progress = read_checkpoint(tmp_path / "run" / "checkpoints" / "best.ckpt")["progress"]
     assert (progress["step"], progress["train_loss"]) == (8, pytest.approx(losses[8]))
+    labels = [line.get_label() for line in drawn[-1].axes[0].lines]
+    assert f"best.ckpt: {validations[8]:.4f}, step 8" in labels
 
 
 class Terminal(io.StringIO):

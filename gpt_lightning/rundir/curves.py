@@ -16,20 +16,20 @@ SMOOTHED = 60  # points of the training loss; of more, the mean over neighbours 
 TITLE = 80  # characters
 
 
-def plot_curves(
-    rows: Sequence[Row], path: str | Path, *, floor: float | None = None, title: str = ""
-) -> None:
-    """Write the picture of `draw_curves`; the suffix of `path` selects the format: .png, .pdf or .svg.
+def plot_curves(rows: Sequence[Row], path: str | Path, **options: Any) -> None:
+    """Write the picture of `draw_curves`, with its options, as .png, .pdf or .svg by the suffix of `path`.
 
     Raises:
         ValueError: If no row has a finite loss, or the format is unknown.
     """
-    figure = draw_curves(rows, floor=floor, title=title)
+    figure = draw_curves(rows, **options)
     with atomic_write(Path(path)) as file:
         figure.savefig(file, format=Path(path).suffix[1:], dpi=120)
 
 
-def draw_curves(rows: Sequence[Row], *, floor: float | None = None, title: str = "") -> Any:
+def draw_curves(
+    rows: Sequence[Row], *, floor: float | None = None, title: str = "", best_step: int | None = None
+) -> Any:
     """A figure of matplotlib with the losses and, in a panel of its own, the learning rate.
 
     The vertical axis shows the losses after the first tenth of the run; what is above is cut off.
@@ -38,6 +38,7 @@ def draw_curves(rows: Sequence[Row], *, floor: float | None = None, title: str =
         rows: As `read_metrics` returns them; losses in nats per token.
         floor: Corpus entropy in nats per token, drawn as a line.
         title: Name of the run.
+        best_step: Step of the best checkpoint, which a star marks; without one, the lowest validation loss.
 
     Raises:
         ValueError: If no row has a finite loss.
@@ -50,7 +51,7 @@ def draw_curves(rows: Sequence[Row], *, floor: float | None = None, title: str =
     figure = Figure(figsize=(8, 5))
     box = {"height_ratios": (4, 1), "hspace": 0.08, "left": 0.11, "right": 0.93, "top": 0.86, "bottom": 0.1}
     losses, rates = figure.subplots(2, 1, sharex=True, gridspec_kw=box)
-    smooth = _draw_losses(losses, train, val, floor)
+    smooth = _draw_losses(losses, train, val, floor, best_step)
     _limit(losses, [*(smooth or train), *val], train, floor)
     rates.plot(*_xy(rate), color="tab:green", linewidth=1.2)
     rates.set_ylabel("learning rate")
@@ -67,7 +68,7 @@ def draw_curves(rows: Sequence[Row], *, floor: float | None = None, title: str =
     return figure
 
 
-def _draw_losses(axes: Any, train: Points, val: Points, floor: float | None) -> Points:
+def _draw_losses(axes: Any, train: Points, val: Points, floor: float | None, best_step: int | None) -> Points:
     """Draw what the upper panel has; the smoothed training loss, if there is one."""
     half = len(train) // SMOOTHED
     smooth = smoothed(train, half) if half else []
@@ -80,10 +81,12 @@ def _draw_losses(axes: Any, train: Points, val: Points, floor: float | None) -> 
         above = {"xytext": (0.01, 3), "textcoords": ("axes fraction", "offset points"), "color": "dimgrey"}
         axes.annotate(f"corpus entropy {floor:.4f}", (0, floor), **above, fontsize="small")
     if val:
-        best = min(val, key=lambda point: point[1])
+        chosen = [point for point in val if point[0] == best_step]
+        name = "best.ckpt" if chosen else "lowest"
+        best = min(chosen or val, key=lambda point: point[1])
         axes.plot(*_xy(val), color="tab:orange", marker="o", markersize=3.5, label="validation loss")
         axes.plot(
-            *best, "*", color="tab:red", markersize=12, label=f"lowest: {best[1]:.4f}, step {best[0]:,.0f}"
+            *best, "*", color="tab:red", markersize=12, label=f"{name}: {best[1]:.4f}, step {best[0]:,.0f}"
         )
         where = {"xytext": (1.005, val[-1][1]), "textcoords": ("axes fraction", "data"), "va": "center"}
         axes.annotate(f"{val[-1][1]:.4f}", val[-1], **where, color="tab:orange", fontsize="small")

@@ -21,7 +21,7 @@ from gpt_lightning.rundir.curves import plot_curves
 from gpt_lightning.rundir.metrics import read_metrics
 from gpt_lightning.rundir.summary import PRUNED, RunSummary, Status, pruned_by, read_summary
 from gpt_lightning.training.callbacks.charts import Charts
-from gpt_lightning.training.callbacks.checkpoints import LastCheckpoint
+from gpt_lightning.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from gpt_lightning.training.callbacks.incidents import Incidents
 from gpt_lightning.training.callbacks.interruption import Interrupted, Interruption
 from gpt_lightning.training.callbacks.metrics import StepMetrics
@@ -98,7 +98,7 @@ def fit(
     finally:
         try:
             if trainer.is_global_zero:
-                _draw(folder, data, f"{facts.get('name', 'run')}, {folder.name}")
+                _draw(folder, data, trainer, f"{facts.get('name', 'run')}, {folder.name}")
                 if status == "finished":
                     log_hyperparameters(trainer, _results(module, data, trainer), hyperparameters)
             summary = record(status)  # last, so that a finished run has everything
@@ -157,14 +157,16 @@ def _results(module: LanguageModel, data: TextDataModule, trainer: pl.Trainer) -
     }
 
 
-def _draw(folder: Path, data: TextDataModule, title: str) -> None:
+def _draw(folder: Path, data: TextDataModule, trainer: pl.Trainer, title: str) -> None:
     """Draw curves.png; no error in it fails the run."""
+    best = next((c for c in trainer.callbacks if isinstance(c, BestCheckpoint)), None)  # type: ignore[attr-defined]
     meta, floor = data.store.meta.splits["val"], None
     if meta.floor_bits is not None:
         floor = meta.floor_bits * math.log(2) / meta.tokens
     try:
         rows = read_metrics(folder / "metrics.csv")
-        plot_curves(rows, folder / "curves.png", floor=floor, title=title)
+        marked = best.best_step if best else None
+        plot_curves(rows, folder / "curves.png", floor=floor, title=title, best_step=marked)
     except Exception as error:
         log.debug("no curves: %s", error)
 

@@ -86,16 +86,28 @@ def validation_is_due(trainer: pl.Trainer) -> bool:
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, for which a model that is worse than guessing is never the best."""
+    """Lightning's ModelCheckpoint, for which a model that is worse than guessing is never the best.
+
+    Attributes:
+        best_step: Optimizer steps before it was saved; None if there is none.
+    """
+
+    best_step: int | None = None
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
         if current is None or not current.isfinite() or not trainer.lightning_module.plausible:
             return False
-        return super().check_monitor_top_k(trainer, current)
+        better = super().check_monitor_top_k(trainer, current)
+        self.best_step = trainer.global_step if better else self.best_step
+        return better
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "best_step": self.best_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.current_score = state_dict["current_score"]  # which Lightning forgets
+        self.best_step = state_dict.get("best_step")  # None in runs of version 0.1 and before
 
 
 class LastCheckpoint(Checkpoint):
