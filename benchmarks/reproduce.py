@@ -116,6 +116,14 @@ def best_validation(published: str) -> Figure:
     return Figure("best validation loss", published, ours)
 
 
+def tokens_per_second(published: str) -> Figure:
+    def ours(plan: Plan, rows: list[Row], summary: RunSummary) -> Reached | None:
+        speed = summary.get("tokens_per_second")
+        return Reached(f"{speed:,.0f}") if speed else None
+
+    return Figure("tokens per second", published, ours)
+
+
 TINY_SHAKESPEARE = planned("tokens of the text", 338_025, lambda plan: plan.train_tokens + plan.val_tokens)
 CHECKED = [loss_at(0, "none"), best_validation("none")]  # of a recipe without figures
 FIGURES: dict[str, list[Figure]] = {
@@ -129,6 +137,7 @@ FIGURES: dict[str, list[Figure]] = {
         target(0.099999, "0.0996 at step 1,832"),
     ],
     "shakespeare_gpt2_small": [
+        Figure("parameters", "about 124 million", lambda plan, *_: Reached(f"{plan.parameters:,}")),
         loss_at(0, "about 10.5"),
         over_run("best training loss", "0.1716 at step 4,517", 5000, lowest),
         over_run("mean of the last 100 steps", "0.3894", 5000, mean_of_last_100),
@@ -138,6 +147,7 @@ FIGURES: dict[str, list[Figure]] = {
         parameters(124_475_904),
         *(loss_at(step, loss) for step, loss in [(0, "10.9677"), (10, "8.6117"), (100, "3.7358")]),
         *(loss_at(step, loss) for step, loss in [(200, "0.1825"), (250, "0.0052")]),
+        tokens_per_second("about 6,800"),
     ],
     "nanogpt_shakespeare_char": [best_validation("1.4697")],
     "nanogpt_shakespeare_char_cpu": [best_validation("1.88")],

@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from gpt_lightning.inference.run import Run
     from gpt_lightning.inference.text import TextGenerator
     from gpt_lightning.plan import Plan
+    from gpt_lightning.report import Report
 
     def train(*overrides: str) -> Run:
         """Train a run; returns it with its summary, its metrics and its folder."""
 
     def plan(*overrides: str) -> Plan:
         """What a run would cost, as numbers."""
+
+    def report(*overrides: str) -> Report | None:
+        """What runs found, best first; None if they were watched."""
 
     def evaluate(*overrides: str) -> dict[str, Any]:
         """How well a model predicts text, by the names that the table of the command has."""
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
 
 
 __version__ = "0.1.0"
-__all__ = ["Run", "TextGenerator", "evaluate", "generate", "load", "plan", "train"]
+__all__ = ["Run", "TextGenerator", "evaluate", "generate", "load", "plan", "report", "train"]
 
 # torch takes seconds to import, so what needs it waits until it is asked for
 _WHERE = {

@@ -16,7 +16,7 @@ import gpt_lightning
 
 
 def test_names_that_are_public() -> None:
-    assert {"train", "plan", "evaluate", "generate", "load", "Run", "TextGenerator"} <= set(
+    assert {"train", "plan", "evaluate", "generate", "report", "load", "Run", "TextGenerator"} <= set(
         dir(gpt_lightning)
     )
     assert all(not name.startswith("_") or name == "__version__" for name in dir(gpt_lightning))
