@@ -1,10 +1,13 @@
-"""Take docs/terminal.png and docs/demo.png again: `python docs/screenshot.py CHECKPOINT [PROMPT]`.
+"""Take the pictures of docs/ again: `python docs/screenshot.py RUN [PROMPT]`; RUN is a default run.
+
+It trains another one for the picture of the terminal.
 
 Needs the extra demo, the package playwright, and Chromium (on Debian: apt-get install chromium).
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import html
 import os
@@ -63,19 +66,46 @@ def demo(browser: Any, url: str, prompt: str) -> None:
     page.screenshot(path=HERE / "demo.png", full_page=True)
 
 
-def main(checkpoint: str, prompt: str = "In a cozy hut") -> None:
-    command = [sys.executable, "-m", "gpt_lightning.demo", f"checkpoint={checkpoint}", "port=0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, sync_playwright() as driver:
-        try:
-            assert server.stdout is not None
-            url = server.stdout.readline().removeprefix("page: ").strip()
-            flags = ["--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-            browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
-            demo(browser, url, prompt)
-            terminal(browser)
-            browser.close()
-        finally:
-            server.terminate()
+def tokens(browser: Any, run: Path) -> None:
+    """The page of `evaluate tokens=true`, and what was expected at one of its tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tokens.html"
+        command = ["gpt_lightning.evaluate", f"checkpoint={run}", "tokens=true", f"output={file}"]
+        subprocess.run([sys.executable, "-m", *command], check=True, stdout=subprocess.DEVNULL)
+        page = browser.new_page(viewport={"width": 900, "height": 560})
+        page.goto(file.as_uri())
+        page.locator(".token").nth(90).hover()
+        page.screenshot(path=HERE / "tokens.png")
+
+
+def tensorboard(browser: Any, url: str) -> None:
+    """The page Custom Scalars, which opens first."""
+    page = browser.new_page(viewport={"width": 1240, "height": 640})
+    page.goto(url)
+    page.wait_for_timeout(8000)  # it loads and draws without a sign that it is done
+    page.screenshot(path=HERE / "tensorboard.png")
+
+
+def started(driver: contextlib.ExitStack, name: str, *arguments: str) -> str:
+    """Start a command that serves a page; its address."""
+    command = [sys.executable, "-m", f"gpt_lightning.{name}", *arguments]
+    server = driver.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    driver.callback(server.terminate)
+    assert server.stdout is not None
+    return server.stdout.readline().split()[1]
+
+
+def main(place: str, prompt: str = "In a cozy hut") -> None:
+    run = Path(place).resolve()
+    flags = ["--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    with sync_playwright() as driver, contextlib.ExitStack() as servers:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
+        demo(browser, started(servers, "demo", f"checkpoint={run}", "port=0"), prompt)
+        tensorboard(browser, started(servers, "report", f"runs={run.parent}", "tensorboard=0"))
+        tokens(browser, run)
+        terminal(browser)
+        browser.close()
+    shutil.copy(run / "curves.png", HERE)
 
 
 if __name__ == "__main__":
