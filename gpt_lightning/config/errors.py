@@ -85,6 +85,8 @@ def one_line(error: BaseException, keys: Iterable[str] = ()) -> str:
         remedy = f"did you mean {close}?" if close else "--cfg job shows all keys"
         return f"there is no key {cause.full_key}; {remedy}"
     text = str(error).strip()
+    if isinstance(cause, OSError) and text.startswith("Unable to configure handler"):  # the log of a run
+        return one_line(cause)
     if missing := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{missing[1]}= must be given"
     if found := re.search(

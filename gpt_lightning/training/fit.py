@@ -167,6 +167,8 @@ def _draw(folder: Path, data: TextDataModule, trainer: pl.Trainer, title: str) -
         rows = read_metrics(folder / "metrics.csv")
         marked = best.best_step if best else None
         plot_curves(rows, folder / "curves.png", floor=floor, title=title, best_step=marked)
+    except OSError as error:
+        log.warning("curves.png was not drawn: %s", error)
     except Exception as error:
         log.debug("no curves: %s", error)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging.config
 import re
 import signal
 import subprocess
@@ -273,3 +274,14 @@ def test_ctrl_c_while_python_cleans_up_after_a_command_is_ignored() -> None:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (0, "")
+
+
+def test_log_that_cannot_be_opened_is_told_with_the_reason(tmp_path: Path) -> None:
+    handler = {"class": "logging.FileHandler", "filename": str(tmp_path / "missing" / "train.log")}
+    with pytest.raises(ValueError, match="Unable to configure handler") as caught:
+        logging.config.dictConfig(
+            {"version": 1, "handlers": {"file": handler}, "root": {"handlers": ["file"]}}
+        )
+    assert one_line(caught.value) == f"{handler['filename']}: No such file or directory; " + (
+        "it is needed and not there; was it deleted?"
+    )

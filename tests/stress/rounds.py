@@ -80,7 +80,13 @@ class Round:
             self._compare(reference)
 
     def _compare(self, reference: Path) -> None:
-        if found := differences(self.run, reference):
+        found = differences(self.run, reference)
+        if (
+            found == ["curves.png differs"]
+            and "curves.png was not drawn" in self.sessions[-1].out.read_text()
+        ):
+            found = []  # it had no room, and was said
+        if found:
             raise Failure("\n  ".join(found))
         self.counts["runs that ended as if nothing had happened"] += 1
 

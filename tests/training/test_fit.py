@@ -172,6 +172,14 @@ def test_model_that_is_worse_than_guessing_is_never_the_best_and_the_run_goes_on
         assert (f"step {step} has no sample: the validation loss is nan" in caplog.text) == (loss == "nan")
 
 
+def test_picture_that_cannot_be_written_is_told_and_the_run_is_finished(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "curves.png").mkdir()
+    assert run(tmp_path, Stop())["status"] == "finished"
+    assert "curves.png was not drawn: " in caplog.text
+
+
 class StopsLate(pl.Callback):
     """Ends the run at a point where no other callback is asked any more."""
 
