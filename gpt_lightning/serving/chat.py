@@ -13,19 +13,21 @@ import gradio as gr
 from gpt_lightning.data.corpus.chat import render
 from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.serving.engine import Busy, Engine
+from gpt_lightning.serving.page import QUIET, heading, name_of, stoppable
 
 
 def build_chat(engine: Engine) -> gr.Blocks:
     """The page; messages are escaped there, so that a model cannot make a browser load anything."""
-    most, name = engine.max_new_tokens, str(engine.model.info.get("name") or "gpt_lightning")
-    with gr.Blocks(title=name, analytics_enabled=False) as page:
-        gr.Markdown(f"# {html.escape(name)}")
+    most, info = engine.max_new_tokens, engine.model.info
+    with gr.Blocks(title=f"{name_of(info)} - gpt_lightning", analytics_enabled=False) as page:
+        gr.Markdown(heading(info))
         conversation = gr.Chatbot(  # it has a button that begins a new conversation
             label="Conversation", render_markdown=False, buttons=["copy_all"], elem_id="conversation"
         )
         message = gr.Textbox(label="Message", max_length=engine.max_prompt_chars)
         with gr.Row():
-            send, stop = gr.Button("Send", variant="primary"), gr.Button("Stop")
+            send = gr.Button("Send", variant="primary")
+            stop = gr.Button("Stop", variant="stop", interactive=False)
         with gr.Accordion("Settings", open=False):
             settings: list[gr.components.Component] = [
                 gr.Slider(1, most, min(most, 200), step=1, label="New tokens, at most"),
@@ -39,8 +41,8 @@ def build_chat(engine: Engine) -> gr.Blocks:
 
         inputs, outputs = [message, conversation, *settings], [message, conversation]
         events = [send.click, message.submit]
-        run = gr.on(events, answer, inputs, outputs, api_visibility="private", show_progress="hidden")
-        stop.click(None, cancels=[run])
+        begun = gr.on(events, lambda: gr.update(interactive=True), None, stop, **QUIET)
+        stoppable(begun, answer, inputs, outputs, stop)
     return page.queue(max_size=engine.queue + 1, default_concurrency_limit=None)  # the engine queues
 
 

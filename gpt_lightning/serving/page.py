@@ -21,6 +21,7 @@ from gpt_lightning.serving.engine import STOP_LENGTH, STOPS, Busy, Engine
 
 SAMPLES = 4  # side by side, at most
 REFRESH = 0.05  # seconds between updates of the page; browsers cannot take more
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}  # options of events
 SHOWN = {
     "data": "training text",
     "tokenizer": "tokenizer",
@@ -124,6 +125,15 @@ def token_view(info: ModelCard) -> tuple[list[gr.Number], gr.HTML]:
         return place, gr.HTML("Appears when a text is complete.", elem_id="tokens")
 
 
+def stoppable(begun: Any, answer: Any, inputs: Any, outputs: Any, stop: gr.Button) -> Any:
+    """The event that runs `answer` after `begun`, which enables Stop, until it has ended or is stopped."""
+    run = begun.then(answer, inputs, outputs, **QUIET)
+    for over in (run.success, run.failure):
+        over(lambda: gr.update(interactive=False), None, stop, **QUIET)
+    stop.click(lambda: gr.update(interactive=False), None, stop, cancels=[run], **QUIET)
+    return run
+
+
 def build_page(engine: Engine, curves: Path | None) -> gr.Blocks:
     """The page of a model; `curves` is a picture of its run."""
     info = engine.model.info
@@ -163,14 +173,10 @@ def build_page(engine: Engine, curves: Path | None) -> gr.Blocks:
 
         made = gr.State(("", []))  # the prompt and the samples that are shown
         inputs, outputs = [prompt, *settings.values()], [status, *boxes, made]
-        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        begun = start.click(show, settings["num_samples"], [*boxes, stop], **quiet)
-        run = begun.then(answer, inputs, outputs, **quiet)
-        for over in (run.success, run.failure):
-            over(lambda: gr.update(interactive=False), None, stop, **quiet)
+        begun = start.click(show, settings["num_samples"], [*boxes, stop], **QUIET)
+        run = stoppable(begun, answer, inputs, outputs, stop)
         for event in (run.success, *(field.change for field in place)):
-            event(look, [made, *place], tokens, **quiet)
-        stop.click(lambda: gr.update(interactive=False), None, stop, cancels=[run], **quiet)
+            event(look, [made, *place], tokens, **QUIET)
     return page.queue(max_size=engine.queue + 1, default_concurrency_limit=None)  # the engine queues
 
 
