@@ -67,6 +67,7 @@ def test_quickstart_trains_and_keeps_weights(ran: tuple[Path, dict[str, str]]) -
     folder, text = ran[0], ran[1]["01_quickstart"]
     assert re.search(rf"validation loss {NUMBER}", text)
     assert text.count("## Step") == 2
+    assert re.search(r"8/8 100% \|█+\| 00:00 left, loss", text)  # the bar, on standard error
     kept = torch.load(folder / "weights.pt", weights_only=True)
     trained = torch.load(folder / "run" / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     assert {f"net.{name}" for name in kept} == trained.keys()
@@ -82,6 +83,11 @@ def test_sizes_predicted_are_those_measured(ran: tuple[Path, dict[str, str]]) ->
     by_hand, planned, measured = (float(number.replace(",", "")) for number in flops.groups())
     assert by_hand == planned
     assert measured == pytest.approx(planned, rel=0.05)
+    pairs = re.findall(rf"plan {NUMBER} MiB, (measured|by hand) {NUMBER} MiB", text)
+    (planned, _, measured), (fixed, _, by_hand) = ((float(a), how, float(b)) for a, how, b in pairs)
+    assert measured == pytest.approx(planned, rel=0.25)
+    assert fixed == by_hand
+    assert re.search(rf"plan, from a measurement of a part of the work: {NUMBER} minutes", text)
 
 
 def test_sweep_is_reported(ran: tuple[Path, dict[str, str]]) -> None:
@@ -100,7 +106,12 @@ def test_stories_are_plotted_and_sampled(ran: tuple[Path, dict[str, str]]) -> No
     folder, text = ran[0], ran[1]["05_tinystories"]
     assert (folder / "losses.pdf").read_bytes().startswith(b"%PDF")
     assert text.count("## Step") == 2
+    samples = re.findall(r"```text\n(.*?)\n```", text, re.S)
+    assert all(text.count(sample) >= 2 for sample in samples)  # printed on the way as well
     assert text.count("'temperature'") == 3
+    weights = torch.load(folder / "stories.pt", weights_only=True)
+    trained = torch.load(folder / "stories" / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert {f"net.{name}" for name in weights} == trained.keys()
 
 
 def test_opened_model_is_the_one_that_was_trained(ran: tuple[Path, dict[str, str]]) -> None:

@@ -164,6 +164,7 @@ TINYSTORIES: Published = {
     "model.tie_weights": False, "optimizer.lr": 5e-4, "optimizer.weight_decay": 0.1,
     "trainer.max_steps": None, "trainer.max_epochs": 20, "data.shuffle": True, "data.drop_last": True,
     "data.name": "roneneldan/TinyStories", "data.val_split": None, "data.val_fraction": 0.1,
+    "scheduler": "constant", "scheduler.warmup_steps": 0, "trainer.clip_norm": None,  # none is published
 }  # fmt: skip
 GPT2_124M: Published = {
     **shape(12, 12, 768, 1024), **batches(12, 40), "tokenizer": "GPT2", "scheduler": "cosine",
@@ -188,7 +189,9 @@ PUBLISHED: list[tuple[str, Published]] = [
     ("bpe_from_scratch", {**BPE, **shape(12, 12, 768, 1024), "feed_forward": 3072}),
     ("bpe_from_scratch size=small", {**BPE, **shape(6, 8, 512, 1024), "feed_forward": 2048}),
     ("bpe_from_scratch size=large", {**BPE, **shape(24, 16, 1024, 1024), "feed_forward": 4096}),
-    ("tinystories_124m", {**TINYSTORIES, **shape(12, 12, 768, 256)}),
+    ("bpe_from_scratch scheduler=linear", {"scheduler": "linear"}),
+    ("tinystories_124m", {**TINYSTORIES, **shape(12, 12, 768, 256), "data.stride": 256}),
+    ("tinystories_124m data.stride=128", {"data.stride": 128}),
     ("tinystories_124m size=small", {**TINYSTORIES, **shape(6, 6, 384, 128)}),
     ("tinystories_124m size=large", {**TINYSTORIES, **shape(24, 16, 1024, 512)}),
     ("gpt2_124m", GPT2_124M),
