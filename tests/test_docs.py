@@ -86,12 +86,17 @@ def test_configuration_reference_has_every_key_with_its_comment() -> None:
     for line in (
         "## trainer",
         "### trainer=default",
-        "| `trainer.max_steps` | `1000` | null: max\\_epochs decides |",
+        "| `trainer.max_steps` | `1000` | of the run; null: max\\_epochs decides |",
         "| `model.n_layer` | `12` | blocks |",
-        "| `callbacks.progress` | `gpt_lightning.training.callbacks.progress.Progress` |  |",
+        "| `callbacks.progress` | `gpt_lightning.training.callbacks.progress.Progress` | A progress bar over "
+        "the whole run in optimizer steps; log lines if standard error cannot show one. |",
+        "| `callbacks.last.keep` | `${trainer.keep_last}` | as `trainer.keep_last` |",
+        "| `callbacks.samples.path` | `${paths.run}/samples.md` | The file; sections are appended. |",
+        "| `model.n_layer` | `48` | blocks |",
     ):
         assert line in pages["configuration"].splitlines()
     text = pages["configuration"]
+    assert not re.findall(r"^\| `.*\|  \|$", text, re.M), "keys without a meaning"
     for path in CONF.glob("*/*.yaml"):
         cfg = OmegaConf.to_container(OmegaConf.load(path))
         assert isinstance(cfg, dict)
