@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import base64
+import functools
 import json
 import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from mkdocs.config.defaults import MkDocsConfig
@@ -120,9 +123,13 @@ def section(heading: str, path: Path, package: str) -> str:
     assert comment is not None  # the pattern also matches nothing
     lines = [line.removeprefix("#").removeprefix(" ") for line in comment[1].splitlines()]
     prefix = "" if "# @package _global_" in text else package
-    rows = [
-        f"| `{key}` | {f'`{value}`' if value else ''} | {note} |" for key, value, note in keys(text, prefix)
-    ]
+    found = list(keys(text, prefix))
+    known = comments() | {key.name: key.note for key in found if key.note}
+    rows = []
+    for key in found:
+        value = key.value.replace("|", "\\|")
+        meaning = known.get(key.name) or link_or_docstring(key) or known.get(key.parent, "")
+        rows.append(f"| `{key.name}` | {f'`{value}`' if value else ''} | {cell(meaning)} |")
     table = ["| key | value | meaning |", "| --- | --- | --- |", *rows] if rows else []
     return "\n".join([heading, "", *paragraphs(lines), "", *table, ""])
 
@@ -134,14 +141,57 @@ def paragraphs(lines: list[str]) -> Iterator[str]:
         yield ("\n" if number and label else "") + line.strip().replace("<|", "&lt;|")
 
 
-def keys(text: str, prefix: str) -> Iterator[tuple[str, str, str]]:
-    """Each key of a YAML file as it is set on a command line, its value and its comment."""
+class Key(NamedTuple):
+    """A key of a YAML file as it is set on a command line."""
+
+    name: str
+    value: str
+    note: str  # its comment
+    parent: str
+    target: str  # the class that it selects, or whose argument it is
+    argument: str
+
+
+@functools.cache
+def comments() -> dict[str, str]:
+    """The comments of the files that define a key; those of presets are about other values of it."""
+    found: dict[str, str] = {}
+    for path in [CONF / "train.yaml", *sorted(CONF.glob("*/*.yaml"))]:
+        text = path.read_text(encoding="utf-8")
+        if "# @package _global_" not in text:
+            prefix = "" if path.parent == CONF else path.parent.name
+            found = {key.name: key.note for key in keys(text, prefix) if key.note} | found
+    return found
+
+
+def link_or_docstring(key: Key) -> str:
+    """The other key that one takes its value from; else what the class says of itself or of an argument."""
+    if linked := re.fullmatch(r"\$\{([\w.]+)\}", key.value):
+        return f"as `{linked[1]}`"
+    if not key.target.startswith("gpt_lightning."):
+        return ""
+    text = docstring(key.target)
+    entry = rf"^    (?:\w+, )*{key.argument}(?:, \w+)*: (.*(?:\n {{8}}.*)*)"
+    found = re.search(entry, text, re.M) if key.argument else re.match(r"(?s)(.*?\.)(?:\s|$)", text)
+    return " ".join(found[1].split()) if found else ""
+
+
+def docstring(target: str) -> str:
+    """Of a class or function of the package, which is read without importing it."""
+    module, _, name = target.rpartition(".")
+    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    return next(ast.get_docstring(it) or "" for it in tree.body if isinstance(it, kinds) and it.name == name)
+
+
+def keys(text: str, prefix: str) -> Iterator[Key]:
+    """The keys of a YAML file."""
     root = yaml.compose(text, yaml.SafeLoader)
     if isinstance(root, yaml.MappingNode):
-        yield from _keys(root, prefix, text.splitlines())
+        yield from _keys(root, prefix, "", text.splitlines())
 
 
-def _keys(node: yaml.MappingNode, prefix: str, lines: list[str]) -> Iterator[tuple[str, str, str]]:
+def _keys(node: yaml.MappingNode, prefix: str, target: str, lines: list[str]) -> Iterator[Key]:
     for key, value in node.value:
         if key.value in ("defaults", "hydra") or key.value.startswith("_"):
             continue
@@ -149,24 +199,31 @@ def _keys(node: yaml.MappingNode, prefix: str, lines: list[str]) -> Iterator[tup
         below = isinstance(value, yaml.CollectionNode) and not value.flow_style  # in the lines below the key
         note = _comment(lines, (key if below else value).end_mark)
         if not (below and isinstance(value, yaml.MappingNode)):
-            yield name, _source(value, lines), note
+            yield Key(name, _source(value, lines), note, prefix, target, key.value)
             continue
-        target = next((item.value for one, item in value.value if one.value == "_target_"), "")
-        if note or target:
-            yield name, target, note
-        yield from _keys(value, name, lines)
+        own = next((item.value for one, item in value.value if one.value == "_target_"), "")
+        if note or own:
+            yield Key(name, own, note, prefix, own, "")
+        yield from _keys(value, name, own, lines)
 
 
 def _comment(lines: list[str], end: yaml.Mark) -> str:
-    """The comment behind a place, for a cell of a table; it may go on in lines of its own."""
+    """The comment behind a place; it may go on in lines of its own."""
     before, mark, note = lines[end.line][end.column :].partition("#")
     column = end.column + len(before)
     for line in lines[end.line + 1 :]:
         if not mark or line[: column + 1].strip() != "#":
             break
         note += " " + line[column + 1 :].strip()
-    note = note.strip().replace("|", "\\|").replace("<", "&lt;")
-    return note.replace("*", "\\*").replace("_", "\\_")
+    return note.strip()
+
+
+def cell(text: str) -> str:
+    """A text for a cell of a table, in which only code between backticks is formatted."""
+    parts = text.replace("|", "\\|").split("`")
+    for i in range(0, len(parts), 2):  # outside of code
+        parts[i] = re.sub(r"([*_])", r"\\\1", parts[i].replace("<", "&lt;"))
+    return "`".join(parts)
 
 
 def _source(node: yaml.Node, lines: list[str]) -> str:
@@ -176,7 +233,7 @@ def _source(node: yaml.Node, lines: list[str]) -> str:
     else:
         last = node.end_mark.column if node.start_mark.line == node.end_mark.line else None
         text = lines[node.start_mark.line][node.start_mark.column : last]
-    return text.replace("|", "\\|")
+    return text
 
 
 def on_nav(nav: Navigation, config: MkDocsConfig, files: Files) -> Navigation:

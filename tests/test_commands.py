@@ -280,6 +280,16 @@ def test_python_example_runs(
     assert capsys.readouterr().out.rstrip().endswith("626176 16384")
 
 
+@pytest.mark.slow
+def test_example_draws_the_curves_as_pdf(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = blocks("training", "python")
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("RUN/", f"{place}/outputs/gpt/first/"), {})
+    assert (tmp_path / "curves.pdf").read_bytes().startswith(b"%PDF-")
+
+
 def test_no_command_escapes_the_tests() -> None:
     shown = re.findall(r"(?:python -m gpt_lightning|make )[^`\n]*", README)
     others = "\n".join(text for page, text in PAGES.items() if page not in ("README", "reproductions"))

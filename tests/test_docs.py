@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -68,13 +69,37 @@ def test_plugin_shown_is_the_one_in_examples() -> None:
         assert (ROOT / path).read_text(encoding="utf-8") == text
 
 
-def test_configuration_reference_has_every_key_with_its_comment() -> None:
+@pytest.fixture
+def hooks() -> Any:
+    """The module docs/hooks.py."""
     pytest.importorskip("mkdocs")
     spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
     assert spec is not None
     assert spec.loader is not None
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_llms_txt_lists_every_page_of_the_site(hooks: Any, tmp_path: Path) -> None:
+    from mkdocs.config import load_config
+    from mkdocs.structure.files import get_files
+    from mkdocs.structure.nav import get_navigation
+
+    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path))
+    files = config.plugins.on_files(get_files(config), config=config)  # of the hooks that mkdocs.yml names
+    nav = hooks.on_nav(get_navigation(files, config), config, files)
+    for page in nav.pages:
+        page.read_source(config)
+    hooks.on_post_build(config)
+    listed = re.findall(r"^- \[(.+)\]\((.+)\)$", (tmp_path / "llms.txt").read_text(encoding="utf-8"), re.M)
+    named = re.findall(r"^ +- ([^\n]+): (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
+    assert listed == named
+    for _, target in listed:
+        assert (tmp_path / target).read_text(encoding="utf-8").startswith("#"), target
+
+
+def test_configuration_reference_has_every_key_with_its_comment(hooks: Any) -> None:
     pages = hooks.reference()
     for line in (
         "| `seed` | `1337` | of the weights, the order of the data, dropout and samples |",
@@ -86,12 +111,17 @@ def test_configuration_reference_has_every_key_with_its_comment() -> None:
     for line in (
         "## trainer",
         "### trainer=default",
-        "| `trainer.max_steps` | `1000` | null: max\\_epochs decides |",
+        "| `trainer.max_steps` | `1000` | of the run; null: max\\_epochs decides |",
         "| `model.n_layer` | `12` | blocks |",
-        "| `callbacks.progress` | `gpt_lightning.training.callbacks.progress.Progress` |  |",
+        "| `callbacks.progress` | `gpt_lightning.training.callbacks.progress.Progress` | A progress bar over "
+        "the whole run in optimizer steps; log lines if standard error cannot show one. |",
+        "| `callbacks.last.keep` | `${trainer.keep_last}` | as `trainer.keep_last` |",
+        "| `callbacks.samples.path` | `${paths.run}/samples.md` | The file; sections are appended. |",
+        "| `model.n_layer` | `48` | blocks |",
     ):
         assert line in pages["configuration"].splitlines()
     text = pages["configuration"]
+    assert not re.findall(r"^\| `.*\|  \|$", text, re.M), "keys without a meaning"
     for path in CONF.glob("*/*.yaml"):
         cfg = OmegaConf.to_container(OmegaConf.load(path))
         assert isinstance(cfg, dict)

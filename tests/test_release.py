@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,21 @@ if sys.version_info >= (3, 11):
 else:
     tomllib = pytest.importorskip("tomli")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def check_extras_of(wheel: Path) -> None:
+    """Each extra for users is one of the wheel, and `all` has the packages of all of them."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = Parser().parsestr(archive.read(name).decode())
+    packages: dict[str, set[str]] = {extra: set() for extra in metadata.get_all("Provides-Extra", [])}
+    for requirement in map(Requirement, metadata.get_all("Requires-Dist", [])):
+        for extra, found in packages.items():
+            if requirement.marker is not None and requirement.marker.evaluate({"extra": extra}):
+                found.add(requirement.name)
+    users = set(packages) - {"all", "dev", "docs", "mutants"}
+    assert users == {"hf", "demo", "eval", "optuna", "wandb", "mlflow"}
+    assert packages["all"] == set().union(*(packages[extra] for extra in users))
 
 
 @pytest.mark.slow
@@ -44,6 +61,7 @@ def test_source_distribution_and_wheel_train_in_an_empty_environment(tmp_path: P
     } <= names
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name == f"gpt_lightning-{gpt_lightning.__version__}-py3-none-any.whl"
+    check_extras_of(wheel)
     empty, work = tmp_path / "empty", tmp_path / "work"
     work.mkdir()
     run(sys.executable, "-m", "venv", empty)
