@@ -13,7 +13,7 @@ import gradio as gr
 from gpt_lightning.data.corpus.chat import render
 from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.serving.engine import Busy, Engine
-from gpt_lightning.serving.page import QUIET, heading, name_of, stoppable
+from gpt_lightning.serving.page import QUIET, heading, name_of, stoppable, token_pages, token_view
 
 
 def build_chat(engine: Engine) -> gr.Blocks:
@@ -33,16 +33,26 @@ def build_chat(engine: Engine) -> gr.Blocks:
                 gr.Slider(1, most, min(most, 200), step=1, label="New tokens, at most"),
                 gr.Slider(0, 2, SamplingSettings().temperature, step=0.05, label="Temperature"),
             ]
+        place, tokens = token_view(info)
 
         async def answer(*values: Any) -> AsyncGenerator[tuple[str, list[dict[str, Any]]], None]:
             async with contextlib.aclosing(respond(engine, *values)) as updates:
                 async for history in updates:
                     yield "", history
 
+        async def look(history: list[dict[str, Any]], layer: int, head: int) -> str:
+            """The tokens of the last answer, which is read with its question alone, as in training."""
+            if not history:
+                return ""
+            *question, answer = plain(history[-2:])
+            prompt = render(question)
+            return await token_pages(engine, prompt, [prompt + answer["content"]], layer=layer, head=head)
+
         inputs, outputs = [message, conversation, *settings], [message, conversation]
-        events = [send.click, message.submit]
-        begun = gr.on(events, lambda: gr.update(interactive=True), None, stop, **QUIET)
-        stoppable(begun, answer, inputs, outputs, stop)
+        begun = gr.on([send.click, message.submit], lambda: gr.update(interactive=True), None, stop, **QUIET)
+        run = stoppable(begun, answer, inputs, outputs, stop)
+        for event in (run.success, *(field.change for field in place)):
+            event(look, [conversation, *place], tokens, **QUIET)
     return page.queue(max_size=engine.queue + 1, default_concurrency_limit=None)  # the engine queues
 
 
@@ -55,7 +65,7 @@ async def respond(
         gradio.Error: For a mistake of the user or a full queue; the page shows it.
     """
     shown = [*history, {"role": "user", "content": html.escape(message)}]
-    messages = [{"role": turn["role"], "content": text_of(turn["content"])} for turn in shown]
+    messages = plain(shown)
     while len(messages) > 2 and len(render(messages)) > engine.max_prompt_chars:
         messages = messages[2:]  # the oldest question and its answer
     text, seed = "", secrets.randbelow(2**31)
@@ -67,6 +77,11 @@ async def respond(
                 yield [*shown, {"role": "assistant", "content": html.escape(text)}]
     except (ValueError, Busy) as error:
         raise gr.Error(str(error), print_exception=False) from None
+
+
+def plain(history: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The messages of a conversation as text."""
+    return [{"role": turn["role"], "content": text_of(turn["content"])} for turn in history]
 
 
 def text_of(content: Any) -> str:
