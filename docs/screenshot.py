@@ -13,6 +13,7 @@ import html
 import os
 import pty
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -40,9 +41,11 @@ def terminal(browser: Any) -> None:
         seen = b""
         while SHOWN_AT not in seen.rpartition(b"\n")[2]:
             seen += os.read(terminal, 1 << 16)
-        os.kill(pid, 15)
-        while os.waitpid(pid, os.WNOHANG) == (0, 0):
-            os.read(terminal, 1 << 16)
+        os.kill(pid, signal.SIGTERM)
+        with contextlib.suppress(OSError):  # how a terminal ends
+            while os.read(terminal, 1 << 16):
+                pass
+        os.waitpid(pid, 0)
         shown = [line.rstrip("\r").rpartition("\r")[2] for line in seen.decode().split("\n")]
         text = "\n".join(["$ make train", *shown]).replace(folder, "gpt_lightning")
     page = browser.new_page(viewport={"width": 760, "height": 400})
@@ -63,7 +66,8 @@ def demo(browser: Any, url: str, prompt: str) -> None:
     tokens = page.frame_locator("#tokens iframe").first.locator(".token")
     tokens.nth(60).hover()  # shows what was expected there
     page.wait_for_timeout(500)
-    page.screenshot(path=HERE / "demo.png", full_page=True)
+    part = {"x": 120, "y": 0, "width": 1000, "height": 1210}  # down to the end of the first sample
+    page.screenshot(path=HERE / "demo.png", full_page=True, clip=part)
 
 
 def tokens(browser: Any, run: Path) -> None:
@@ -96,7 +100,7 @@ def started(driver: contextlib.ExitStack, name: str, *arguments: str) -> str:
 
 
 def main(place: str, prompt: str = "In a cozy hut") -> None:
-    run = Path(place).resolve()
+    run = Path(place)  # as it is shown
     flags = ["--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     with sync_playwright() as driver, contextlib.ExitStack() as servers:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=flags)

@@ -109,12 +109,14 @@ def test_dockerfile_passes_its_linter() -> None:
     assert result.returncode == 0, result.stdout
 
 
-def test_workflow_runs_on_every_supported_version_of_python() -> None:
+def test_workflow_runs_on_every_system_and_supported_version_of_python() -> None:
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))
-    versions = workflow["jobs"]["quick"]["strategy"]["matrix"]["python"]
-    least = re.fullmatch(r">=(3\.\d+)", PROJECT["requires-python"])
-    assert least is not None
-    assert versions[0] == least[1]
+    matrix = workflow["jobs"]["quick"]["strategy"]["matrix"]
+    assert {name.partition("-")[0] for name in matrix["os"]} == {"ubuntu", "macos", "windows"}
+    assert matrix["python"] == ["3.10", "3.11", "3.12", "3.13"]
+    assert PROJECT["requires-python"] == f">={matrix['python'][0]}"
     commands = [step["run"] for step in workflow["jobs"]["quick"]["steps"] if "run" in step]
+    for path in re.findall(r"tests\S+", commands[-1]):  # that run on Windows
+        assert (ROOT / path).exists(), path
     assert "python -m gpt_lightning.plan check=true" in commands
     assert shutil.which("bash") is None or (ROOT / ".ci" / "run").stat().st_mode & 0o100

@@ -18,6 +18,7 @@ from gpt_lightning.data.corpus.base import Split
 from gpt_lightning.data.token_store import TokenStore
 
 IGNORE = -100  # target of a padded position, F.cross_entropy's default
+AT_ONCE = 4096  # windows whose order is computed at once
 # inputs and targets, both (B, T) int64; if only responses are learned, also the targets that count in the
 # optimizer step, per micro-batch: ()
 Batch = tuple[Tensor, ...]
@@ -216,6 +217,7 @@ class TrainBatches(_Batches):
         keys = ("block_size", "batch_size", "stride", "drop_last", "random_offset")
         self.windows, self.steps_per_epoch = epoch_size(self.store, **{k: getattr(self, k) for k in keys})
         self.accumulation = self.batch_size // (self.micro_batch_size * self.world_size)
+        self._known = ((-1, -1), np.zeros(0, dtype=np.int64))  # epoch and first index of permuted ones
 
     def __len__(self) -> int:
         return self.steps * self.accumulation
@@ -231,7 +233,7 @@ class TrainBatches(_Batches):
         epoch, step = divmod(step, self.steps_per_epoch)
         index = (step * self.batch_size + np.arange(first, end)) % self.windows
         if self.shuffle:
-            index = permute(index, self.windows, seed=self.seed, epoch=epoch)
+            index = self._permuted(index, epoch)
         stride, offset = self.stride or self.block_size, 0
         if self.random_offset:
             offset = int(np.random.SeedSequence([self.seed, epoch, 1]).generate_state(1)[0]) % stride
@@ -242,6 +244,17 @@ class TrainBatches(_Batches):
         is_end = self.tokens[before] == self.store.tokenizer.eot_token
         aligned = before[np.arange(len(begin)), is_end.argmax(1)]
         return np.where(is_end.any(1), aligned, begin)
+
+    def _permuted(self, index: np.ndarray, epoch: int) -> np.ndarray:
+        """As `permute`, which takes hardly longer for AT_ONCE windows than for those of a batch."""
+        how = {"seed": self.seed, "epoch": epoch}
+        begin = int(index[0]) // AT_ONCE * AT_ONCE
+        if int(index.min()) < begin or int(index.max()) >= begin + AT_ONCE:
+            return permute(index, self.windows, **how)
+        if self._known[0] != (epoch, begin):
+            several = np.arange(begin, min(begin + AT_ONCE, self.windows))
+            self._known = ((epoch, begin), permute(several, self.windows, **how))
+        return self._known[1][index - begin]
 
     def __getitem__(self, b: int) -> Batch:
         place = self.starts(b)[:, None] + np.arange(self.block_size + 1)

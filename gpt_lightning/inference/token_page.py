@@ -29,6 +29,7 @@ PAGE = """<!doctype html><!-- gpt_lightning tokens -->
 :root {{ color-scheme: light dark }}
 body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 50rem; padding: 0 1rem 12rem }}
 h1 {{ font-size: 1.4rem; overflow-wrap: anywhere }}
+@media (max-height: 40rem) {{ body {{ margin: 0 auto }} h1, p {{ margin: .4rem 0 }} }}
 .scale {{ display: inline-block; width: 8rem; height: .8rem; border: 1px solid #8888;
   background: linear-gradient(to right, rgb(229 72 58 / 0), rgb(229 72 58)) }}
 canvas {{ width: min(100%, 30rem); image-rendering: pixelated; border: 1px solid #8888 }}

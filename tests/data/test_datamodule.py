@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from gpt_lightning.data import windows
 from gpt_lightning.data.datamodule import PositionedLoader, TextDataModule
 from gpt_lightning.data.windows import IGNORE, EvalBatches, TrainBatches, epoch_size, permute, split_batch
 
@@ -164,6 +165,19 @@ def test_a_step_has_the_same_windows_however_it_is_split(micro: int, world: int)
         assert sorted(got) == sorted(whole.starts(step).tolist())
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 4096])
+def test_windows_come_in_the_order_of_the_permutation(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "AT_ONCE", at_once)
+    data = batches(drop_last=False, steps=9)
+    for b in range(len(data)):
+        step, part = divmod(b, data.accumulation)
+        epoch, step = divmod(step, data.steps_per_epoch)
+        first = step * data.batch_size + part * data.micro_batch_size
+        index = np.arange(first, first + data.micro_batch_size) % data.windows
+        order = permute(index, data.windows, seed=data.seed, epoch=epoch)
+        assert data.starts(b).tolist() == (order * 10).tolist()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # the loader's processes fork
 def test_loader_continues_where_its_state_was_taken(workers: int) -> None:
@@ -296,9 +310,9 @@ def test_too_few_tokens_are_refused() -> None:
     with pytest.raises(ValueError, match=r"10 windows of 10 tokens, fewer than data.batch_size=11"):
         epoch_size(Store(), block_size=10, batch_size=11)
     assert epoch_size(Store(train=11), block_size=10, batch_size=1) == (1, 1)
-    for tokens, windows in ((109, 9), (110, 10)):  # the last offset is 9
+    for tokens, count in ((109, 9), (110, 10)):  # the last offset is 9
         found = epoch_size(Store(train=tokens), block_size=10, batch_size=1, random_offset=True)
-        assert found == (windows, windows)
+        assert found == (count, count)
     with pytest.raises(ValueError, match="two are the least") as caught:
         EvalBatches(Store(val=1), block_size=10, micro_batch_size=1)
     assert str(caught.value) == (
