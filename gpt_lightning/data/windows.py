@@ -160,7 +160,7 @@ class _Batches(Dataset[Batch]):
 
     def __getstate__(self) -> dict[str, Any]:
         # pickling a memory map would copy the corpus; workers map the file themselves
-        return {key: value for key, value in self.__dict__.items() if key != "tokens"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("tokens", "_known")}
 
 
 def response_tokens(store: TokenStore, split: Split) -> np.ndarray | None:
@@ -198,6 +198,8 @@ class TrainBatches(_Batches):
         ValueError: If the split has too few tokens for a window or a batch.
     """
 
+    _known = ((-1, -1), np.zeros(0, dtype=np.int64))  # epoch and first index of windows, and their order
+
     split: Split = field(default="train", init=False)
     _: KW_ONLY
     block_size: int
@@ -217,7 +219,6 @@ class TrainBatches(_Batches):
         keys = ("block_size", "batch_size", "stride", "drop_last", "random_offset")
         self.windows, self.steps_per_epoch = epoch_size(self.store, **{k: getattr(self, k) for k in keys})
         self.accumulation = self.batch_size // (self.micro_batch_size * self.world_size)
-        self._known = ((-1, -1), np.zeros(0, dtype=np.int64))  # epoch and first index of permuted ones
 
     def __len__(self) -> int:
         return self.steps * self.accumulation

@@ -319,8 +319,8 @@ def test_too_few_tokens_are_refused() -> None:
         "the val split has 1 tokens; two are the least to measure a loss; use more text or raise "
         "data.val_fraction"
     )
-    for tokens, windows in ((2, 1), (21, 2), (22, 3)):  # the first token is no target
-        assert len(EvalBatches(Store(val=tokens), block_size=10, micro_batch_size=1)) == windows
+    for tokens, count in ((2, 1), (21, 2), (22, 3)):  # the first token is no target
+        assert len(EvalBatches(Store(val=tokens), block_size=10, micro_batch_size=1)) == count
 
 
 def test_datamodule_gives_one_process_all_batches() -> None:
