@@ -52,6 +52,27 @@ def test_command_of_the_reproductions_can_be_composed(command: str) -> None:
         compose(name, readable(arguments))
 
 
+@pytest.mark.parametrize("command", [shown for shown in commands("report") if ".train -m " in shown])
+def test_jobs_of_a_sweep_on_the_page_on_reports_have_their_size_and_length(command: str) -> None:
+    """test_commands.py runs the sweep with smaller values."""
+    given = [text for text in shlex.split(command)[3:] if text != "-m"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", overrides=given, return_hydra_config=True)
+        params = OmegaConf.to_container(cfg.hydra.sweeper.params)
+        assert isinstance(params, dict)
+        jobs = [
+            [f"{key}={value}" for key, value in zip(params, values, strict=True)]
+            for values in zip(*(str(text).split(",")[:3] for text in params.values()), strict=True)
+        ]
+        for job in jobs:
+            cfg = compose("train", overrides=["paths.run=run", *given, *job])
+            validate(cfg)
+            assert cfg.model.n_embd == int(cfg.size[1:])
+            limits = (cfg.trainer.max_steps, cfg.trainer.max_flops or cfg.trainer.tokens_per_parameter)
+            assert limits[0] is None
+            assert limits[1] == float(job[1].partition("=")[2])
+
+
 @pytest.mark.parametrize(
     "path",
     sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]),

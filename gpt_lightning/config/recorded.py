@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from gpt_lightning.config.command_line import OWN_KEYS, key_of
@@ -47,9 +48,10 @@ def recorded_overrides(folder: Path) -> list[str]:
 def without_fixed(overrides: list[str], folder: Path) -> list[str]:
     """The overrides that vary in the sweep that a run belongs to; all of them without a sweep."""
     multirun = folder.parent / "multirun.yaml"
-    if not multirun.is_file():
+    try:
+        fixed: Any = OmegaConf.to_container(read_yaml(multirun).hydra.overrides.task, resolve=False)
+    except (ConfigError, OmegaConfBaseException):  # not there, or damaged, which the run can do without
         return overrides
-    fixed: Any = OmegaConf.to_container(read_yaml(multirun).hydra.overrides.task, resolve=False)
     return [text for text in overrides if text not in fixed]
 
 

@@ -107,7 +107,7 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.current_score = state_dict["current_score"]  # which Lightning forgets
-        self.best_step = state_dict.get("best_step")  # None in runs of version 0.1 and before
+        self.best_step = state_dict.get("best_step")  # which older runs lack
 
 
 class LastCheckpoint(Checkpoint):
