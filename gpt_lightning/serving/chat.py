@@ -13,7 +13,7 @@ import gradio as gr
 from gpt_lightning.data.corpus.chat import render
 from gpt_lightning.inference.sampling import SamplingSettings
 from gpt_lightning.serving.engine import Busy, Engine
-from gpt_lightning.serving.page import QUIET, heading, name_of, stoppable, token_pages, token_view
+from gpt_lightning.serving.page import QUIET, heading, name_of, pace, stoppable, token_pages, token_view
 
 
 def build_chat(engine: Engine) -> gr.Blocks:
@@ -68,13 +68,19 @@ async def respond(
     messages = plain(shown)
     while len(messages) > 2 and len(render(messages)) > engine.max_prompt_chars:
         messages = messages[2:]  # the oldest question and its answer
-    text, seed = "", secrets.randbelow(2**31)
+    text, seed, due = "", secrets.randbelow(2**31), pace()
+
+    def state() -> list[dict[str, Any]]:
+        return [*shown, {"role": "assistant", "content": html.escape(text)}]
+
     try:
         settings = SamplingSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
         async with contextlib.aclosing(engine.pieces([render(messages)], settings)) as steps:
             async for (piece,) in steps:
                 text += piece.text
-                yield [*shown, {"role": "assistant", "content": html.escape(text)}]
+                if due(len(text)):
+                    yield state()
+        yield state()
     except (ValueError, Busy) as error:
         raise gr.Error(str(error), print_exception=False) from None
 

@@ -7,7 +7,7 @@ import contextlib
 import html
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from gpt_lightning.interop.folder import ModelCard
 from gpt_lightning.serving.engine import STOP_LENGTH, STOPS, Busy, Engine
 
 SAMPLES = 4  # side by side, at most
-REFRESH = 0.05  # seconds between updates of the page; browsers cannot take more
+REFRESH = 0.05  # seconds between updates of the page, at least; browsers cannot take more
+DRAWING = 1e-5  # seconds more for each character that an update draws again
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}  # options of events
 SHOWN = {
     "data": "training text",
@@ -198,6 +199,21 @@ async def token_pages(engine: Engine, prompt: str, texts: Sequence[str], **place
     return "".join(frames)
 
 
+def pace() -> Callable[[int], bool]:
+    """Whether to update a page that shows so many characters: a browser that gets behind cannot stop."""
+    shown = 0.0
+
+    def due(characters: int) -> bool:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown <= REFRESH + DRAWING * characters:
+            return False
+        shown = now
+        return True
+
+    return due
+
+
 async def respond(
     engine: Engine, prompt: str | None, **values: Any
 ) -> AsyncGenerator[tuple[str, list[str]], None]:
@@ -212,7 +228,7 @@ async def respond(
     Raises:
         gradio.Error: For a mistake of the user or a full queue; the page shows it.
     """
-    started, shown, tokens, texts = 0.0, 0.0, 0, [prompt or ""]
+    started, tokens, texts, due = 0.0, 0, [prompt or ""], pace()
     values["seed"] = secrets.randbelow(2**31) if values["seed"] == -1 else values["seed"]
 
     def state() -> str:
@@ -231,8 +247,7 @@ async def respond(
                 started = started or time.monotonic()
                 texts = [text + piece.text for text, piece in zip(texts, pieces, strict=True)]
                 tokens = sum(piece.tokens for piece in pieces)
-                if time.monotonic() - shown > REFRESH:
-                    shown = time.monotonic()
+                if due(sum(map(len, texts))):
                     yield state(), texts
         yield "Done: " + state(), texts
     except (ValueError, Busy) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import aclosing
 from typing import Any
 
@@ -27,8 +28,8 @@ def model() -> TextGenerator:
     return TextGenerator(net.eval(), encoding)
 
 
-def engine(model: TextGenerator) -> Engine:
-    return Engine(model, max_prompt_chars=100, max_new_tokens=100, queue=1)
+def engine(model: TextGenerator, most: int = 100) -> Engine:
+    return Engine(model, max_prompt_chars=100, max_new_tokens=most, queue=1)
 
 
 async def read(engine: Engine, prompt: str) -> str:
@@ -70,3 +71,16 @@ def test_error_reaches_its_client_and_the_next_request_is_answered(model: TextGe
         return await read(waiter, "second")
 
     assert asyncio.run(failing()) == model.generate("second", **SETTINGS)
+
+
+def test_fast_model_updates_the_page_as_often_as_a_browser_can(model: TextGenerator) -> None:
+    chat, page = (pytest.importorskip(f"gpt_lightning.serving.{name}") for name in ("chat", "page"))
+
+    async def lengths() -> list[int]:
+        answers = chat.respond(engine(model, 1000), "x", [], 1000, 1.0)
+        return [len(chat.text_of(history[-1]["content"])) async for history in answers]
+
+    started = time.monotonic()
+    seen = asyncio.run(lengths())
+    assert len(seen) <= 2 + (time.monotonic() - started) / page.REFRESH  # there are 1,000 tokens
+    assert seen[-1] == max(seen) > 500
