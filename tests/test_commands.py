@@ -28,8 +28,8 @@ README = PAGES["README"]
 COMMANDS = commands("README")
 # What other tests run: test_server_starts and those of make below, training/test_processes.py
 ELSEWHERE = ("python -m gpt_lightning.demo checkpoint=RUN", "make ", "torchrun ", "srun ")
-# test_examples.py; test_presets.py trains the presets, and test_docs.py composes the commands
-PAGES_ELSEWHERE = ("extending", "reproductions")
+# Of the reproductions: test_presets.py trains the presets, and test_docs.py composes the commands
+PRESETS = re.compile("experiment=|benchmarks/reproduce.py|data=huggingface")
 
 
 def sessions() -> dict[str, list[str]]:
@@ -38,7 +38,9 @@ def sessions() -> dict[str, list[str]]:
     for page in PAGES:
         before = [command for of_page in found.values() for command in of_page]
         new = [c for c in commands(page) if c not in before and not c.startswith(ELSEWHERE)]
-        if new and page not in PAGES_ELSEWHERE:
+        if page == "reproductions":
+            new = [command for command in new if not PRESETS.search(command)]
+        if new and page != "extending":  # which test_examples.py runs
             found[page] = new
     return found
 
@@ -48,8 +50,11 @@ RUN = [*TINY, "scheduler=constant", "data.path=my.txt", "hydra.run.dir=outputs/g
 INSTEAD = {  # so that a command takes seconds on any machine
     "checkpoint=RUN": "checkpoint=latest",  # of the commands before it
     "=RUN": "=outputs/gpt/first",
+    "RUN/": "outputs/gpt/first/",
+    "texts/*.txt": "corpus/*.txt",
     "=hf:gpt2": "=weights",
     "=mps": "=cpu",
+    "trainer=ddp device=cuda": "trainer=ddp",
     "device.devices=4": "device.devices=2",
     "max_steps=4000": "max_steps=12",
     "max_steps=500": "max_steps=8",
@@ -89,9 +94,12 @@ def place(tmp_path_factory: pytest.TempPathFactory, small_text: Path, zygote: Zy
     shutil.copy(small_text, folder / "my.txt")
     (folder / "corpus").mkdir()
     for number in range(20):
-        (folder / "corpus" / f"{number}.txt").write_text(f"Text {number} of a corpus.\n")
+        sums = [f"{number} plus {n} is {number + n}." for n in range(50)]
+        (folder / "corpus" / f"{number}.txt").write_text(f"Text {number} of a corpus.\n" + " ".join(sums))
     chats = ({"prompt": f"{n} + 1", "response": str(n + 1)} for n in range(50))
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    (folder / "answers.jsonl").write_text('{"prompt": "", "text": "A text of a corpus."}\n')
+    (folder / "references.txt").write_text("Text 3 of a corpus.\n")
     for name, *arguments in (("train", *RUN), ("export", "checkpoint=latest", "output=weights")):
         code, out = zygote.run(name, *arguments, cwd=folder)
         assert code == 0, out
@@ -121,7 +129,7 @@ def prepared(command: str) -> str:
     """The command with a run that exists, on this device, in seconds."""
     for shown, text in INSTEAD.items():
         command = command.replace(shown, text)
-    if not re.search(r"[.-](train|plan) ", command) or re.search(r"resume=|repeat=|check=| --", command):
+    if not re.search(r"[.-](train|plan)\b", command) or re.search(r"resume=|repeat=|check=| --", command):
         return command
     found = [ADDED[shown] for shown in ADDED if shown in command]
     given = [text.partition("=")[0] + "=" for text in shlex.split(command)]

@@ -37,10 +37,11 @@ def test_every_promise_names_a_test_and_is_made_once() -> None:
 
 
 RUN = {command for page in PAGES if page != "reproductions" for command in commands(page)}
-SHOWN = [*commands("reproductions"), *re.findall(r"`(python -?[mb][^`]*)`", PAGES["reproductions"])]
+SHOWN = [command for command in commands("reproductions") if not command.startswith("python -c")]
+TITLES = re.findall(r"^`(python benchmarks/.*)`$", PAGES["reproductions"], re.M)
 
 
-@pytest.mark.parametrize("command", sorted(set(SHOWN) - RUN))
+@pytest.mark.parametrize("command", sorted({*SHOWN, *TITLES} - RUN))
 def test_command_of_the_reproductions_can_be_composed(command: str) -> None:
     program, first, *arguments = shlex.split(command)[1:]
     if program == "benchmarks/reproduce.py":  # a preset and overrides of train

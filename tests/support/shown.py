@@ -15,6 +15,8 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands(page: str) -> list[str]:
-    """The lines of its blocks for bash, those that are continued as one; comments are left out."""
+    """The lines of its blocks for bash, those that are continued as one, and what its tables have of Python."""
     text = "".join(blocks(page, "bash")).replace("\\\n", "")
-    return [line for line in text.splitlines() if line and not line.startswith("#")]
+    rows = "\n".join(re.findall(r"^\|.*", PAGES[page], re.M))
+    shown = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [*shown, *re.findall(r"`(python -[mc] [^`]+|python benchmarks/[^`]+)`", rows)]
