@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
@@ -85,7 +86,7 @@ def main(cfg: DictConfig) -> Report | None:
             write(report, Path(cfg.output).expanduser(), title=title)
         if not cfg.watch:
             return report
-        print("\x1b[2J\x1b[H", end="")  # clears the terminal
+        print("\x1b[2J\x1b[H" if sys.stdout.isatty() else "", end="")  # clears the terminal
         show(report)
         if all(result.status in ("finished", "failed", "pruned") for result in results):
             return None

@@ -26,7 +26,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from gpt_lightning.config.command_line import check_users, readable, split_arguments
 from gpt_lightning.config.errors import ConfigError, Refusal, is_user_error, one_line
-from gpt_lightning.config.help import choices_of, help_text
+from gpt_lightning.config.help import choices_of, config_dirs, help_text
 from gpt_lightning.config.resolvers import CONF
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -184,6 +184,7 @@ class Command:
         chosen = [
             text for text in sys.argv[1:] if text.partition("=")[2] in choices_of(text.partition("=")[0])
         ]
+        chosen.append(f"hydra.searchpath=[{','.join(f'file://{path.absolute()}' for path in config_dirs())}]")
         with isolated(sys.argv[0]), initialize_config_dir(str(CONF), version_base="1.3"):
             level: list[tuple[str, Any]] = [("", OmegaConf.to_container(compose(self.config_name, chosen)))]
         while level:  # keys of few parts first

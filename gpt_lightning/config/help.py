@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 
+from gpt_lightning.config.command_line import split_arguments
 from gpt_lightning.config.resolvers import CONF
 
 INTERNAL = re.compile(r"(defaults:|hydra:|model: \{block_size|_target_:|_partial_:|# @package|- |\s+- )")
@@ -36,20 +39,29 @@ def help_text(config_name: str, overrides: list[str]) -> str:
 
 
 def choices_of(group: str) -> list[str]:
-    """The names of a group's choices; none if there is no such group."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml") if path.stem[0] != "_")
+    """The names of a group's choices, those of a --config-dir too; none if there is no such group."""
+    files = (path for place in config_dirs() for path in (place / group).glob("*.yaml"))
+    return sorted({path.stem for path in files if path.stem[0] != "_"})
 
 
-def _defaults(name: str) -> list[object]:
-    return list(
-        (yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8")) or {}).get("defaults", [])
-    )
+def config_dirs() -> list[Path]:
+    """Where this command's choices are, as Hydra looks for them: ours come before those of --config-dir."""
+    own = split_arguments(sys.argv[1:])[0].config_dir
+    return [CONF, *([Path(own)] if own else [])]
+
+
+def _file(name: str) -> Path | None:
+    return next((path for place in config_dirs() if (path := place / f"{name}.yaml").is_file()), None)
+
+
+def _defaults(path: Path) -> list[object]:
+    return list((yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("defaults", []))
 
 
 def _groups(config_name: str) -> dict[str, str | None]:
     """The groups of a command with the choices of its defaults list, in their order."""
     found: dict[str, str | None] = {}
-    for entry in _defaults(config_name):
+    for entry in _defaults(CONF / f"{config_name}.yaml"):
         if entry == "train":
             found |= _groups("train")
         elif isinstance(entry, dict):
@@ -59,11 +71,10 @@ def _groups(config_name: str) -> dict[str, str | None]:
 
 def _body(name: str, indent: str) -> list[str]:
     """The keys of a file and of those that it extends, with their comments."""
-    path = CONF / f"{name}.yaml"
-    if not path.exists():  # a choice of the user's own
+    if (path := _file(name)) is None:  # Hydra will say so
         return []
     lines: list[str] = []
-    for entry in _defaults(name):
+    for entry in _defaults(path):
         if "/" in name and isinstance(entry, str) and entry != "_self_":
             lines += _body(f"{name.rpartition('/')[0]}/{entry}", indent)
     text = path.read_text(encoding="utf-8")

@@ -13,13 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hydra import compose
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig
 
 from gpt_lightning.config.build import build_net, memory_needs, windows
 from gpt_lightning.config.errors import EXTRAS
+from gpt_lightning.config.help import choices_of
 from gpt_lightning.rundir.provenance import versions
 from gpt_lightning.training.memory import DEFAULT_MICRO_BATCH_SIZE, GIB
 
@@ -154,12 +153,6 @@ def _presets(cfg: DictConfig) -> Iterator[Finding]:
         if large:
             remedy = "lower device.micro_batch_size, set trainer.activation_checkpointing=true, or shard"
             yield Finding(name=f"{group}s too large", found=f"GiB: {', '.join(large)}", remedy=remedy)
-
-
-def choices_of(group: str) -> list[str]:
-    """The choices of a group, those of a --config-dir too."""
-    names = GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG)
-    return [name for name in names if not name.startswith("_")]
 
 
 def _need(group: str, name: str) -> float | None:

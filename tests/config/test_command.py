@@ -250,6 +250,20 @@ def test_own_model_corpus_optimizer_and_schedule_need_no_change_of_the_core(
     assert summary["train_loss"] < 4.0  # it began at about ln 257 = 5.5
 
 
+def test_help_and_suggestions_know_the_choices_of_a_users_own(
+    tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    text = "# comment\n_target_: plugin.Bigram\nblock_size: 8\nwidening: 2  # of the hidden layer\n"
+    (tmp_path / "mine" / "model" / "bigram.yaml").write_text(text)
+    own = ("--config-dir", "mine", "model=bigram")
+    shown = command("train", *own, "--help").stdout
+    assert re.search(r"^model: .*\bbigram, .*\bgpt2_small\b", shown, re.M)
+    assert "  widening: 2  # of the hidden layer\n" in shown
+    refused = command("train", *own, "model.wideninng=3")
+    assert re.search(r"^error: .*wideninng.*did you mean model\.widening\b", refused.stderr), refused.stderr
+
+
 def test_two_starts_at_once_get_two_run_directories() -> None:
     from hydra import compose, initialize_config_dir
 

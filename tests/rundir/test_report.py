@@ -194,7 +194,9 @@ def test_sweep_is_watched_until_all_runs_are_over(
             time.sleep(0.01)
         call("report", f"runs={sweep}", "watch=true", f"output={tmp_path / 'page.html'}")
         assert process.wait(60) == 1
-    tables = capfd.readouterr().out.split("\x1b[2J\x1b[H")[1:]
+    shown = capfd.readouterr().out
+    assert "\x1b" not in shown  # no terminal
+    tables = re.split(r"^rank +run ", shown, flags=re.M)[1:]
     assert re.search(r"^\d +seed=2 +waiting ", tables[0], re.M)
     assert any(re.search(r"^\d +seed=1 +running ", one, re.M) for one in tables)
     assert re.findall(r"^\d +seed=\S+ +(\w+) ", tables[-1], re.M) == ["finished", "finished", "failed"]

@@ -15,7 +15,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands(page: str) -> list[str]:
-    """The lines of its blocks for bash, those that are continued as one, and what its tables have of Python."""
+    """The lines of its blocks for bash, those that are continued as one, and the commands of its tables."""
     text = "".join(blocks(page, "bash")).replace("\\\n", "")
     rows = "\n".join(re.findall(r"^\|.*", PAGES[page], re.M))
     shown = [line for line in text.splitlines() if line and not line.startswith("#")]
