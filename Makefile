@@ -6,6 +6,7 @@ ARGS ?=
 MINUTES ?= 60
 MUTANTS ?=
 NANOGPT ?=
+TEXT ?=
 # a module is compiled when it is first imported, not twenty thousand of them now; that has to be kept
 unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
@@ -43,7 +44,7 @@ check: lint test ## lint and test
 docs: $(VENV)/.dev ## the documentation as a site in site/
 	$(BIN)/mkdocs build
 
-bench: $(VENV)/.dev ## speed and memory on a CPU; NANOGPT=DIR is a checkout of nanoGPT to compare with
+bench: $(VENV)/.dev ## speed and memory on a CPU, for hours; NANOGPT=DIR, a checkout, and TEXT=FILE add that peer
 	$(BIN)/python benchmarks/startup.py tokenizer=gpt2
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/steps.py $(if $(NANOGPT),--nanogpt $(NANOGPT))
@@ -51,6 +52,9 @@ bench: $(VENV)/.dev ## speed and memory on a CPU; NANOGPT=DIR is a checkout of n
 	$(BIN)/python benchmarks/preparation.py
 	$(BIN)/python benchmarks/distributed.py
 	$(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/checkpoints.py --rounds 1
+	$(if $(and $(NANOGPT),$(TEXT)),$(BIN)/python benchmarks/time_to_loss.py --nanogpt $(NANOGPT) --text $(TEXT))
+	$(BIN)/python benchmarks/ablations.py outputs/ablations
 
 stress: $(VENV)/.dev ## interrupt random runs for MINUTES=60; ARGS="--seed 7 --lanes 2" are its options
 	$(BIN)/python -W ignore -m tests.stress --minutes $(MINUTES) $(ARGS)

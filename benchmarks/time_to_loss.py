@@ -27,7 +27,7 @@ RECIPE = (  # nanoGPT's README, "I only have a macbook"
     f"--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size={BLOCK} --batch_size=12 "
     "--n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
 )
-EXPERIMENTS = ["nanogpt_shakespeare_char_cpu"]
+EXPERIMENTS = ["nanogpt_shakespeare_char_cpu", "fast_shakespeare_char_cpu"]
 WHOLE_SPLIT = """
 import sys; sys.path.insert(0, sys.argv[1])
 import numpy as np, torch

@@ -276,6 +276,12 @@ def test_make_help_lists_the_targets() -> None:
         assert f"make {target} " in text
 
 
+def test_make_bench_measures_all_that_a_cpu_can() -> None:
+    shown = run(ROOT, "make -n bench NANOGPT=DIR TEXT=FILE").stdout
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+    assert set(re.findall(r"benchmarks/(\w+\.py)", shown)) == scripts - {"gpu.py", "reproduce.py"}
+
+
 @pytest.mark.slow
 def test_python_example_runs(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
