@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.hub import dataset
 from support.runs import ROOT, TINY
 from support.shown import PAGES, blocks, commands
 from support.zygote import Zygote
@@ -63,6 +64,10 @@ INSTEAD = {  # so that a command takes seconds on any machine
     "shards=4 'shard=range(4)'": "shards=2 'shard=range(2)'",
     "shards=8 'shard=range(8)'": "shards=2 'shard=range(2)'",
     "shards=8 shard=0": "shards=2 shard=0",
+    "shards=16 'shard=range(16)'": "shards=2 'shard=range(2)'",
+    "data.name=Skylion007/openwebtext": "data.name=hub",
+    "data.val_fraction=0.0005 tokenizer=gpt2": "data.val_fraction=0.1 tokenizer=byte",
+    "device.devices=8": "device.devices=2",
     "postgresql://user@host/studies": "sqlite:///studies.db",
 }
 # What a command has in addition, and how the overrides of SHRINK begin that it must not have
@@ -71,6 +76,10 @@ ADDED: dict[str, tuple[str, tuple[str, ...]]] = {
     "experiment=finetune_gpt2": ("init_from=weights tokenizer=byte", ("model.",)),
     "model=small": ("tokenizer=byte", ()),  # GPT-2's own may have to be downloaded
     "trainer=ddp": ("device=cpu", ()),
+    "gpt2_124m": (
+        "data.name=hub data.val_fraction=0.1 tokenizer=byte device.micro_batch_size=4",
+        (),
+    ),
     "device=cuda": ("tokenizer=byte", ("",)),  # a plan alone, which no size makes slow
     "sweep=learning_rate": ("optimizer.lr=1e-3,3e-3 seed=1", ()),
     "sweep=optuna": ("sweep.n_trials=2", ()),
@@ -96,6 +105,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, small_text: Path, zygote: Zy
     for number in range(20):
         sums = [f"{number} plus {n} is {number + n}." for n in range(50)]
         (folder / "corpus" / f"{number}.txt").write_text(f"Text {number} of a corpus.\n" + " ".join(sums))
+    dataset(folder / "hub", [small_text.read_text().split(".\n")[start::2] for start in range(2)])
     chats = ({"prompt": f"{n} + 1", "response": str(n + 1)} for n in range(50))
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     (folder / "answers.jsonl").write_text('{"prompt": "", "text": "A text of a corpus."}\n')
@@ -152,6 +162,7 @@ def test_commands_of_a_page_run_in_their_order(
         else:
             code, out = zygote.run(module, *arguments, cwd=folder)
             assert code == 0, f"{command}\n{out}"
+            assert "gpt2_124m" not in command or "tokenizing" not in out  # the command before it did so
         if module.endswith("train") and not re.search("resume=| --", command):
             assert set(folder.rglob("summary.json")) > before, f"{command} trained nothing"
 

@@ -16,6 +16,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from stress.configurations import Material, draw_configuration
+from support.hub import dataset
 from support.runs import ROOT, SHARED
 
 from gpt_lightning.config.build import build_net
@@ -248,6 +249,7 @@ def test_preset_has_the_published_settings(overrides: str, published: Published)
     cfg = composed(*f"experiment={overrides}".split(), f"model.vocab_size={GPT2_VOCABULARY}")
     found = {key: measured(cfg, key) for key in published}
     assert found == pytest.approx(published)
+    assert cfg.optimizer._target_ == "gpt_lightning.training.optimizers.adamw"  # which all of them had
 
 
 @pytest.mark.parametrize(
@@ -321,13 +323,8 @@ def data_for(experiment: str, folder: Path, small_text: Path) -> list[str]:
     if experiment == "scaling":
         return ["data.stories=200"]
     if experiment == "gpt2_124m":  # two files in the hub's layout, with enough for a batch
-        parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").table
-        rows = {"text": [small_text.read_text(encoding="utf-8")[:500_000]] * 3}
-        (folder / "hub" / "data").mkdir(parents=True)
-        for number in (0, 1):
-            name = f"train-{number:05}-of-00002.parquet"
-            parquet.write_table(table(rows), folder / "hub" / "data" / name)
-        return [f"data.name={folder / 'hub'}", "data.val_fraction=0.2"]
+        texts = [small_text.read_text(encoding="utf-8")[:500_000]] * 3
+        return [f"data.name={dataset(folder / 'hub', [texts, texts])}", "data.val_fraction=0.2"]
     return [f"data.path={small_text}"]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -103,6 +105,25 @@ def test_run_is_trained_once(run: Callable[..., str], page: Path) -> None:
     before = metrics.stat().st_mtime_ns
     assert run(NAME, *SMALL) == text
     assert metrics.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_run_that_its_minutes_end_is_continued_by_the_same_command(
+    run: Callable[..., str], page: Path
+) -> None:
+    longer = [text.replace("max_steps=2", "max_steps=1000000") for text in SMALL]
+    losses: list[list[str]] = []
+    for _ in range(2):
+        text = run(NAME, *longer, "--minutes=0.1")
+        assert text.count(f"`python benchmarks/reproduce.py {NAME}") == 1
+        (steps,) = re.findall(r"^([\d,]+) of 1,000,000 steps of 16 tokens", text, re.M)
+        (metrics,) = page.parent.glob("*/metrics.csv")
+        with metrics.open() as file:
+            losses.append([row["train/loss"] for row in csv.DictReader(file)])
+        assert len(losses[-1]) == int(steps.replace(",", ""))
+    first, second = losses
+    assert 0 < len(first) < len(second)
+    assert second[: len(first)] == first
 
 
 def test_presets_with_figures_exist(reproduce: ModuleType) -> None:

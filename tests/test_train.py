@@ -118,7 +118,9 @@ def test_tensorboard_has_scalars_text_and_hyperparameters(run: Path) -> None:
     lowest = events.Scalars("val/best_loss")
     assert [event.step for event in lowest] == [4, 8]
     assert lowest[-1].value == pytest.approx(best)
-    sample = events.Tensors("sample")[-1].tensor_proto.string_val[0].decode()
+    samples = events.Tensors("sample")
+    assert [event.step for event in samples] == [4, 8]
+    sample = samples[-1].tensor_proto.string_val[0].decode()
     text = (run / "samples.md").read_text().split("```text\n")[-1].removesuffix("\n```\n\n")
     assert sample == "prompt: none, a new document\n\n---\n\n" + text.replace("\n", "  \n")
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gpt_lightning.config import setup
 from gpt_lightning.config.setup import _gpt2_tokenizer, memory_of
@@ -23,7 +25,8 @@ def check(
     monkeypatch.setattr(setup, "choices_of", some.__getitem__)
 
     def run(*overrides: str) -> list[str]:
-        call("plan", "check=true", "device=cpu", *overrides)
+        device = [] if any(text.startswith("device=") for text in overrides) else ["device=cpu"]
+        call("plan", "check=true", *device, *overrides)
         return [re.sub(" +", " ", line.strip()) for line in capsys.readouterr().out.splitlines()]
 
     return run
@@ -84,6 +87,32 @@ def test_versions_are_told_and_missing_packages_are_named_with_what_brings_them(
         ("extra optuna optuna is missing", "→ for -m sweep=optuna: pip install 'gpt-lightning[optuna]'"),
     ):
         assert lines[lines.index(line) + 1] == remedy
+
+
+def test_full_disk_is_named_with_a_remedy(
+    check: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9 * GIB, 8 * GIB, 1 * GIB))
+    lines = check(f"paths.outputs={tmp_path}")
+    place = lines.index(f"paths.outputs {tmp_path}, 1.0 GiB free")
+    assert lines[place + 1] == "→ make room, or use another disk, paths.outputs=DIR"
+
+
+def test_device_that_is_not_there_is_named_with_a_remedy(check: Callable[..., list[str]]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    lines = check("device=cuda")
+    place = lines.index("device cuda, which PyTorch cannot use here")
+    assert lines[place + 1].startswith("→ install a build of PyTorch for it")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_number_formats_of_the_device_are_told(
+    check: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    monkeypatch.setattr("gpt_lightning.training.precision.multiplies_bfloat16", lambda _: fast)
+    told = "32-true, bf16-mixed" if fast else "32-true; bfloat16 would be slow"
+    assert f"precision {told}" in check()
 
 
 def test_tokenizer_is_found_where_tiktoken_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

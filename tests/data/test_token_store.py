@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+from support.hub import dataset
 
 from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.data.corpus.files import TextFiles
@@ -339,6 +340,7 @@ SCRIPT = """
 import logging, resource, sys
 from pathlib import Path
 from gpt_lightning.data.corpus.files import TextFiles
+from gpt_lightning.data.corpus.huggingface import HuggingFace
 from gpt_lightning.data.shards import prepare_shard
 from gpt_lightning.data.token_store import prepare
 from gpt_lightning.data.tokenizer import BPE, Byte
@@ -564,16 +566,21 @@ def test_more_shards_than_parts_share_the_groups(tmp_path, monkeypatch):
 
 
 def test_streamed_dataset_of_several_files_is_prepared_in_parts_and_goes_on_after_the_finished_ones(tmp_path):
-    pytest.importorskip("datasets")
-    parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").table
-    (tmp_path / "hub" / "data").mkdir(parents=True)
-    stories = [f"{number} " + "word " * 20_000 for number in range(30)]
-    for file in range(3):
-        path = tmp_path / "hub" / "data" / f"train-{file:05}-of-00003.parquet"
-        parquet.write_table(table({"text": stories[file * 10 : file * 10 + 10]}), path)
-    corpus = HuggingFace(str(tmp_path / "hub"), streaming=True)
-    assert prepare_shard(corpus, Byte(), tmp_path, shard=1, shards=2) is None  # and then the job is cut off
-    store = prepare_shard(corpus, Byte(), tmp_path, shard=0, shards=2)
+    stories = [f"{number} " + "word " * 100_000 for number in range(30)]
+    hub = dataset(tmp_path / "hub", [stories[:10], stories[10:20], stories[20:]])
+    corpus, cache = HuggingFace(str(hub), streaming=True), tmp_path / "cache"
+    assert prepare_shard(corpus, Byte(), cache, shard=1, shards=2) is None
+    (done,) = cache.glob("*.part-1-of-2/groups.bin")
+    code = "prepare_shard(HuggingFace(path, streaming=True), Byte(), cache, shard=0, shards=2)"
+    process = start(code, hub, cache)
+    _wait_for_half_a_store(cache, process)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    before = done.stat().st_mtime_ns
+    assert prepare_shard(corpus, Byte(), cache, shard=1, shards=2) is None
+    assert done.stat().st_mtime_ns == before
+    store = prepare_shard(corpus, Byte(), cache, shard=0, shards=2)
     assert store is not None
     train = [story for number, story in enumerate(stories) if (number + 1) % 10]
     expected = [E, *(i for story in train for i in (*story.encode(), E))]

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.hub import dataset
 from support.ranks import start as start_ranks
 from support.runs import TINY
 from support.zygote import Process, Zygote
@@ -696,7 +697,13 @@ def test_validations_at_other_steps_do_not_change_the_weights(
 
 
 @pytest.mark.slow
-def test_two_ranks_with_workers_go_on_exactly(zygote: Zygote, options: list[str], tmp_path: Path) -> None:
+def test_two_ranks_with_workers_go_on_exactly_with_a_dataset_that_streams(
+    zygote: Zygote, small_text: Path, tmp_path: Path
+) -> None:
+    texts = small_text.read_text().split(".\n")
+    hub = dataset(tmp_path / "hub", [texts[start::3] for start in range(3)])
+    options = [text for text in RUN if text != "data=text"]
+    options += ["data=huggingface", f"data.name={hub}", "data.streaming=true"]
     ranks = ["device.devices=2", "device.micro_batch_size=2", "data.num_workers=1"]
     a, b = tmp_path / "a", tmp_path / "b"
     whole = start_ranks(zygote, [*options, *ranks, f"hydra.run.dir={a}"])
