@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.hub import dataset
 from support.runs import ROOT, TINY
+
+from gpt_lightning.rundir.checkpoint import read_checkpoint
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
@@ -16,22 +19,25 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NUMBER = r"([\d.,]*\d)"
 
 
-def small_settings(text: Path) -> dict[str, dict[str, Any]]:
+def small_settings(text: Path, hub: Path) -> dict[str, dict[str, Any]]:
     """What stands in the cells with the tag parameters, by notebook; the sixth opens the run of the first."""
     tiny = ["model=gpt", *TINY, f"data.path={text}"]
     quick = [*tiny, "callbacks.samples=null", "logger=none"]
-    own = ("model.", "tokenizer=", "trainer.max_steps", "data.batch_size", "scheduler.")  # of the experiment
+    own = ("model", "tokenizer=", "trainer.max_steps", "data", "scheduler.")  # of the experiment
     ladder = [setting for setting in quick if not setting.startswith(own)]
+    ladder += ["model.block_size=16", "model.n_layer=1", "data.batch_size=64"]
+    stories = ["experiment=tinystories_124m", "size=small", f"data.name={hub}"]
+    stories += [setting for setting in TINY if setting != "data=text"]
     return {
         "01_quickstart": {"overrides": tiny},
         "02_model_sizing": {"overrides": tiny, "steps": 4},
         "03_sweeps": {"overrides": quick, "values": "optimizer.lr=1e-4,1e-3"},
         "04_scaling_laws": {
-            "overrides": [*ladder, "model.block_size=16", "model.n_layer=1", "data.batch_size=64"],
+            "overrides": [*ladder, "data.stories=300", "data.val_fraction=0.05", "tokenizer.vocab_size=300"],
             "sizes": ["w16", "w24"],
             "tokens_per_parameter": [0.3, 0.5, 0.9],
         },
-        "05_tinystories": {"overrides": tiny, "prompt": "the"},
+        "05_tinystories": {"overrides": stories, "prompt": "the"},
         "06_inside_gpt": {"checkpoint": "run", "text": text.read_text()[:30]},
     }
 
@@ -40,7 +46,8 @@ def small_settings(text: Path) -> dict[str, dict[str, Any]]:
 def ran(tmp_path_factory: pytest.TempPathFactory, small_text: Path) -> tuple[Path, dict[str, str]]:
     """The folder in which all notebooks ran, and what each of them printed."""
     folder = tmp_path_factory.mktemp("notebooks")
-    settings, together = small_settings(small_text), nbformat.v4.new_notebook()
+    hub = dataset(tmp_path_factory.mktemp("hub"), [small_text.read_text().split(".\n")])
+    settings, together = small_settings(small_text, hub), nbformat.v4.new_notebook()
     for path in NOTEBOOKS:
         together.cells.append(nbformat.v4.new_code_cell("%reset -f"))
         for cell in nbformat.read(path, as_version=4).cells:
@@ -99,11 +106,14 @@ def test_sweep_is_reported(ran: tuple[Path, dict[str, str]]) -> None:
 def test_law_is_fitted_to_the_ladder(ran: tuple[Path, dict[str, str]]) -> None:
     text = ran[1]["04_scaling_laws"]
     assert len(re.findall(r"^w\d\d ", text, re.M)) == 6
-    assert re.search(rf"best size for 1e13 FLOPs: {NUMBER} parameters", text)
+    assert re.search(rf"best size for 1e13 FLOPs: {NUMBER} parameters, from {NUMBER} to {NUMBER}", text)
+    assert re.search(rf"^corpus entropy, for comparison with E +{NUMBER} +known$", text, re.M)
 
 
 def test_stories_are_plotted_and_sampled(ran: tuple[Path, dict[str, str]]) -> None:
     folder, text = ran[0], ran[1]["05_tinystories"]
+    config = read_checkpoint(folder / "stories" / "checkpoints" / "last.ckpt")["hyper_parameters"]
+    assert (config["model"]["qkv_bias"], config["model"]["tie_weights"]) == (False, False)
     assert (folder / "losses.pdf").read_bytes().startswith(b"%PDF")
     assert text.count("## Step") == 2
     samples = re.findall(r"```text\n(.*?)\n```", text, re.S)

@@ -187,7 +187,7 @@ def describe(summary: RunSummary, trainer: pl.Trainer, folder: Path) -> str:
             "bits per byte": f"{bits:.4f}{above}",
         }
         if not getattr(trainer.datamodule, "align_documents", False):  # type: ignore[attr-defined]
-            rows[""] = "over windows end to end; evaluate gives tokens more context, so its loss is lower"
+            rows[""] = "over windows end to end; evaluate gives tokens more context"
     lines = [f"\n{sample}\n"] if sample else []
     lines += [f"{name:<15}  {value}" for name, value in rows.items()]
     if summary["status"] != "finished":
