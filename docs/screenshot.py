@@ -1,6 +1,7 @@
-"""Take the pictures of docs/ again: `python docs/screenshot.py RUN [PROMPT]`; RUN is a default run.
+"""Take the pictures of docs/ again: `python docs/screenshot.py RUN [PROMPT]`.
 
-It trains another one for the picture of the terminal.
+RUN is a default run, beside one with optimizer=adamw, which the picture of TensorBoard shows as well. Another one
+is trained for the picture of the terminal.
 
 Needs the extra demo, the package playwright, and Chromium (on Debian: apt-get install chromium).
 """
@@ -12,6 +13,7 @@ import fcntl
 import html
 import os
 import pty
+import re
 import shutil
 import signal
 import struct
@@ -26,7 +28,7 @@ from playwright.sync_api import expect, sync_playwright
 
 HERE = Path(__file__).parent
 LINES, COLUMNS = 50, 80
-SHOWN_AT = b"600/1000"  # what the progress bar says when the picture of the terminal is taken
+SHOWN_AT = 600  # steps when the picture of the terminal is taken, or soon after
 PRE = "margin:0;padding:12px;display:inline-block;background:#1d1f21;color:#e0e0e0;font:14px/1.35 monospace"
 
 
@@ -38,16 +40,18 @@ def terminal(browser: Any) -> None:
             os.chdir(folder)
             os.execv(sys.executable, [sys.executable, "-m", "gpt_lightning.train"])
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
-        seen = b""
-        while SHOWN_AT not in seen.rpartition(b"\n")[2]:
+        seen, steps = b"", 0
+        while steps < SHOWN_AT:
             seen += os.read(terminal, 1 << 16)
+            shown = re.findall(rb"\b(\d+)/1000 ", seen.rpartition(b"\n")[2])  # by the bar
+            steps = int(shown[-1]) if shown else 0
         os.kill(pid, signal.SIGTERM)
         with contextlib.suppress(OSError):  # how a terminal ends
             while os.read(terminal, 1 << 16):
                 pass
         os.waitpid(pid, 0)
-        shown = [line.rstrip("\r").rpartition("\r")[2] for line in seen.decode().split("\n")]
-        text = "\n".join(["$ make train", *shown]).replace(folder, "gpt_lightning")
+        lines = [line.rstrip("\r").rpartition("\r")[2] for line in seen.decode().split("\n")]
+        text = "\n".join(["$ make train", *lines]).replace(folder, "gpt_lightning")
     page = browser.new_page(viewport={"width": 760, "height": 400})
     page.set_content(f'<body style="margin:0"><pre style="{PRE}">{html.escape(text)}</pre></body>')
     page.locator("pre").screenshot(path=HERE / "terminal.png")
@@ -66,7 +70,7 @@ def demo(browser: Any, url: str, prompt: str) -> None:
     tokens = page.frame_locator("#tokens iframe").first.locator(".token")
     tokens.nth(60).hover()  # shows what was expected there
     page.wait_for_timeout(500)
-    part = {"x": 120, "y": 0, "width": 1000, "height": 1210}  # down to the end of the first sample
+    part = {"x": 120, "y": 0, "width": 1000, "height": 1400}  # the tokens of the first sample as well
     page.screenshot(path=HERE / "demo.png", full_page=True, clip=part)
 
 
