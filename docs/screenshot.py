@@ -1,7 +1,7 @@
 """Take the pictures of docs/ again: `python docs/screenshot.py RUN [PROMPT]`.
 
-RUN is a default run, beside one with optimizer=adamw, which the picture of TensorBoard shows as well. Another one
-is trained for the picture of the terminal.
+RUN is a default run, beside one with optimizer=adamw, which the picture of TensorBoard shows as well.
+Another one is trained for the picture of the terminal.
 
 Needs the extra demo, the package playwright, and Chromium (on Debian: apt-get install chromium).
 """
