@@ -78,7 +78,8 @@ def test_summary_has_what_it_promises(run: Path) -> None:
     # 257 ids padded to 320, tied; two blocks of four square matrices and two of 32 × 128, each with a bias,
     # and of two LayerNorms; the last LayerNorm
     assert summary["parameters"] == 320 * 32 + 2 * (4 * 33 * 32 + 33 * 128 + 129 * 32 + 4 * 32) + 2 * 32
-    assert summary["versions"]["torch"] == torch.__version__
+    # whose metadata may lack the kind of build, as in 2.13.0+cu130
+    assert torch.__version__.startswith(summary["versions"]["torch"])
 
 
 def test_metrics_have_a_row_for_every_logged_step(run: Path) -> None:

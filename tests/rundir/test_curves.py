@@ -33,6 +33,7 @@ def test_losses_after_the_first_tenth_fill_the_panel_and_the_rest_is_named() -> 
     assert [0.9, 0.9] in [list(line.get_ydata()) for line in losses.lines]
     assert rates.lines[0].get_ydata().tolist() == [0, 0.01, 0.009, 0.004, 0.002, 0]
     assert figure.get_suptitle() == "gpt, lr=0.01"
+    assert (losses.get_ylabel(), rates.get_xlabel()) == ("loss, nats per token", "optimizer steps")
     marked = {line.get_label(): line for line in draw_curves(ROWS, best_step=10).axes[0].lines}
     assert marked["best.ckpt: 1.4000, step 10"].get_xydata().tolist() == [[10, 1.4]]
 
