@@ -29,7 +29,7 @@ README = PAGES["README"]
 COMMANDS = commands("README")
 # What other tests run: test_server_starts and those of make below, training/test_processes.py
 ELSEWHERE = ("python -m gpt_lightning.demo checkpoint=RUN", "make ", "torchrun ", "srun ")
-# Of the reproductions: test_presets.py trains the presets, and test_docs.py composes the commands
+# Of the reproductions: test_presets.py trains and plans them, and test_docs.py composes the rest
 PRESETS = re.compile("experiment=|benchmarks/reproduce.py|data=huggingface")
 
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from stress.configurations import Material, draw_configuration
 from support.hub import dataset
 from support.runs import ROOT, SHARED
+from support.shown import commands
 
 from gpt_lightning.config.build import build_net
 from gpt_lightning.config.nodes import build
@@ -343,14 +344,22 @@ def gpt2_tokenizer(monkeypatch: pytest.MonkeyPatch) -> Callable[[DictConfig], No
     return provide
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def shown(command: str) -> set[str]:
+    """The overrides after experiment= of the commands in the tables of docs/reproductions.md."""
+    beginning = f"python -m gpt_lightning.{command} experiment="
+    return {c.removeprefix(beginning) for c in commands("reproductions") if c.startswith(beginning)}
+
+
+@pytest.mark.parametrize("overrides", sorted({*EXPERIMENTS, *shown("train")}))
 def test_preset_trains_a_step(
-    experiment: str,
+    overrides: str,
     call: Callable[..., Any],
     small_text: Path,
     tmp_path: Path,
     gpt2_tokenizer: Callable[[DictConfig], None],
 ) -> None:
+    experiment, *given = overrides.split()
+    given = [text for text in given if not text.startswith("init_from=hf:")]  # a folder stands for it
     cfg = composed(f"experiment={experiment}")
     gpt2_tokenizer(cfg)
     shrink = [o for o in SHRINK if not (experiment.startswith("finetune") and o.startswith("model."))]
@@ -359,7 +368,7 @@ def test_preset_trains_a_step(
     if cfg.data.sequence_length:
         shrink = [*shrink, "data.sequence_length=8"]
     data = data_for(experiment, tmp_path, small_text)
-    call("train", f"experiment={experiment}", *shrink, *data, f"hydra.run.dir={tmp_path / 'run'}")
+    call("train", f"experiment={experiment}", *given, *shrink, *data, f"hydra.run.dir={tmp_path / 'run'}")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert summary["steps"] == 1
@@ -369,7 +378,7 @@ def test_preset_trains_a_step(
 TINY_SHAKESPEARE = SHARED / "data" / "tinyshakespeare" / "input.txt"
 
 
-@pytest.mark.parametrize("overrides", [*EXPERIMENTS, "shakespeare_target_loss device=cuda"])
+@pytest.mark.parametrize("overrides", sorted({*EXPERIMENTS, *shown("plan")}))
 def test_preset_can_be_planned_as_it_is(
     overrides: str,
     call: Callable[..., Any],
@@ -384,7 +393,7 @@ def test_preset_can_be_planned_as_it_is(
     arguments = f"experiment={overrides}".split()
     gpt2_tokenizer(composed(*arguments))
     text = TINY_SHAKESPEARE if TINY_SHAKESPEARE.exists() else ROOT / "input.txt"
-    call("plan", *arguments, *data_for(overrides, tmp_path, text))
+    call("plan", *arguments, *data_for(overrides.split()[0], tmp_path, text))
     out = capsys.readouterr().out
     assert re.search(r"^ +learning rate  [▁-█]{48}  ", out, re.M)
     if overrides.endswith("device=cuda") and text == TINY_SHAKESPEARE:
