@@ -20,6 +20,7 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
@@ -184,7 +185,9 @@ class Command:
         chosen = [
             text for text in sys.argv[1:] if text.partition("=")[2] in choices_of(text.partition("=")[0])
         ]
-        chosen.append(f"hydra.searchpath=[{','.join(f'file://{path.absolute()}' for path in config_dirs())}]")
+        for own in config_dirs()[1:]:
+            place = QuotedString(f"file://{own.absolute()}", Quote.single).with_quotes()
+            chosen.append(f"hydra.searchpath=[{place}]")
         with isolated(sys.argv[0]), initialize_config_dir(str(CONF), version_base="1.3"):
             level: list[tuple[str, Any]] = [("", OmegaConf.to_container(compose(self.config_name, chosen)))]
         while level:  # keys of few parts first

@@ -253,10 +253,10 @@ def test_own_model_corpus_optimizer_and_schedule_need_no_change_of_the_core(
 def test_help_and_suggestions_know_the_choices_of_a_users_own(
     tmp_path: Path, command: Callable[..., Any]
 ) -> None:
-    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "my 'é', conf" / "model").mkdir(parents=True)
     text = "# comment\n_target_: plugin.Bigram\nblock_size: 8\nwidening: 2  # of the hidden layer\n"
-    (tmp_path / "mine" / "model" / "bigram.yaml").write_text(text)
-    own = ("--config-dir", "mine", "model=bigram")
+    (tmp_path / "my 'é', conf" / "model" / "bigram.yaml").write_text(text)
+    own = ("--config-dir", "my 'é', conf", "model=bigram")
     shown = command("train", *own, "--help").stdout
     assert re.search(r"^model: .*\bbigram, .*\bgpt2_small\b", shown, re.M)
     assert "  widening: 2  # of the hidden layer\n" in shown
