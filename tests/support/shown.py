@@ -19,4 +19,4 @@ def commands(page: str) -> list[str]:
     text = "".join(blocks(page, "bash")).replace("\\\n", "")
     rows = "\n".join(re.findall(r"^\|.*", PAGES[page], re.M))
     shown = [line for line in text.splitlines() if line and not line.startswith("#")]
-    return [*shown, *re.findall(r"`(python -[mc] [^`]+|python benchmarks/[^`]+)`", rows)]
+    return [*shown, *re.findall(r"`(python (?:-m gpt_lightning|-c |benchmarks/)[^`]+)`", rows)]
