@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hydra.errors import HydraException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 
 class ConfigError(ValueError):
@@ -57,7 +58,7 @@ SYNONYMS = {  # what other trainers call a key
 def is_user_error(error: BaseException) -> bool:
     """Whether an error is one that a user can mend, so that one line says it all."""
     kinds: tuple[type[BaseException], ...] = (ValueError, OSError, ModuleNotFoundError)
-    kinds += (OmegaConfBaseException, HydraException)
+    kinds += (OmegaConfBaseException, HydraException, YAMLError)
     lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # only if the run came that far
     if lightning is not None:
         kinds += (lightning.MisconfigurationException,)

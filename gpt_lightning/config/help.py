@@ -55,7 +55,8 @@ def _file(name: str) -> Path | None:
 
 
 def _defaults(path: Path) -> list[object]:
-    return list((yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("defaults", []))
+    with path.open(encoding="utf-8") as file:  # which an error names
+        return list((yaml.safe_load(file) or {}).get("defaults", []))
 
 
 def _groups(config_name: str) -> dict[str, str | None]:

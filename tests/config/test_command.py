@@ -264,6 +264,20 @@ def test_help_and_suggestions_know_the_choices_of_a_users_own(
     assert re.search(r"^error: .*wideninng.*did you mean model\.widening\b", refused.stderr), refused.stderr
 
 
+@pytest.mark.parametrize("more", [[], ["--help"]])
+def test_file_of_a_users_own_that_is_no_yaml_is_named(
+    tmp_path: Path, command: Callable[..., Any], more: list[str]
+) -> None:
+    path = tmp_path / "mine" / "model" / "broken.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("a: [1\n")
+    result = command("train", "--config-dir", "mine", "model=broken", *more)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert f'{path.relative_to(tmp_path)}", line 2' in line
+    assert result.returncode == 1
+
+
 def test_two_starts_at_once_get_two_run_directories() -> None:
     from hydra import compose, initialize_config_dir
 
