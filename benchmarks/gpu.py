@@ -25,9 +25,9 @@ from steps import network
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from gpt_lightning.training.speed import PEAKS
+
 GPT2_SMALL = (12, 12, 768, 1024, 50304)
-# TFLOP/s in dense bfloat16, of NVIDIA's data sheets (SXM)
-PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
 Step = Callable[[], None]
 
 
@@ -132,7 +132,7 @@ def main() -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA GPU here")
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
-    peak = arguments.peak or next((tflops for part, tflops in PEAKS.items() if part in name), None)
+    peak = arguments.peak or next((tflops for part, tflops in PEAKS.items() if part in name.lower()), None)
     torch.set_float32_matmul_precision("high")
     net: Any = network("ours", (*arguments.shape, 1), None)[0]
     flops = net.flops_per_token()

@@ -19,6 +19,7 @@ from gpt_lightning.config.build import (
     prepare_data,
 )
 from gpt_lightning.config.command import command
+from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.parts import Parts, build_parts, device_count, starting_point, with_length
 from gpt_lightning.config.resume import with_recorded_values
 from gpt_lightning.config.rules import check, one_of, validate
@@ -47,7 +48,8 @@ class Plan:
     memory: dict[str, float]  # bytes per device, by what needs them
     learning_rates: list[float]  # of 48 steps, evenly spread over the run
     peak_learning_rate: float  # the highest of all steps
-    seconds: float | None  # of all steps and validations, if that can be measured here
+    seconds: float | None  # of all steps and validations, if that can be measured here, or gpu= is given
+    tflops: float | None  # of a GPU that the seconds are estimated for, in dense bfloat16
     notes: list[str]  # what a careful colleague would ask about
 
     @property
@@ -89,22 +91,44 @@ def preview(rates: list[float], peak: float) -> str:
     return f"{line}  {rates[0]:.1e} → {peak:.1e} → {rates[-1]:.1e}"
 
 
+def tflops_of(cfg: DictConfig) -> float | None:
+    """TFLOP/s of the GPU that gpu= names; None without it.
+
+    Raises:
+        ConfigError: If there is no such GPU, or the run does not use one.
+    """
+    from gpt_lightning.training.speed import PEAKS
+
+    if cfg.gpu is None:
+        return None
+    rate = PEAKS.get(str(cfg.gpu).lower(), cfg.gpu)
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0:
+        raise ConfigError(f"gpu={cfg.gpu!r} must be {', '.join(PEAKS)}, or dense TFLOP/s in bfloat16")
+    if accelerator_of(cfg) != "cuda":
+        raise ConfigError(f"gpu={cfg.gpu} needs device=cuda")
+    return float(rate)
+
+
 def predicted_seconds(
     cfg: DictConfig, parts: Parts, prepared: Prepared, net: Any, micro: int, accumulation: int
 ) -> float | None:
     """Seconds of the steps and validations of a run whose devices take micro sequences at once."""
     from gpt_lightning.training.intervals import save_interval
     from gpt_lightning.training.precision import multiplies_bfloat16
-    from gpt_lightning.training.speed import measure_speed
+    from gpt_lightning.training.speed import UTILIZATION, Speed, measure_speed
 
     block_size, steps, precision = prepared.windows["block_size"], prepared.max_steps, precision_of(cfg, net)
     is_slow = precision == "bf16-mixed" and not multiplies_bfloat16("cpu")  # and so would measuring be
-    if accelerator_of(cfg) != "cpu" or is_slow or cfg.lora.r or cfg.device.compile:
+    config, flops = getattr(net, "config", None), flops_per_token(net, block_size)
+    if (tflops := tflops_of(cfg)) is not None:
+        per_token = flops / (UTILIZATION * 1e12 * tflops)
+        speed: Speed | None = Speed(per_token / 3, per_token, update=0.0)
+    elif accelerator_of(cfg) != "cpu" or is_slow or cfg.lora.r or cfg.device.compile:
         return None
-    config = getattr(net, "config", None)
-    speed = measure_speed(
-        config, parts.optimizer, sequences=micro, block_size=block_size, precision=precision
-    )
+    else:
+        speed = measure_speed(
+            config, parts.optimizer, sequences=micro, block_size=block_size, precision=precision
+        )
     if speed is None:
         return None
     tokens = micro * accumulation * block_size  # of a device in a step
@@ -116,9 +140,17 @@ def predicted_seconds(
     return steps * step + validations * val_tokens * speed.forward
 
 
+def flops_per_token(net: Any, block_size: int) -> float:
+    """Of the forward and backward pass, six for each parameter where the network does not say."""
+    if hasattr(net, "flops_per_token"):
+        return float(net.flops_per_token(block_size))
+    return 6.0 * sum(p.numel() for p in net.parameters())
+
+
 def show(plan: Plan | list[Finding]) -> None:
     """The plan, or what check=true found, as a table."""
     from gpt_lightning.training.callbacks.progress import format_duration
+    from gpt_lightning.training.speed import UTILIZATION
 
     if isinstance(plan, list):
         for finding in plan:
@@ -128,6 +160,7 @@ def show(plan: Plan | list[Finding]) -> None:
         return
     total, epochs = plan.tokens, plan.max_steps / plan.steps_per_epoch
     trained = f", {plan.trained_parameters:,} of them trained"
+    where = f"at {UTILIZATION:.0%} of {plan.tflops:g} TFLOP/s per device" if plan.tflops else "here"
     parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in plan.memory.items())
     lines = {
         "parameters": f"{plan.parameters:,}" + trained * (plan.trained_parameters < plan.parameters),
@@ -141,7 +174,7 @@ def show(plan: Plan | list[Finding]) -> None:
         f"{epochs:.2f} epochs",
         "compute": f"{plan.flops_per_token:.3g} FLOPs per token, {plan.flops_per_token * total:.3g} in all",
         "memory estimate": f"{sum(plan.memory.values()) / GIB:.2f} GiB per device ({parts})",
-        "time": "not measured" if plan.seconds is None else f"about {format_duration(plan.seconds)} here",
+        "time": "not measured" if plan.seconds is None else f"about {format_duration(plan.seconds)} {where}",
         "learning rate": preview(plan.learning_rates, plan.peak_learning_rate),
     }
     for name, text in lines.items():
@@ -182,7 +215,6 @@ def plan_run(cfg: DictConfig) -> Plan:
     schedule, lr = with_length(parts.schedule, prepared.max_steps), cfg.optimizer.get("lr", 1.0)
     splits, parameters = prepared.store.meta.splits, sum(p.numel() for p in net.parameters())
     block_size, steps = prepared.windows["block_size"], prepared.max_steps
-    flops = net.flops_per_token(block_size) if hasattr(net, "flops_per_token") else 6 * parameters
     return Plan(
         parameters=parameters,
         trained_parameters=sum(p.numel() for p in net.parameters() if p.requires_grad),
@@ -196,12 +228,13 @@ def plan_run(cfg: DictConfig) -> Plan:
         windows_per_epoch=prepared.windows_per_epoch,
         steps_per_epoch=prepared.steps_per_epoch,
         max_steps=steps,
-        flops_per_token=flops,
+        flops_per_token=flops_per_token(net, block_size),
         memory=memory_needs(cfg, net, tokens=micro * block_size, vocab_size=prepared.vocab_size),
         learning_rates=[lr * factor for factor in sampled(schedule, steps)],
         # the peak may lie between the points
         peak_learning_rate=lr * max(map(schedule, range(0, steps, max(1, steps // 1000)))),
         seconds=predicted_seconds(cfg, parts, prepared, net, micro, accumulation),
+        tflops=tflops_of(cfg),
         notes=notes_on(
             cfg,
             tokens=splits["train"].tokens,

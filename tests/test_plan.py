@@ -84,6 +84,17 @@ def test_plan_by_hand(plan: Plan, tmp_path: Path) -> None:
     assert re.fullmatch(r"about 0:0\d here", *time)
 
 
+def test_time_on_a_gpu_that_is_not_here_follows_from_its_rate(plan: Plan) -> None:
+    # 10 steps of 64 tokens per device, and 2 validations of 100 with a third of the FLOPs per token
+    seconds = FLOPS * (640 + 200 / 3) / (0.4 * 1e6)
+    options = ["device=cuda", "device.devices=2", "device.precision=32-true", "device.compile=false"]
+    assert round(seconds) == 400
+    (time,) = plan(*options, "gpu=0.000001")["time"]
+    assert time == "about 6:40 at 40% of 1e-06 TFLOP/s per device"
+    (time,) = plan(*options, "gpu=A100")["time"]
+    assert time == "about 0:00 at 40% of 312 TFLOP/s per device"
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [

@@ -1,4 +1,4 @@
-"""How long the steps of a run take on this CPU, measured on a small part of the work."""
+"""How long the steps of a run take: measured on a small part of the work, or by the data sheet of a GPU."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from gpt_lightning.training.optimizers import OptimizerFactory, by_role, paramet
 
 BUDGET = 8e10  # FLOPs of a step that is measured
 MEASURE_SECONDS = 0.4  # for each network
+PEAKS = {"a100": 312.0, "h100": 989.0, "h200": 989.0}  # TFLOP/s in dense bfloat16, NVIDIA's data sheets (SXM)
+UTILIZATION = 0.4  # share of the peak that a run on a GPU is assumed to reach
 DEEP = 3  # layers of the second network; noise in the difference counts for all layers of the run
 
 

@@ -118,6 +118,9 @@ TABLE: list[tuple[str, str, str]] = [
     ("plan", "scheduler.warmup_steps=8", "scheduler.warmup_steps=8 must be"),
     ("plan", "optimizer.lr=-1", "optimizer.lr=-1 must be a finite number above 0"),
     ("plan", "check=maybe", "check='maybe' must be true or false"),
+    ("plan", "device=cuda gpu=rtx", "gpu='rtx' must be a100, h100, h200, or dense TFLOP/s in bfloat16"),
+    ("plan", "device=cuda gpu=-3", "gpu=-3 must be a100"),
+    ("plan", "gpu=h100", "gpu=h100 needs device=cuda"),
     ("plan", "model.n_head=3", "model.n_head=3 does not divide model.n_embd=32; choose model.n_embd=30"),
     # -- checkpoints and runs
     ("train", "init_from=fifo", "no checkpoint at .*fifo: it is neither a file nor a folder"),
