@@ -115,8 +115,8 @@ def _status(folder: Path, summary: RunSummary, job: Mapping[str, Any]) -> str:
     if is_locked(folder):
         return "running"
     told = str(job.get("status", "?"))
-    if told == "running":  # still importing, unless the sweep was killed
-        return "running" if is_locked(folder.parent) else "interrupted"
+    if told == "running":  # still importing, unless the sweep was killed; SLURM's jobs name no process
+        return "interrupted" if job.get("pid") and not is_locked(folder.parent) else "running"
     return told if told == "failed" else str(summary.get("status", told))
 
 

@@ -18,8 +18,8 @@ from gpt_lightning.data.files import atomic_write
 from gpt_lightning.rundir.summary import LEDGER, read_ledger, read_summary
 
 LONGEST_NAME = 120  # characters
-ENDED = {124: "time limit", **{128 + number: number.name for number in (signal.SIGINT, signal.SIGTERM)}}
-ENDED |= {128 + number: "SIGHUP" for number in [getattr(signal, "SIGHUP", None)] if number}
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has the first two
+ENDED = {124: "time limit"} | {128 + getattr(signal, name): name for name in SIGNALS if hasattr(signal, name)}
 
 
 @dataclass

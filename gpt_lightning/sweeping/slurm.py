@@ -16,16 +16,21 @@ SCRIPT = "sweep.sh"
 SUBMITTED = "slurm.txt"  # the number of the array that was submitted last
 # SLURM signals the script before it ends the job. A run that trains writes a checkpoint and asks for
 # its job to be queued again; one that is still importing is ended by the signal, and the script asks.
+# What becomes of the job is noted in sweep.jsonl, early where SLURM may end the script before its last line.
 TEMPLATE = """#!/bin/bash
 {options}
 cd {folder} || exit 1
-trap 'asked=1; kill -USR1 $run' USR1
+note() {{ {note} "$job" "$SLURM_ARRAY_TASK_ID" "$@"; }}
+trap 'asked=1; kill -USR1 $run; note 138 $SECONDS' USR1
+trap 'kill -TERM $run' TERM
 case $SLURM_ARRAY_TASK_ID in
 {commands}
 esac
+{{ note; exec "$@"; }} &
 run=$!
 wait $run; code=$?
 while kill -0 $run 2>/dev/null; do wait $run; code=$?; done
+note $code $SECONDS
 if [ -n "$asked" ] && [ $code = 138 ]; then
   scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID" 2>/dev/null
 fi
@@ -65,12 +70,14 @@ class SlurmLauncher(ProcessLauncher):
         lines = [f"#SBATCH --{key}={value}" for key, value in {**options, **self.sbatch}.items()]
         program = [sys.executable, "-m", f"gpt_lightning.{self.command}"]
         commands = [
-            f"{index}) {shlex.join([*program, *arguments])} & ;;"
-            for index, arguments in enumerate(self.arguments(job, self.ledger.place(job)) for job in waiting)
+            f"{index}) job={shlex.quote(job.name)}; set -- "
+            f"{shlex.join([*program, *self.arguments(job, self.ledger.place(job))])} ;;"
+            for index, job in enumerate(waiting)
         ]
         script = TEMPLATE.format(
             options="\n".join([*lines, "#SBATCH --requeue"]),
             folder=shlex.quote(str(Path.cwd())),
+            note=shlex.join([sys.executable, "-m", "gpt_lightning.sweeping.note", str(folder)]),
             commands="\n".join(commands),
         )
         (folder / SCRIPT).write_text(script, encoding="utf-8")

@@ -147,11 +147,12 @@ def test_jobs_that_have_not_trained_are_listed_as_their_sweep_has_them(tmp_path:
     sweep = tmp_path / "sweep"
     make(sweep / "seed=1", ["seed=1"], [2.0])
     make(sweep / "seed=2", ["seed=2"], [3.0], status="interrupted")
-    statuses = {1: "finished", 2: "running", 3: "failed", 4: "waiting", 5: "running"}
+    statuses = {1: "finished", 2: "running", 3: "failed", 4: "waiting", 5: "running", 6: "running"}
     jobs = [
         {"name": f"seed={n}", "overrides": ["data=text", f"seed={n}"], "status": status}
         for n, status in statuses.items()
     ]
+    jobs[1]["pid"] = jobs[4]["pid"] = 4711  # the sixth runs on another machine
     jobs[2]["error"] = "killed by SIGKILL"
     (sweep / "sweep.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
 
@@ -160,9 +161,10 @@ def test_jobs_that_have_not_trained_are_listed_as_their_sweep_has_them(tmp_path:
 
     # nobody holds the locks: the sweep was killed
     dead = [("1", "finished"), ("2", "interrupted"), ("3", "failed"), ("4", "waiting"), ("5", "interrupted")]
+    dead.append(("6", "running"))
     assert found() == dead
     assert notes(read_results([sweep]))[-2:] == [
-        "4 of 5 runs are not finished: 1 failed, 2 interrupted, 1 waiting",
+        "5 of 6 runs are not finished: 1 failed, 2 interrupted, 1 running, 1 waiting",
         "seed=3 failed: killed by SIGKILL",
     ]
     code = "import sys, time; from gpt_lightning.rundir.directory import *; from pathlib import Path\n"

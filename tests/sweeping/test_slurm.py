@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -16,7 +17,9 @@ from typing import Any
 import pytest
 from support.comparison import differences
 from support.runs import SHARED, TINY
-from support.sweeps import OPTIONS, end, reached, start, wait_for
+from support.sweeps import OPTIONS, end, ledger, reached, start, wait_for
+
+from gpt_lightning.sweeping.note import note
 
 
 @pytest.mark.slow
@@ -43,12 +46,33 @@ def test_jobs_are_submitted_as_an_array_of_plain_commands_and_only_once(
         assert f"#SBATCH --{option}\n" in script
     assert "#SBATCH --requeue\n" in script
 
-    job = os.environ | {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "77"}
-    result = subprocess.run(["bash", sweep / "sweep.sh"], env=job, capture_output=True, text=True)
+    def job_of(task: str) -> dict[str, str]:
+        return os.environ | {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_JOB_ID": "77"}
+
+    result = subprocess.run(["bash", sweep / "sweep.sh"], env=job_of("1"), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     summary = json.loads((sweep / "seed=2" / "summary.json").read_text())
     assert (summary["seed"], summary["status"]) == (2, "finished")
     assert not (sweep / "seed=1").exists()
+    found = ledger(sweep)
+    job = found["seed=2"]
+    assert (job["status"], job["attempts"], job["exit_code"]) == ("finished", 1, 0)
+    assert job["result"] == summary["best_val_loss"]
+    assert 1 <= job["seconds"] < 100
+    assert (found["seed=1"]["status"], found["seed=1"]["attempts"]) == ("waiting", 0)
+
+    with subprocess.Popen(["bash", sweep / "sweep.sh"], env=job_of("0")) as process:
+        wait_for(lambda: ledger(sweep)["seed=1"]["status"] == "running", process)
+        process.send_signal(signal.SIGUSR1)  # as SLURM does before the time limit
+    assert process.returncode == 128 + signal.SIGUSR1
+    found = ledger(sweep)["seed=1"]
+    assert (found["status"], found["error"], found["exit_code"]) == ("interrupted", "SIGUSR1", 138)
+
+    (sweep / "slurm-0.log").write_text("some text\nerror: no space left\n\n")
+    for code, error in ((1, "no space left"), (137, "killed by SIGKILL")):
+        note(sweep, "seed=1", "0", code, 7)
+        found = ledger(sweep)["seed=1"]
+        assert (found["status"], found["error"], found["seconds"]) == ("failed", error, 7)
 
     (tmp_path / "queue").write_text("77_0 main RUNNING")
     with pytest.raises(SystemExit):
@@ -116,7 +140,7 @@ def test_job_that_slurm_signals_while_it_trains_and_while_it_imports_is_queued_a
     def state(task: int) -> str:
         return out("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={number}_{task}").strip()
 
-    def signal() -> None:  # as SLURM does before the time limit
+    def ask() -> None:  # as SLURM does before the time limit
         subprocess.run(["scancel", "--signal=USR1", "--batch", f"{number}_0"], check=True)
 
     def wait(condition: Callable[[], object]) -> None:
@@ -124,14 +148,16 @@ def test_job_that_slurm_signals_while_it_trains_and_while_it_imports_is_queued_a
 
     with subprocess.Popen(["sleep", "240"]) as sleeper:
         wait(reached(sweep / "seed=1", 100))
-        signal()
+        ask()
         wait(lambda: state(0) == "PENDING")
+        assert ledger(sweep)["seed=1"]["status"] == "interrupted"
         wait(lambda: state(0) == "RUNNING")
-        signal()  # Python imports for some seconds
+        ask()  # Python imports for some seconds
         wait(lambda: state(0) == "PENDING")
         wait(lambda: (state(0), state(1)) == ("COMPLETED", "COMPLETED"))
         sleeper.kill()
     log = (sweep / "slurm-0.log").read_text()
     found = differences(sweep / "seed=1", tmp_path / "alone" / "seed=1")
     assert set(found) <= {".hydra/overrides.yaml differs"}, log  # in their order
-    assert json.loads((sweep / "seed=2" / "summary.json").read_text())["status"] == "finished"
+    jobs = [(job["status"], job["attempts"], job["exit_code"]) for job in ledger(sweep).values()]
+    assert jobs == [("finished", 3, 0), ("finished", 1, 0)]
