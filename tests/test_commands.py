@@ -68,6 +68,8 @@ INSTEAD = {  # so that a command takes seconds on any machine
     "data.name=Skylion007/openwebtext": "data.name=hub",
     "data.val_fraction=0.0005 tokenizer=gpt2": "data.val_fraction=0.1 tokenizer=byte",
     "device.devices=8": "device.devices=2",
+    "shuffle_buffer=16384": "shuffle_buffer=8",
+    "val_batches=20 data.val_fraction=0.01": "val_batches=1",
     "postgresql://user@host/studies": "sqlite:///studies.db",
 }
 # What a command has in addition, and how the overrides of SHRINK begin that it must not have

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import tiktoken
     from torch import nn
 
+    from gpt_lightning.data.corpus.base import Split
     from gpt_lightning.data.datamodule import TextDataModule
     from gpt_lightning.data.token_store import TokenStore
     from gpt_lightning.training.module import LanguageModel
@@ -44,12 +45,14 @@ def prepare_data(
     Raises:
         ConfigError, ValueError: If the vocabulary does not fit or there is too little text.
     """
+    from gpt_lightning.data.growing import GrowingStore, begin
     from gpt_lightning.data.token_store import prepare
     from gpt_lightning.data.tokenizer import FixedTokenizer
     from gpt_lightning.data.windows import epoch_size
 
-    cut = windows(cfg, net)
-    store = prepare(parts.corpus, FixedTokenizer(encoding) if encoding else parts.tokenizer, cfg.paths.cache)
+    cut, open_store = windows(cfg, net), prepare if cfg.data.shuffle_buffer is None else begin
+    tokenizer = FixedTokenizer(encoding) if encoding else parts.tokenizer
+    store = open_store(parts.corpus, tokenizer, cfg.paths.cache)
     config = getattr(net, "config", None)
     vocab_size = config.vocab_size if config else cfg.model.get("vocab_size") or store.n_vocab
     if vocab_size < store.n_vocab:
@@ -60,20 +63,36 @@ def prepare_data(
     for callback in parts.callbacks:
         if check_tokenizer := getattr(callback, "check_tokenizer", None):
             check_tokenizer(store.tokenizer)
+
+    def length(steps_per_epoch: int) -> int:
+        tokens_per_step = cut["batch_size"] * cut["block_size"]
+        return run_length(
+            cfg, steps_per_epoch, tokens_per_step, lambda: count_parameters(cfg, vocab_size, net)
+        )
+
+    if isinstance(store, GrowingStore):
+        store = store.reading(tokens_of_run(cfg, cut, length(0)))
     count, steps_per_epoch = epoch_size(store, **cut)  # too little text is an error here
     return Prepared(
         store=store,
         vocab_size=vocab_size,
-        max_steps=run_length(
-            cfg,
-            steps_per_epoch,
-            cut["batch_size"] * cut["block_size"],
-            lambda: count_parameters(cfg, vocab_size, net),
-        ),
+        max_steps=length(steps_per_epoch),
         windows=cut,
         windows_per_epoch=count,
         steps_per_epoch=steps_per_epoch,
     )
+
+
+def tokens_of_run(cfg: DictConfig, cut: dict[str, Any], max_steps: int) -> dict[Split, int]:
+    """Tokens of each split that a run reads with data.shuffle_buffer: once, and whole buffers."""
+    from gpt_lightning.data.windows import split_batch, tokens_read
+
+    buffers = -(-max_steps * cut["batch_size"] // cfg.data.shuffle_buffer)
+    sequences, _ = split_batch(cut["batch_size"], cfg.device.micro_batch_size, 1)
+    return {
+        "train": tokens_read(buffers * cfg.data.shuffle_buffer, **cut),
+        "val": cfg.trainer.val_batches * sequences * cut["block_size"] + 1,
+    }
 
 
 def run_length(
@@ -144,6 +163,7 @@ def build_data(cfg: DictConfig, prepared: Prepared) -> TextDataModule:
         val_batches=cfg.trainer.val_batches,
         seed=cfg.seed,
         shuffle=cfg.data.shuffle,
+        shuffle_buffer=cfg.data.shuffle_buffer,
         num_workers=cfg.data.num_workers,
         pin_memory=cfg.device.pin_memory,
     )

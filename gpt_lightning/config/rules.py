@@ -141,6 +141,7 @@ RULES: dict[str, Rule] = {
     "data.num_workers": number(int, least=0, most=1000),  # processes
     "data.shuffle": one_of(True, False),
     "data.drop_last": one_of(True, False),
+    "data.shuffle_buffer": number(int, least=1, optional=True),  # windows
     "device.accelerator": one_of("auto", "cpu", "cuda", "mps"),
     "device.devices": _devices,
     "device.precision": one_of(
@@ -239,6 +240,13 @@ def validate(cfg: DictConfig) -> None:
         raise ConfigError("time_limit= needs the checkpoints of callbacks.last; do not set that to null")
     if cfg.lora.r and cfg.init_from is None:
         raise ConfigError(f"lora.r={cfg.lora.r} trains beside frozen weights; give these with init_from=")
+    if cfg.data.shuffle_buffer is not None and (
+        cfg.trainer.val_batches is None or cfg.trainer.max_epochs is not None
+    ):
+        raise ConfigError(
+            "data.shuffle_buffer trains before the whole text is read, so it needs a number of validation "
+            "batches and no epochs; set trainer.val_batches=20 and trainer.max_epochs=null"
+        )
     _check_monitors(cfg.callbacks)
     _check_device(cfg)
     if cfg.trainer.strategy == "fsdp":

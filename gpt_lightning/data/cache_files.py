@@ -75,6 +75,7 @@ def output(path: Path) -> Iterator[Callable[[bytes], None]]:
     def write(data: bytes) -> None:
         with writing(path.parent):
             file.write(data)
+            file.flush()  # for those who read it meanwhile
 
     with contextlib.ExitStack() as stack:
         with writing(path.parent):

@@ -89,7 +89,7 @@ class _Part:
                 data = group.ids.tobytes() + group.documents.tobytes()
                 write(data)
                 sha = hashlib.sha256(data).hexdigest()
-                done.append((*order(group), len(group.ids), len(group.documents), sha))
+                done.append((group.stream, group.place, len(group.ids), len(group.documents), sha))
         return done
 
     def groups(self) -> Iterator[Group]:

@@ -129,7 +129,8 @@ class Group(NamedTuple):
 
 
 def order(group: Group) -> tuple[int, int]:
-    return group.stream, group.place
+    """In which groups are written: first those of a validation text of its own, which a run needs first."""
+    return -group.stream, group.place
 
 
 class _Split:
@@ -306,12 +307,12 @@ class Job:
         with ThreadPoolExecutor(self.threads) as pool, bar:
 
             def finished(most: int) -> Iterator[Group]:
-                while len(pending) > most:
+                while len(pending) > most or (pending and pending[0].done()):
                     group = pending.popleft().result()
                     bar.update(int(group.documents["bytes"].sum()))
                     yield group
 
-            for stream, documents in enumerate(self.streams):
+            for stream, documents in reversed(list(enumerate(self.streams))):
                 for place, texts in _shard_of(documents, shard, shards):
                     pending.append(pool.submit(self._encode, stream, place, texts))
                     yield from finished(2 * self.threads)  # bounds the memory

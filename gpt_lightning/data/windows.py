@@ -187,6 +187,7 @@ class TrainBatches(_Batches):
         seed: Selects the order.
         stride: Tokens between the starts of two windows; None is block_size.
         shuffle: Whether each epoch has a new random order; otherwise windows are in the order of the text.
+        shuffle_buffer: Windows that are shuffled among each other, in a run of one epoch; None for all.
         drop_last: Whether an epoch leaves out the windows that do not fill a batch.
         random_offset: Whether each epoch starts at a random one of the first `stride` tokens, so that the
             window boundaries differ; costs at most one window.
@@ -209,6 +210,7 @@ class TrainBatches(_Batches):
     seed: int
     stride: int | None = None
     shuffle: bool = True
+    shuffle_buffer: int | None = None
     drop_last: bool = True
     random_offset: bool = False
     align_documents: bool = False
@@ -248,6 +250,12 @@ class TrainBatches(_Batches):
 
     def _permuted(self, index: np.ndarray, epoch: int) -> np.ndarray:
         """As `permute`, which takes hardly longer for AT_ONCE windows than for those of a batch."""
+        if self.shuffle_buffer is not None:
+            parts, places = np.divmod(index, self.shuffle_buffer)
+            for part in np.unique(parts):
+                of = parts == part
+                places[of] = permute(places[of], self.shuffle_buffer, seed=self.seed, epoch=int(part))
+            return parts * self.shuffle_buffer + places
         how = {"seed": self.seed, "epoch": epoch}
         begin = int(index[0]) // AT_ONCE * AT_ONCE
         if int(index.min()) < begin or int(index.max()) >= begin + AT_ONCE:
@@ -297,6 +305,14 @@ def epoch_size(
             f"{batch_size}; lower it, or model.block_size, or set data.drop_last=false"
         )
     return windows, windows // batch_size if drop_last else -(-windows // batch_size)
+
+
+def tokens_read(
+    windows: int, *, block_size: int, stride: int | None = None, random_offset: bool = False, **_: Any
+) -> int:
+    """Tokens that have so many windows; other arguments as in `TrainBatches`."""
+    stride = stride or block_size
+    return (windows - 1) * stride + block_size + 1 + (stride - 1 if random_offset else 0)
 
 
 @dataclass(eq=False)

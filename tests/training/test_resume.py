@@ -701,9 +701,10 @@ def test_two_ranks_with_workers_go_on_exactly_with_a_dataset_that_streams(
     zygote: Zygote, small_text: Path, tmp_path: Path
 ) -> None:
     texts = small_text.read_text().split(".\n")
-    hub = dataset(tmp_path / "hub", [texts[start::3] for start in range(3)])
+    hub = dataset(tmp_path / "hub", [texts[start::3] * 4 for start in range(3)])
     options = [text for text in RUN if text != "data=text"]
-    options += ["data=huggingface", f"data.name={hub}", "data.streaming=true"]
+    options += ["data=huggingface", f"data.name={hub}", "data.streaming=true", "data.shuffle_buffer=16"]
+    options += ["trainer.val_batches=4"]
     ranks = ["device.devices=2", "device.micro_batch_size=2", "data.num_workers=1"]
     a, b = tmp_path / "a", tmp_path / "b"
     whole = start_ranks(zygote, [*options, *ranks, f"hydra.run.dir={a}"])
