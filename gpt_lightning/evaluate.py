@@ -39,6 +39,7 @@ TABLE = {  # what is printed, with its format
     "bleu": "{:.2f}",
 }
 RESULT = b'{\n  "checkpoint": '  # how the file of output= begins
+PIECE, PIECES, SEARCHED = 60, 16, 10**8  # of `shared_text`, the first and the last in characters
 PAGE = b"<!doctype html><!-- gpt_lightning tokens"  # how the page of tokens=true begins
 WINDOWS = (
     "each token is predicted from its document's beginning, or from at least {0} tokens;\n"
@@ -126,24 +127,33 @@ def file_tokens(cfg: DictConfig, model: TextGenerator, source: Path) -> Scored:
     from gpt_lightning.evaluation.losses import lay_out
 
     text = TextFiles(cfg.text, val_fraction=sys.float_info.min)  # so small that all is training text
-    for file in text.files("train"):
-        if match := training_file(file, source):
-            log.warning("text=%s was training text of the run (%s): its loss is too low", file, match)
+    if found := shared_text(list(text.documents("train")), source):
+        log.warning("text=%s has training text of the run (%r…): its loss is too low", cfg.text, found[:30])
     tokens = lay_out(text.documents("train"), model.tokenizer, separated=text.separated)
     return Scored(tokens, {"text": cfg.text})
 
 
-def training_file(file: Path, source: Path) -> Path | None:
-    """A file of the run's training text with the same bytes, where the corpus has files that still exist."""
-    from gpt_lightning.data.corpus.base import file_sha256
+def shared_text(texts: list[str], source: Path) -> str | None:
+    """A piece that texts have in common with the training text of a run, if that is still there.
 
+    Compared are pieces of PIECE characters, evenly spread, with the first SEARCHED characters of the corpus.
+    """
+    middles = [(text, max(0, (len(text) - PIECE) // 2)) for text in texts[:: -(-len(texts) // PIECES)]]
+    if len(texts) == 1:
+        middles = [(texts[0], len(texts[0]) * part // PIECES) for part in range(PIECES)]
+    pieces = {text[start : start + PIECE] for text, start in middles}
+    seen = 0
     try:
         corpus = corpus_of_run(source)
-        files: list[Path] = getattr(corpus, "files", lambda split: [])("train")
-        files = [other for other in files if other.stat().st_size == file.stat().st_size]
-        return next((other for other in files if file_sha256(other) == file_sha256(file)), None)
+        for document in corpus.documents("train") if corpus else ():
+            for piece in pieces:
+                if piece == document or (len(piece) == PIECE and piece in document):
+                    return piece
+            if (seen := seen + len(document)) > SEARCHED:
+                break
     except (ImportError, OSError, ValueError):
-        return None
+        pass  # the text cannot be read here
+    return None
 
 
 def read_lines(path: str) -> list[str]:

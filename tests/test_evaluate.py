@@ -121,11 +121,15 @@ def test_training_text_in_text_is_warned_of(
         ("copy.txt", "one text more", True),
         ("same size.txt", "one text less", False),
         ("other.txt", "something else", False),
+        ("excerpt.txt", story[3000:5000], True),
+        ("with a line more.txt", f"{story[:2000]}\nA line of its own.", True),
+        ("a part of it.txt", "A line of its own. " * 100 + story[700:2000], True),
+        ("short.txt", story[:20], False),
     ):
         (tmp_path / name).write_text(text)
         capsys.readouterr()
         call("evaluate", f"checkpoint={tmp_path / 'run'}", f"text={tmp_path / name}", "device=cpu")
-        assert ("was training text of the run" in capsys.readouterr().err) == warned
+        assert ("has training text of the run" in capsys.readouterr().err) == warned
 
 
 def test_text_and_corpus_give_the_same_scores(
