@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from gpt_lightning.config.build import build_data, build_module, prepare_data
 from gpt_lightning.config.command import command
-from gpt_lightning.config.command_line import OWN_KEYS, key_of
+from gpt_lightning.config.command_line import OWN_KEYS, flags_of, key_of
 from gpt_lightning.config.errors import lacks_memory
 from gpt_lightning.config.parts import build_loggers, build_parts, build_trainer, starting_point
 from gpt_lightning.config.ranks import is_first_rank, tell_other_ranks
@@ -137,7 +137,8 @@ def train(cfg: DictConfig, folder: Path, deadline: float) -> None:
         return
     trainer = build_trainer(cfg, parts.callbacks, loggers=[])
     overrides = [f"resume={folder}"] if cfg.resume else HydraConfig.get().overrides.task
-    command = shlex.join(["python", "-m", "gpt_lightning.train", *map(str, overrides)])
+    flags = flags_of(HydraConfig.get(), "train")
+    command = shlex.join(["python", "-m", "gpt_lightning.train", *flags, *map(str, overrides)])
     log.info("run: %s\ncommand: %s", folder, command)
     tell_other_ranks(folder, cfg.trainer.timeout_seconds)
     checkpoint, step, net, prepared = starting_state(cfg, parts, folder)

@@ -8,15 +8,18 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from gpt_lightning.config.errors import ConfigError
 
 TEXTS = ("prompt", "stop", "separator", "default_prompts", "api_key")  # last parts of keys that are no paths
 OWN_KEYS = ("resume", "repeat", "trust")  # of a start, not of the run
+OF_THE_SWEEP = ("hydra.sweep", "hydra.sweeper", "hydra.launcher", "hydra.mode", "hydra.run")
 PLACES = ("paths.outputs", "hydra.run.dir", "hydra.sweep.dir")  # keys of folders that Hydra makes
 
 
@@ -126,6 +129,23 @@ def unquoted(value: str) -> str:
     except HydraException:  # Hydra will say so
         return value
     return text if isinstance(text, str) else value
+
+
+def flags_of(cfg: Any, command: str) -> list[str]:
+    """The flags and the settings of Hydra's own that a command line had, without those of a sweep.
+
+    Args:
+        cfg: Hydra's configuration.
+        command: Whose default configuration needs no flag.
+    """
+    given: Any = OmegaConf.to_container(cfg.overrides.hydra, resolve=False)
+    sources = [source for source in cfg.runtime.config_sources if source.provider == "command-line"]
+    name = cfg.job.config_name
+    return [
+        *(f"--config-dir={source.path}" for source in sources),
+        *([f"--config-name={name}"] if name != command else []),
+        *(text for text in given if not key_of(text).replace("/", ".").startswith(OF_THE_SWEEP)),
+    ]
 
 
 def go_to(folder: str) -> None:

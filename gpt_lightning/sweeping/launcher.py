@@ -20,7 +20,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from gpt_lightning.config.command_line import key_of, verbatim
+from gpt_lightning.config.command_line import flags_of, verbatim
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.rundir.directory import HYDRA, locked
 from gpt_lightning.rundir.report import overview, read_results
@@ -29,8 +29,6 @@ from gpt_lightning.sweeping.jobs import Job, Ledger, jobs_of
 from gpt_lightning.sweeping.process import PRELOADED, SIGNALS, Pool
 
 log = logging.getLogger(__name__)
-
-OF_THE_SWEEP = ("hydra.sweep", "hydra.sweeper", "hydra.launcher", "hydra.mode", "hydra.run")
 
 
 class ProcessLauncher(Launcher):
@@ -164,14 +162,8 @@ class ProcessLauncher(Launcher):
         """The command line of a job; a run that has begun is resumed."""
         if (folder / "summary.json").is_file() and (folder / HYDRA / "overrides.yaml").is_file():
             return [*verbatim("resume")([f"resume={folder}"]), "trust=true"]
-        runtime, name = self.config.hydra.runtime, self.config.hydra.job.config_name
-        given: Any = OmegaConf.to_container(self.config.hydra.overrides.hydra, resolve=False)
-        hydra = [text for text in given if not key_of(text).replace("/", ".").startswith(OF_THE_SWEEP)]
-        sources = [source for source in runtime.config_sources if source.provider == "command-line"]
-        flags = [f"--config-dir={source.path}" for source in sources]
-        flags += [f"--config-name={name}"] * (name != self.command)
         place = verbatim("hydra.run.dir")([f"hydra.run.dir={folder}"]) if self.command == "train" else []
-        return [*flags, *hydra, *job.overrides, *place]
+        return [*flags_of(self.config.hydra, self.command), *job.overrides, *place]
 
     def _progress(self, job: Job) -> str:
         """The line of a job that ended."""

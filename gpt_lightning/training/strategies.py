@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from gpt_lightning.rundir.checkpoint import read_checkpoint
 from gpt_lightning.training.processes import meet
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole tensors, which the first rank gets
@@ -75,8 +75,7 @@ class Sharded(Meeting, ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         # every process reads its shards alone: a mapped file is in memory only where it is read
-        path = Path(checkpoint_path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        return dict(read_checkpoint(checkpoint_path, verify=False))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.model is not None

@@ -238,6 +238,8 @@ def test_run_with_a_users_configuration_is_resumed_with_it_and_without_it(
     ]
     first = subprocess.run([*script, *options, "logger=none"], cwd=tmp_path, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
+    told = f"command: python -m gpt_lightning.train --config-dir={tmp_path / 'mine'} model=bigram "
+    assert told in first.stdout
     starts = [["--config-dir", "mine", "resume=run"], ["resume=run", "--config-dir", "mine"]]
     summary = tmp_path / "run" / "summary.json"
     for start in starts:

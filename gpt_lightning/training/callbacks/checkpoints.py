@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from gpt_lightning.rundir.checkpoint import write_checkpoint
+from gpt_lightning.rundir.checkpoint import read_checkpoint, write_checkpoint
 from gpt_lightning.training.callbacks.interruption import Interruption
 from gpt_lightning.training.callbacks.stop import rule_reached
 from gpt_lightning.training.intervals import is_due, save_interval
@@ -26,10 +26,13 @@ LAST = "last.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lets Lightning write the package's checkpoint format."""
+    """Lets Lightning write and read the package's checkpoint format."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         write_checkpoint(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        return dict(read_checkpoint(path, verify=False))  # it was verified when it was chosen
 
 
 def random_state() -> dict[str, Any]:
