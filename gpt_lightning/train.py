@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from gpt_lightning.config.build import build_data, build_module, prepare_data
 from gpt_lightning.config.command import command
-from gpt_lightning.config.command_line import OWN_KEYS, flags_of, key_of
+from gpt_lightning.config.command_line import OWN_KEYS, as_given, flags_of, key_of
 from gpt_lightning.config.errors import lacks_memory
 from gpt_lightning.config.parts import build_loggers, build_parts, build_trainer, starting_point
 from gpt_lightning.config.ranks import is_first_rank, tell_other_ranks
@@ -54,7 +54,7 @@ def provenance(cfg: DictConfig, prepared: Prepared) -> RunSummary:
 
     source = cfg.resume or cfg.repeat
     left_out = recorded_choices(Path(source)) if source else []  # nobody gave them
-    texts = [text for text in HydraConfig.get().overrides.task if text not in left_out]
+    texts = [text for text in as_given(HydraConfig.get().overrides.task) if text not in left_out]
     return {
         "name": cfg.name,
         "overrides": [text for text in texts if key_of(text) not in OWN_KEYS],
@@ -136,10 +136,7 @@ def train(cfg: DictConfig, folder: Path, deadline: float) -> None:
         tell_other_ranks(None, cfg.trainer.timeout_seconds)
         return
     trainer = build_trainer(cfg, parts.callbacks, loggers=[])
-    overrides = [f"resume={folder}"] if cfg.resume else HydraConfig.get().overrides.task
-    flags = flags_of(HydraConfig.get(), "train")
-    command = shlex.join(["python", "-m", "gpt_lightning.train", *flags, *map(str, overrides)])
-    log.info("run: %s\ncommand: %s", folder, command)
+    log.info("run: %s\ncommand: %s", folder, command_line(cfg, folder))
     tell_other_ranks(folder, cfg.trainer.timeout_seconds)
     checkpoint, step, net, prepared = starting_state(cfg, parts, folder)
     pl.seed_everything(cfg.seed, verbose=False)
@@ -172,6 +169,14 @@ def train(cfg: DictConfig, folder: Path, deadline: float) -> None:
         raise too_large(cfg, prepared, module.net, trainer.world_size) from error
     if trainer.is_global_zero:
         log.info(describe(summary, trainer, folder))
+
+
+def command_line(cfg: DictConfig, folder: Path) -> str:
+    """The command that trains the same run again, or resumes it."""
+    overrides = [f"resume={folder}"] if cfg.resume else as_given(HydraConfig.get().overrides.task)
+    return shlex.join(
+        ["python", "-m", "gpt_lightning.train", *flags_of(HydraConfig.get(), "train"), *overrides]
+    )
 
 
 def set_precision(cfg: DictConfig, trainer: Trainer, module: LanguageModel) -> str:

@@ -19,6 +19,7 @@ from gpt_lightning.config.errors import ConfigError
 
 TEXTS = ("prompt", "stop", "separator", "default_prompts", "api_key")  # last parts of keys that are no paths
 OWN_KEYS = ("resume", "repeat", "trust")  # of a start, not of the run
+OURS = "hydra_plugins.gpt_lightning_sweeps."  # launchers that go on with a sweep
 OF_THE_SWEEP = ("hydra.sweep", "hydra.sweeper", "hydra.launcher", "hydra.mode", "hydra.run")
 PLACES = ("paths.outputs", "hydra.run.dir", "hydra.sweep.dir")  # keys of folders that Hydra makes
 
@@ -77,6 +78,20 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~").partition("@")[0]
 
 
+def as_given(overrides: Any) -> list[str]:
+    """The overrides that Hydra recorded, with their interpolations, which may be secrets."""
+    found: Any = OmegaConf.to_container(overrides, resolve=False)
+    return [str(text) for text in found]
+
+
+def as_of_job(override: str) -> str:
+    """An override as Hydra writes it for a job of a sweep, if it is the same in all: lr=1e-3 as lr=0.001."""
+    parsed = OverridesParser.create().parse_override(override)
+    if parsed.is_sweep_override():
+        return override
+    return f"{parsed.get_key_element()}={parsed.get_value_element_as_str()}"
+
+
 def verbatim(*keys: str) -> Callable[[list[str]], list[str]]:
     """Rewrites a command line: the values of these keys are text as it stands, not in Hydra's grammar.
 
@@ -131,20 +146,21 @@ def unquoted(value: str) -> str:
     return text if isinstance(text, str) else value
 
 
-def flags_of(cfg: Any, command: str) -> list[str]:
-    """The flags and the settings of Hydra's own that a command line had, without those of a sweep.
+def flags_of(cfg: Any, command: str, *, of_sweep: bool = False) -> list[str]:
+    """The flags and the settings of Hydra's own that a command line had.
 
     Args:
         cfg: Hydra's configuration.
         command: Whose default configuration needs no flag.
+        of_sweep: Whether to include what says how a sweep runs, or where a run is.
     """
-    given: Any = OmegaConf.to_container(cfg.overrides.hydra, resolve=False)
+    given = as_given(cfg.overrides.hydra)
     sources = [source for source in cfg.runtime.config_sources if source.provider == "command-line"]
     name = cfg.job.config_name
     return [
         *(f"--config-dir={source.path}" for source in sources),
         *([f"--config-name={name}"] if name != command else []),
-        *(text for text in given if not key_of(text).replace("/", ".").startswith(OF_THE_SWEEP)),
+        *(t for t in given if of_sweep or not key_of(t).replace("/", ".").startswith(OF_THE_SWEEP)),
     ]
 
 

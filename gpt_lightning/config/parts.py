@@ -15,6 +15,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from gpt_lightning.config.command_line import as_given
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.nodes import build, build_with, check_arguments, inspect_node, naming_key, plain
 from gpt_lightning.config.rules import TRAINER_KEYS
@@ -206,7 +207,7 @@ def starting_point(
     """
     if cfg.init_from is None:
         return None, None
-    asked = [text for text in HydraConfig.get().overrides.task if text.startswith("tokenizer=")]
+    asked = [text for text in as_given(HydraConfig.get().overrides.task) if text.startswith("tokenizer=")]
     from gpt_lightning.inference.loading import start_from
 
     rate = cfg.optimizer.get("lr")
@@ -226,7 +227,7 @@ def starting_point(
 def asked_of_model(cfg: DictConfig) -> dict[str, Any]:
     """The model's arguments that were asked for: all if a size was chosen, else those that differ from it."""
     job, options = HydraConfig.get(), {k: v for k, v in model_options(cfg).items() if v is not None}
-    keys = [text.split("=")[0].lstrip("+") for text in job.overrides.task]
+    keys = [text.split("=")[0].lstrip("+") for text in as_given(job.overrides.task)]
     default = cast(Any, hydra.compose(job.job.config_name, return_hydra_config=True))
     if "model" in keys or job.runtime.choices["model"] != default.hydra.runtime.choices.model:
         return options

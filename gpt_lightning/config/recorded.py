@@ -2,21 +2,54 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from gpt_lightning.config.command_line import OWN_KEYS, key_of
+from gpt_lightning.config.command_line import OWN_KEYS, as_given, as_of_job, key_of
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.data.files import atomic_write
 from gpt_lightning.rundir.directory import HYDRA
 
+# What may differ when a run is resumed: it changes what is written or shown, never the weights.
+HARMLESS = (
+    "resume",
+    "trust",
+    "name",
+    "paths.*",
+    "logger*",
+    "callbacks.layers*",
+    "callbacks.progress*",
+    "callbacks.samples*",
+    "callbacks.metrics*",
+    "callbacks.last*",
+    "callbacks.nonfinite",
+    "callbacks.incidents*",
+    "data.num_workers",
+    "device.pin_memory",
+    "trainer.val_every_steps",
+    "trainer.val_batches",
+    "trainer.log_every_steps",
+    "trainer.save_every_steps",
+    "trainer.keep_last",
+    "trainer.snapshot_every_steps",
+    "trainer.timeout_seconds",
+    "time_limit",
+)
+VALIDATION = ("trainer.val_every_steps", "trainer.val_batches")  # determine when early stopping ends a run
 GROUPS = ("data", "tokenizer", "model", "optimizer", "scheduler")
+
+
+def is_harmless(key: str) -> bool:
+    """Whether the jobs of a sweep may differ in a key from those that are done."""
+    return key not in VALIDATION and any(fnmatch.fnmatch(key, rule) for rule in HARMLESS)
 
 
 def read_recorded(folder: Path, name: str) -> Any:
@@ -40,8 +73,7 @@ def read_yaml(path: Path) -> Any:
 
 def recorded_overrides(folder: Path) -> list[str]:
     """The overrides of a run as they were given, with their interpolations; none of them is Hydra's own."""
-    texts: Any = OmegaConf.to_container(read_recorded(folder, "overrides.yaml"), resolve=False)
-    texts = [str(text) for text in texts]
+    texts = as_given(read_recorded(folder, "overrides.yaml"))
     return [t for t in texts if key_of(t) not in OWN_KEYS and not re.match(r"hydra\b", key_of(t))]
 
 
@@ -49,10 +81,10 @@ def without_fixed(overrides: list[str], folder: Path) -> list[str]:
     """The overrides that vary in the sweep that a run belongs to; all of them without a sweep."""
     multirun = folder.parent / "multirun.yaml"
     try:
-        fixed: Any = OmegaConf.to_container(read_yaml(multirun).hydra.overrides.task, resolve=False)
-    except (ConfigError, OmegaConfBaseException):  # not there, or damaged, which the run can do without
+        fixed = {as_of_job(text) for text in as_given(read_yaml(multirun).hydra.overrides.task)}
+        return [text for text in overrides if as_of_job(text) not in fixed]
+    except (ConfigError, HydraException, OmegaConfBaseException):  # not there, or damaged
         return overrides
-    return [text for text in overrides if text not in fixed]
 
 
 def recorded_choices(folder: Path) -> list[str]:

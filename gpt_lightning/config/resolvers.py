@@ -14,6 +14,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from gpt_lightning.config.recorded import flat, is_harmless
+
 PACKAGE = Path(__file__).resolve().parents[1]
 # a checkout has conf/ and input.txt beside the package, a wheel carries them inside it
 ROOT = PACKAGE.parent if (PACKAGE.parent / "conf" / "train.yaml").exists() else PACKAGE
@@ -66,9 +68,8 @@ def sweep_digest(*also: str, _root_: DictConfig) -> str:
 
     Keys below `hydra` and `sweep` count only if they are among `also`.
     """
-    values = OmegaConf.to_container(_root_, resolve=False)
-    assert isinstance(values, dict)
-    common = {key: value for key, value in values.items() if key not in ("hydra", "sweep")}
+    values = flat(_root_).items()
+    common = {k: v for k, v in values if not k.startswith(("hydra.", "sweep.")) and not is_harmless(k)}
     for key in also:
         node = OmegaConf.select(_root_, key)
         common[key] = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node

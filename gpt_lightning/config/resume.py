@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from gpt_lightning.config.command_line import OWN_KEYS, key_of
+from gpt_lightning.config.command_line import OWN_KEYS, as_given, key_of
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.nodes import build, is_defined_in, targets
 from gpt_lightning.config.parts import with_length
 from gpt_lightning.config.recorded import (
+    HARMLESS,
+    VALIDATION,
     flat,
     group_choices,
     read_recorded,
@@ -33,38 +35,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What may differ when a run is resumed: it changes what is written or shown, never the weights.
-HARMLESS = (
-    "resume",
-    "trust",
-    "name",
-    "paths.*",
-    "logger*",
-    "callbacks.layers*",
-    "callbacks.progress*",
-    "callbacks.samples*",
-    "callbacks.metrics*",
-    "callbacks.last*",
-    "callbacks.nonfinite",
-    "callbacks.incidents*",
-    "data.num_workers",
-    "device.pin_memory",
-    "trainer.val_every_steps",
-    "trainer.val_batches",
-    "trainer.log_every_steps",
-    "trainer.save_every_steps",
-    "trainer.keep_last",
-    "trainer.snapshot_every_steps",
-    "trainer.timeout_seconds",
-    "time_limit",
-)
 ELASTIC = (  # what may differ, too: it changes the weights by rounding alone
     "device.devices",
     "device.micro_batch_size",
     "trainer.num_nodes",
     "trainer.strategy",
 )
-VALIDATION = ("trainer.val_every_steps", "trainer.val_batches")  # determine when early stopping ends a run
 OLDER_VALUES: dict[tuple[str, Any], Any] = {  # of earlier releases, with what they stood for
     ("device.micro_batch_size", "auto"): 32,
 }
@@ -88,7 +64,7 @@ def with_recorded_values(cfg: DictConfig) -> DictConfig:
         return cfg
     folder = Path(source)
     recorded = {*recorded_overrides(folder), *recorded_choices(folder)}
-    given = [text for text in HydraConfig.get().overrides.task if text not in recorded]
+    given = [text for text in as_given(HydraConfig.get().overrides.task) if text not in recorded]
     keys = [key_of(text) for text in given if key_of(text) not in OWN_KEYS]
     before, now = OLDER_KEYS | flat(read_recorded(folder, "config.yaml")), flat(cfg)
     if cfg.resume:

@@ -10,13 +10,14 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from gpt_lightning.config.command_line import OURS, as_given, key_of
 from gpt_lightning.config.errors import ConfigError, Refusal
+from gpt_lightning.config.parts import device_count
 from gpt_lightning.config.ranks import check_processes, is_first_rank
-from gpt_lightning.config.recorded import flat, read_yaml
+from gpt_lightning.config.recorded import flat, is_harmless, read_yaml
 from gpt_lightning.config.rules import check, number
 from gpt_lightning.rundir.directory import holds_run, release_lock, take_lock
 
-OURS = "hydra_plugins.gpt_lightning_sweeps."  # launchers that go on with a sweep
 SWEEP = {"sweep.jobs": number(int, least=1, most=1000), "sweep.retries": number(int, least=0)}
 
 
@@ -34,6 +35,11 @@ class SweepDirectory(Callback):
                     raise ConfigError(
                         f"hydra.sweep.subdir={subdir} is the same for all jobs; use ${{hydra.job.num}}"
                     )
+                if "device" in config and device_count(config) > 1:
+                    raise ConfigError(
+                        "several processes per run need a launcher that begins a process for each job; leave "
+                        "hydra/launcher= out"
+                    )
                 return
             check(config, SWEEP)
             if subdir != "${hydra.job.num}":
@@ -41,8 +47,11 @@ class SweepDirectory(Callback):
                     f"hydra.sweep.subdir={subdir}: jobs are named by what they override; leave it out, or "
                     "choose hydra/launcher=basic"
                 )
+            if config.hydra.sweeper.get("max_batch_size") is not None:
+                raise ConfigError("hydra.sweeper.max_batch_size= does not go with sweep.jobs=; leave it out")
             if (folder / "multirun.yaml").exists():
                 check_same_sweep(folder, config)
+                take_lock(folder.resolve())  # before Hydra writes its configuration again
 
 
 class RunDirectory(SweepDirectory):
@@ -74,11 +83,16 @@ def check_same_sweep(folder: Path, config: DictConfig) -> None:
     Raises:
         ConfigError: Lists the keys with both values.
     """
-    before, now = flat(read_yaml(folder / "multirun.yaml")), flat(config)
+    recorded = read_yaml(folder / "multirun.yaml")
+    before, now = flat(recorded), flat(config)
+    texts = [*as_given(recorded.hydra.overrides.task), *as_given(config.hydra.overrides.task)]
+    given = {key_of(text) for text in texts}  # other keys that only one of them has are of another release
     differing = [
         f"{key} (was {before.get(key)}, now {now.get(key)})"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(("hydra.", "sweep."))
+        for key in sorted((before.keys() & now.keys()) | (given & (before.keys() | now.keys())))
+        if before.get(key) != now.get(key)
+        and not key.startswith(("hydra.", "sweep."))
+        and not is_harmless(key)
     ]
     if differing:
         raise ConfigError(

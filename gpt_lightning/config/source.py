@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from gpt_lightning.config.build import without_recommendations
-from gpt_lightning.config.command_line import key_of
+from gpt_lightning.config.command_line import as_given, key_of
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.nodes import build, is_defined_in, targets
 from gpt_lightning.config.recorded import read_recorded
@@ -56,7 +56,7 @@ def network_of(cfg: DictConfig) -> Callable[..., Any] | None:
     """
     if "_target_" not in (cfg.get("model") or {}):
         return None
-    given = [text for text in HydraConfig.get().overrides.task if key_of(text).startswith("model.")]
+    given = [text for text in as_given(HydraConfig.get().overrides.task) if key_of(text).startswith("model.")]
     if given:
         raise ConfigError(f"{given[0]}: a trained model has the values of its checkpoint; leave this out")
     classes = {key: v for key, v in without_recommendations(cfg).items() if key == "_target_" or targets(v)}

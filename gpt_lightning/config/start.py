@@ -13,7 +13,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from gpt_lightning.config.command_line import (
+    OURS,
+    as_given,
     begins_a_run,
+    flags_of,
     go_to,
     key_of,
     readable,
@@ -71,7 +74,7 @@ def start_arguments(arguments: list[str]) -> list[str]:
         raise ConfigError("resume= continues one run; it cannot be combined with -m")
     if (resume / SWEEP).is_file():
         refuse_several_sweeps()
-        return [*flags, "--multirun", *_sweep_arguments(given, resume)]
+        return [*flags, "--multirun", *_sweep_arguments(given, resume, found.config_dir)]
     if directory and Path(directory).resolve() != resume:
         raise ConfigError(f"resume= goes on in {resume}; leave out hydra.run.dir={directory}")
     recorded = recorded_overrides(resume)
@@ -109,13 +112,21 @@ def _for_weights(given: list[str]) -> list[str]:
     return [] if chosen & {"optimizer", "experiment"} else ["optimizer=adamw"]
 
 
-def _sweep_arguments(given: list[str], folder: Path) -> list[str]:
-    """The overrides of a sweep that goes on; it may have more values, and other numbers of jobs at once."""
+def _sweep_arguments(given: list[str], folder: Path, config_dir: str | None) -> list[str]:
+    """The overrides of a sweep that goes on; it may have more values, and other numbers of jobs at once.
+
+    Raises:
+        ConfigError: If one of Hydra's own launchers ran it, which begin each job anew.
+    """
     hydra = read_yaml(folder / SWEEP).hydra
-    given = [text for text in given if key_of(text) != "resume"]
+    if not str(hydra.launcher._target_).startswith(OURS):
+        raise ConfigError(f"{folder} was started with a launcher that cannot go on; resume its runs")
+    given = [text for text in given if key_of(text) not in ("resume", "hydra.sweep.dir")]
     now, place = {key_of(text) for text in given}, verbatim("hydra.sweep.dir")([f"hydra.sweep.dir={folder}"])
+    now |= {"hydra.sweep.dir", "hydra.mode"} | ({"--config-dir"} if config_dir else set())
+    before = [*flags_of(hydra, hydra.job.name, of_sweep=True), *as_given(hydra.overrides.task)]
     go_to(hydra.runtime.cwd)
-    return [*(text for text in hydra.overrides.task if key_of(text) not in now), *given, *place]
+    return [*(text for text in before if key_of(text) not in now), *given, *place]
 
 
 def run_of(given: list[str], key: str) -> Path | None:

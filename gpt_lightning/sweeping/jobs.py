@@ -8,16 +8,16 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from gpt_lightning.config.command_line import key_of
+from gpt_lightning.config.command_line import as_of_job, key_of
 from gpt_lightning.data.files import atomic_write
 from gpt_lightning.rundir.summary import LEDGER, read_ledger, read_summary
 
-LONGEST_NAME = 120  # characters
+LONGEST_NAME = 120  # bytes
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has the first two
 ENDED = {124: "time limit"} | {128 + getattr(signal, name): name for name in SIGNALS if hasattr(signal, name)}
 
@@ -115,7 +115,9 @@ def name_of(swept: Sequence[str]) -> str:
         value = re.sub(r"[^\w.+-]+", "_", text.partition("=")[2]).strip("_") or "empty"
         parts.append(f"{last if count[last] == 1 else key.replace('/', '.')}={value}")
     name = ",".join(sorted(parts)) or "job"
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 9]}-{_digest(swept)}"
+    data = name.encode()
+    cut = data[: LONGEST_NAME - 9].decode(errors="ignore")
+    return name if len(data) <= LONGEST_NAME else f"{cut}-{_digest(swept)}"
 
 
 def _digest(overrides: Sequence[str]) -> str:
@@ -124,29 +126,37 @@ def _digest(overrides: Sequence[str]) -> str:
 
 
 def jobs_of(
-    job_overrides: Sequence[Sequence[str]], given: Sequence[str], command: str = "train"
+    job_overrides: Sequence[Sequence[str]],
+    given: Sequence[str],
+    command: str = "train",
+    before: Iterable[Mapping[str, Any]] = (),
 ) -> list[Job]:
     """The jobs of a sweep, with directories of their own.
 
     Args:
         job_overrides: The overrides of each.
         given: The overrides of the sweep; those that are the same in a job do not vary.
+        command: That they run.
+        before: The jobs in sweep.jsonl, which keep their names.
 
     Raises:
         ValueError: If two jobs are the same, or there is none.
     """
     if not job_overrides:
         raise ValueError("the sweep has no job; one of its keys has no value")
-    jobs, fixed = [], {key_of(text): text for text in given}  # the last one of a key counts
+    jobs, swept = [], []
+    fixed = {key_of(text): as_of_job(text) for text in given}  # the last one of a key counts
     for overrides in job_overrides:
         overrides = [text for text in overrides if not key_of(text).startswith("sweep.")]
-        name = name_of([text for text in overrides if text != fixed.get(key_of(text))])
-        jobs.append(Job(name, overrides, command=command))
+        swept.append([text for text in overrides if text != fixed.get(key_of(text))])
+        jobs.append(Job(name_of(swept[-1]), overrides, command=command))
     same = Counter(_digest(job.overrides) for job in jobs)
     if twice := sorted({job.name for job in jobs if same[_digest(job.overrides)] > 1}):
         raise ValueError(f"jobs of the sweep are the same: {', '.join(twice)}; name each value once")
-    names = Counter(job.name for job in jobs)
-    for job in jobs:
-        if names[job.name] > 1:  # values that differ in characters which a name cannot have
-            job.name += f"-{_digest(job.overrides)}"
+    names, owners = Counter(job.name for job in jobs), {job["name"]: set(job["overrides"]) for job in before}
+    for job, texts in zip(jobs, swept, strict=True):
+        long, owner = f"{job.name}-{_digest(texts)}", owners.get(job.name)
+        shared = names[job.name] > 1 if owner is None else not owner.issuperset(texts)
+        if shared or long in owners:  # values that differ in characters which a name cannot have
+            job.name = long
     return jobs

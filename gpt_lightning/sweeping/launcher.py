@@ -18,13 +18,14 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from gpt_lightning.config.command_line import flags_of, verbatim
+from gpt_lightning.config.command_line import as_given, flags_of, key_of, verbatim
 from gpt_lightning.config.errors import ConfigError
+from gpt_lightning.config.recorded import is_harmless
 from gpt_lightning.rundir.directory import HYDRA, locked
 from gpt_lightning.rundir.report import overview, read_results
-from gpt_lightning.rundir.summary import LEDGER
+from gpt_lightning.rundir.summary import LEDGER, read_ledger
 from gpt_lightning.sweeping.jobs import Job, Ledger, jobs_of
 from gpt_lightning.sweeping.process import PRELOADED, SIGNALS, Pool
 
@@ -62,9 +63,12 @@ class ProcessLauncher(Launcher):
             ConfigError: After all have run, if one failed, or if two are the same.
             SystemExit: If the sweep was told to end; its jobs have written checkpoints.
         """
-        fixed: Any = OmegaConf.to_container(self.config.hydra.overrides.task, resolve=False)
+        fixed, before = (
+            as_given(self.config.hydra.overrides.task),
+            read_ledger(Path(self.config.hydra.sweep.dir)),
+        )
         try:
-            jobs = jobs_of(job_overrides, fixed, self.command)
+            jobs = jobs_of(job_overrides, fixed, self.command, before)
         except ValueError:
             self.withdraw()
             raise
@@ -75,11 +79,7 @@ class ProcessLauncher(Launcher):
             count = len(self.ledger.jobs)
             log.info("sweep: %d jobs, %d of them finished before", count, count - len(waiting))
             self.run_all(waiting)
-        if failed := [job.name for job in jobs if job.status == "failed"]:
-            raise ConfigError(
-                f"{len(failed)} of {len(jobs)} jobs failed: {' '.join(failed)}; their last lines are in "
-                f"{folder / 'sweep.jsonl'}, and the same command tries them again"
-            )
+        refuse_unfinished(jobs, folder)
         return [_result(job) for job in jobs]
 
     def withdraw(self) -> None:
@@ -161,7 +161,8 @@ class ProcessLauncher(Launcher):
     def arguments(self, job: Job, folder: Path) -> list[str]:
         """The command line of a job; a run that has begun is resumed."""
         if (folder / "summary.json").is_file() and (folder / HYDRA / "overrides.yaml").is_file():
-            return [*verbatim("resume")([f"resume={folder}"]), "trust=true"]
+            harmless = [text for text in job.overrides if is_harmless(key_of(text))]
+            return [*verbatim("resume")([f"resume={folder}"]), "trust=true", *harmless]
         place = verbatim("hydra.run.dir")([f"hydra.run.dir={folder}"]) if self.command == "train" else []
         return [*flags_of(self.config.hydra, self.command), *job.overrides, *place]
 
@@ -200,6 +201,24 @@ class ProcessLauncher(Launcher):
         finally:
             for number, action in before.items():
                 signal.signal(number, action)
+
+
+def refuse_unfinished(jobs: Sequence[Job], folder: Path) -> None:
+    """End the command with an error after a sweep of which jobs are to be done again.
+
+    Raises:
+        ConfigError: Names them.
+    """
+    if failed := [job.name for job in jobs if job.status == "failed"]:
+        raise ConfigError(
+            f"{len(failed)} of {len(jobs)} jobs failed: {' '.join(failed)}; their last lines are in "
+            f"{folder / 'sweep.jsonl'}, and the same command tries them again"
+        )
+    if stopped := [job.name for job in jobs if job.status == "interrupted"]:
+        raise ConfigError(
+            f"{len(stopped)} of {len(jobs)} jobs were interrupted: {' '.join(stopped)}; the same command "
+            "goes on with them"
+        )
 
 
 def wait_for_lock(folder: Path, seconds: float = 60) -> None:

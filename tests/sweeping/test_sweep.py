@@ -8,21 +8,26 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf, open_dict
 from support.comparison import hyperparameters
 from support.sweeps import OPTIONS, end, is_running, ledger, reached, start, wait_for
 
-from gpt_lightning.config.resolvers import CONF
+from gpt_lightning.config.errors import ConfigError
+from gpt_lightning.config.resolvers import CONF, sweep_digest
+from gpt_lightning.config.run_directory import check_same_sweep
+from gpt_lightning.config.start import start_arguments
 from gpt_lightning.rundir.checkpoint import read_checkpoint
 from gpt_lightning.rundir.metrics import read_metrics
 from gpt_lightning.rundir.report import overview, read_results
 from gpt_lightning.sweeping.jobs import jobs_of, name_of
-from gpt_lightning.sweeping.launcher import shares
+from gpt_lightning.sweeping.launcher import refuse_unfinished, shares
 from gpt_lightning.sweeping.process import job_environment
 
 LONG = ["trainer.max_steps=200", "trainer.save_every_steps=20", "trainer.val_every_steps=100"]
@@ -39,12 +44,15 @@ def test_killed_job_leaves_the_others_alone_and_the_same_command_resumes_it(
 ) -> None:
     sweep = tmp_path / "sweep"
     options = [option for option in options if option != "logger=none"]
+    options += ["optimizer.lr=1e-3", "optimizer.betas=[0.9, 0.95]"]
     command = ["-m", *options, *LONG, "sweep.jobs=2"]
     process = start(tmp_path, *command, "seed=1,2")
     wait_for((sweep / "sweep.jsonl").exists, process)
+    recorded = (sweep / "multirun.yaml").read_bytes()
     with pytest.raises(SystemExit):
-        call("train", *command, "seed=1,2")
+        call("train", *command, "seed=1,2,3")
     assert f"another process trains in {sweep}" in capsys.readouterr().err
+    assert (sweep / "multirun.yaml").read_bytes() == recorded
     wait_for(reached(sweep / "seed=1", 30), process)
     os.kill(ledger(sweep)["seed=1"]["pid"], signal.SIGKILL)
     out = end(process, 1)
@@ -56,7 +64,8 @@ def test_killed_job_leaves_the_others_alone_and_the_same_command_resumes_it(
     with pytest.raises(SystemExit):
         call("train", *command, "seed=1,2", "optimizer.weight_decay=0.3")
     assert "holds another sweep: optimizer.weight_decay (was" in capsys.readouterr().err
-    out = end(start(tmp_path, *command, "seed=1,2,3"), 0)  # extended by a value
+    same = ["optimizer.lr=0.001", "optimizer.betas=[0.9,0.95]"]
+    out = end(start(tmp_path, *command, *same, "seed=1,2,3"), 0)  # extended by a value
     assert "sweep: 3 jobs, 1 of them finished before" in out
     assert "[seed=1] resuming from" in out
     assert {path: path.read_bytes() for path in untouched} == untouched
@@ -84,6 +93,11 @@ def test_sweep_that_is_ended_leaves_no_process_and_goes_on_by_its_directory(
     options: list[str], tmp_path: Path
 ) -> None:
     sweep = tmp_path / "sweep"
+    (tmp_path / "mine" / "scheduler").mkdir(parents=True)
+    (tmp_path / "mine" / "scheduler" / "mine.yaml").write_text(
+        (CONF / "scheduler" / "cosine.yaml").read_text()
+    )
+    options += ["--config-dir", "mine", "scheduler=mine", "data.stride=${model.block_size}"]
     process = start(tmp_path, "-m", *options, *LONG, "seed=1,2")
     for number, step, jobs in ((signal.SIGTERM, 30, 1), (signal.SIGKILL, 90, 2)):
         wait_for(reached(sweep / "seed=1", step), process)
@@ -96,7 +110,7 @@ def test_sweep_that_is_ended_leaves_no_process_and_goes_on_by_its_directory(
             time.sleep(0.05)
         assert json.loads((sweep / "seed=1" / "summary.json").read_text())["status"] == "interrupted"
         assert not (sweep / "seed=2").exists()
-        process = start(tmp_path, f"resume={sweep}", f"sweep.jobs={jobs}")
+        process = start(tmp_path, f"resume={sweep}", f"sweep.jobs={jobs}", "time_limit=1:00:00")
     out = end(process, 0)
     assert "[seed=1] resuming from" in out
     assert out.endswith(f"\n{overview(read_results([sweep]))}\nsweep: {sweep}\n")
@@ -205,6 +219,7 @@ def test_name_of_a_job_is_short_stable_and_safe() -> None:
     assert name_of(["model.dropout=0.1", "lora.dropout=0.2"]) == "lora.dropout=0.2,model.dropout=0.1"
     assert name_of(["model=tiny", "data.path='/a b/../c'"]) == "model=tiny,path=a_b_.._c"
     assert name_of([]) == "job"
+    assert len(name_of([f"+note={'字' * 100}"]).encode()) <= 120
     many = [f"callbacks.samples.prompt_{i}=once_upon_a_time" for i in range(20)]
     assert len(name_of(many)) <= 120
     assert name_of(many) != name_of([*many[:-1], "callbacks.samples.prompt_19=twice"])
@@ -212,7 +227,7 @@ def test_name_of_a_job_is_short_stable_and_safe() -> None:
 
 def test_jobs_have_directories_of_their_own() -> None:
     jobs = jobs_of(
-        [["seed=1", "data.field='a b'"], ["seed=1", "data.field='a/b'"]], ["seed=1", "data.field=…"]
+        [["seed=1", "data.field='a b'"], ["seed=1", "data.field='a/b'"]], ["seed=1", "data.field=a"]
     )
     assert len({job.name for job in jobs}) == 2
     assert all(job.name.startswith("field=a_b-") for job in jobs)
@@ -220,6 +235,105 @@ def test_jobs_have_directories_of_their_own() -> None:
         jobs_of([["seed=1"], ["seed=1"]], [])
     (job,) = jobs_of([["seed=1", "sweep.jobs=4"]], ["sweep.jobs=4"])
     assert job.overrides == ["seed=1"]
+    given = ["optimizer.lr=1e-3", "optimizer.betas=[0.9, 0.95]", "time_limit=00:10:00", "init_from=hf:gpt2"]
+    fixed = [
+        "optimizer.lr=0.001",
+        "optimizer.betas=[0.9,0.95]",
+        r"time_limit=00\:10\:00",
+        r"init_from=hf\:gpt2",
+    ]
+    (job,) = jobs_of([[*fixed, "seed=1"]], [*given, "seed=1,2"])  # as Hydra writes them for a job
+    assert job.name == "seed=1"
+
+
+def test_job_keeps_its_name_when_another_one_would_have_the_same() -> None:
+    values = [["data.field='a b'"], ["data.field=c"]]
+    before = [asdict(job) for job in jobs_of(values, [])]
+    jobs = jobs_of([*values, ["data.field='a/b'"]], [], before=before)
+    assert [job.name for job in jobs[:2]] == ["field=a_b", "field=c"]
+    assert jobs[2].name.startswith("field=a_b-")
+
+
+def test_jobs_that_were_interrupted_make_the_sweep_end_with_an_error(tmp_path: Path) -> None:
+    jobs = jobs_of([["seed=1"], ["seed=2"]], [])
+    jobs[0].status, jobs[1].status = "finished", "interrupted"
+    line = "1 of 2 jobs were interrupted: seed=2; the same command goes on with them"
+    with pytest.raises(ValueError, match=line):
+        refuse_unfinished(jobs, tmp_path)
+
+
+def test_sweep_of_an_older_release_goes_on_and_what_only_shows_may_change(tmp_path: Path) -> None:
+    def config(*overrides: str) -> DictConfig:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("train", [*overrides, "paths.run=run"], return_hydra_config=True)
+
+    old = config("optimizer.lr=1e-3")
+    with open_dict(old):
+        del old.device.matmul_precision  # which that release did not have
+        del old.hydra.sweep
+    OmegaConf.save(old, tmp_path / "multirun.yaml")
+    check_same_sweep(tmp_path, config("optimizer.lr=1e-3", "time_limit=00:10:00", "logger=none"))
+    for other in ("optimizer.lr=2e-3", "+note=a", "trainer.val_batches=3"):
+        with pytest.raises(ConfigError, match=other.partition("=")[0].lstrip("+")):
+            check_same_sweep(tmp_path, config("optimizer.lr=1e-3", other))
+    digests = {
+        sweep_digest(_root_=config(*o)) for o in ((), ("time_limit=00:10:00",), ("trainer.keep_last=3",))
+    }
+    assert len(digests) == 1
+    assert sweep_digest(_root_=config("trainer.val_batches=3")) not in digests
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["hydra.sweeper.max_batch_size=1"], "hydra.sweeper.max_batch_size= does not go with sweep.jobs="),
+        (["hydra/launcher=basic", "device.devices=2"], "several processes per run need a launcher"),
+    ],
+)
+def test_what_no_sweep_can_do_is_refused(
+    options: list[str],
+    line: str,
+    tmp_path: Path,
+    call: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        call(
+            "train",
+            "-m",
+            *OPTIONS,
+            "data.path=x",
+            f"hydra.sweep.dir={tmp_path / 'sweep'}",
+            "seed=1,2",
+            *options,
+        )
+    assert f"error: {line}" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_sweep_of_hydras_own_launchers_is_not_begun_anew(tmp_path: Path) -> None:
+    text = "hydra: {launcher: {_target_: hydra._internal.core_plugins.basic_launcher.BasicLauncher}}"
+    (tmp_path / "multirun.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="was started with a launcher that cannot go on; resume its runs"):
+        start_arguments([f"resume={tmp_path}"])
+
+
+def test_launcher_of_a_sweep_is_that_of_its_resume(tmp_path: Path) -> None:
+    target = "hydra_plugins.gpt_lightning_sweeps.slurm.Slurm"
+    config = {
+        "launcher": {"_target_": target},
+        "job": {"name": "train", "config_name": "train"},
+        "runtime": {"cwd": str(Path.cwd()), "config_sources": []},
+        "overrides": {
+            "hydra": ["hydra.mode=MULTIRUN", "hydra/launcher=slurm", "hydra.sweep.dir=x"],
+            "task": ["seed=1,2"],
+        },
+    }
+    OmegaConf.save({"hydra": config}, tmp_path / "multirun.yaml")
+    found = start_arguments([f"resume={tmp_path}", "sweep.jobs=2"])
+    assert found == [
+        "--multirun", "hydra/launcher=slurm", "seed=1,2", "sweep.jobs=2", f"hydra.sweep.dir='{tmp_path}'",
+    ]  # fmt: skip
 
 
 def test_jobs_have_what_the_choice_of_a_sweep_sets() -> None:
