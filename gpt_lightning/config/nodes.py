@@ -6,6 +6,7 @@ Names and types of arguments are read from the signature; ranges are checked by 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import inspect
 import os
 import re
@@ -70,7 +71,10 @@ def inspect_node(cfg: DictConfig, key: str, *, without: Any = ()) -> None:
     try:
         target = hydra.utils.get_object(node._target_)
     except Exception as error:  # whatever goes wrong in the user's own module
-        raise ConfigError(f"{key}: {one_line(error)}; correct {key}._target_={node._target_}") from error
+        remedy = f"correct {key}._target_={node._target_}"
+        if (module := node._target_.partition(".")[0]) and not importlib.util.find_spec(module):
+            remedy += ", or start where that module is, or name its folder in PYTHONPATH"
+        raise ConfigError(f"{key}: {one_line(error)}; {remedy}") from error
     if not callable(target):
         raise ConfigError(f"{key}._target_={node._target_} is no class and no function")
     check_arguments(target, cfg, key, without=without)

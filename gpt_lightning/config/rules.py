@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from gpt_lightning.config.errors import ConfigError
+from gpt_lightning.config.errors import ConfigError, suggestion
 
 LARGEST = 10**12  # of a count, so that a product of counts has 64 bits
 Rule = Callable[[str, Any], str | None]  # a key and its value -> what is wrong, or None
@@ -224,6 +224,8 @@ def validate(cfg: DictConfig) -> None:
         ConfigError: The first thing that is wrong, with the remedy.
     """
     check(cfg, RULES)
+    if cfg.resume is None and cfg.repeat is None:  # the run of an older release may have other keys
+        _check_keys(cfg)
     if all(cfg.trainer[key] is None for key in LENGTHS):
         raise ConfigError(f"{', '.join(f'trainer.{key}' for key in LENGTHS)} are all null; set one of them")
     lightning = cfg.trainer.lightning
@@ -251,6 +253,16 @@ def validate(cfg: DictConfig) -> None:
     _check_device(cfg)
     if cfg.trainer.strategy == "fsdp":
         _check_sharding(cfg)
+
+
+def _check_keys(cfg: DictConfig) -> None:
+    """Refuse keys that were added (+trainer.maxsteps=9) and that nothing reads."""
+    for group in ("trainer", "device"):
+        for key in (f"{group}.{name}" for name in cfg[group]):
+            if key not in RULES and key != "trainer.lightning":
+                close = suggestion(key, RULES)
+                remedy = f"did you mean {close}?" if close else "--cfg job shows all keys"
+                raise ConfigError(f"there is no key {key}; {remedy}")
 
 
 def _check_monitors(callbacks: DictConfig) -> None:

@@ -206,5 +206,7 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*", category=FutureWarning)
     # the module reduces what it measures itself
     warnings.filterwarnings("ignore", message=r"It is recommended to use .*sync_dist=True")
+    # a run of one process, as of a sweep, needs no srun
+    warnings.filterwarnings("ignore", message=r"The `srun` command is available")
     # which is expected when a run is resumed
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")

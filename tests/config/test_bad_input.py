@@ -55,6 +55,10 @@ TABLE: list[tuple[str, str, str]] = [
     # -- types and ranges; KEYS has the others
     ("train", "seed=-1", "seed=-1 must be a whole number from 0 to"),
     ("train", "tokenizer=char callbacks.samples.prompt=Ж", "callbacks.samples.prompt='Ж': tokenizer=char has no token"),
+    ("train", "++trainer.maxsteps=9", "there is no key trainer.maxsteps; did you mean trainer.max_steps?"),
+    ("plan", "+device.bogus=1", "there is no key device.bogus; --cfg job shows all keys"),
+    ("train", "optimizer._target_=plugin.Mine", "_target_=plugin.Mine, or start where that module is, or name"),
+    ("train", "optimizer._target_=.x", "correct optimizer._target_=.x"),
     ("train", "+logger.mine._target_=os.getcwd", "logger.mine is a str, which has no log_metrics; correct its _target_"),
     ("train", "optimizer.lr=fast", "optimizer.lr='fast' must be a number"),
     ("train", "name=../elsewhere", "name='../elsewhere' names a folder"),
