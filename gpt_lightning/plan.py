@@ -50,7 +50,7 @@ class Plan:
     peak_learning_rate: float  # the highest of all steps
     seconds: float | None  # of all steps and validations, if that can be measured here, or gpu= is given
     tflops: float | None  # of a GPU that the seconds are estimated for, in dense bfloat16
-    notes: list[str]  # what a careful colleague would ask about
+    notes: list[str]  # warnings about the numbers, in words
 
     @property
     def tokens_per_step(self) -> int:
@@ -64,7 +64,7 @@ class Plan:
 
 
 def notes_on(cfg: DictConfig, *, tokens: int, parameters: int, epochs: float, max_steps: int) -> list[str]:
-    """What a careful colleague would ask about before the run."""
+    """Warnings about settings that are allowed but seldom meant."""
     notes = []
     if epochs > 100:
         notes.append(f"the run reads the training data {epochs:,.0f} times; the model will learn it by heart")

@@ -1,4 +1,4 @@
-"""What a run is made of once its tokens are there: data, network and module. cfg is never changed."""
+"""Builds the parts of a run that depend on its tokens: data, network and module. cfg is never changed."""
 
 from __future__ import annotations
 

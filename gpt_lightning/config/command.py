@@ -108,7 +108,7 @@ class Command:
         """The command in a shell: reads sys.argv, ends with an exit code."""
         logging.raiseExceptions = False  # a log on a full disk is not worth a traceback per line
         here = str(Path.cwd())
-        if not {"", here} & set(sys.path):  # as `python -m` has it, for classes of the user's own
+        if not {"", here} & set(sys.path):  # `python -m` adds it; the user's own classes are there
             sys.path.append(here)
         try:
             self.run(sys.argv[1:])
@@ -119,7 +119,7 @@ class Command:
             raise SystemExit(141) from None
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # of somebody who presses Ctrl-C many times
-            raise SystemExit(130) from None  # as a shell has it
+            raise SystemExit(130) from None  # the exit code of a shell
         except Exception as error:
             self.fail(wrong_choice(error) or error)
 

@@ -1,4 +1,4 @@
-"""How a user's mistake is told: in one line that names the key, the value and the remedy."""
+"""Turns errors into one line for the user, with the key, the value and the remedy."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from gpt_lightning.config.errors import ConfigError, one_line
 
 TRAINING = ("optimizers.", "muon.", "schedules.")
 BUILDERS = ("gpt_lightning.model.", *(f"gpt_lightning.training.{name}" for name in TRAINING))
-# a type as an annotation has it, and as a user reads it; the ones that YAML can say
+# types that a value from YAML can have, with their names in messages
 WORDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -96,7 +96,8 @@ def targets(node: Any) -> set[str]:
 def is_defined_in(target: str, packages: str) -> bool:
     """Whether a _target_ is a class that packages (a pattern) define, rather than import.
 
-    Of functions, those that build a model, an optimizer or a schedule count too: others act when called.
+    Functions that build a model, an optimizer or a schedule are accepted, too; others may do anything when
+    they are called.
     """
     inside = re.compile(rf"({packages})\.")
     try:

@@ -1,4 +1,4 @@
-"""What a run is made of before its data is looked at: each part is built once, cheapest first."""
+"""Builds the parts of a run that need no data, such as optimizer and corpus: once, cheapest first."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def device_count(cfg: DictConfig) -> int:
 
 
 def build_trainer(cfg: DictConfig, callbacks: list[Any], loggers: list[Any]) -> pl.Trainer:
-    """Lightning's Trainer as the configuration has it."""
+    """Lightning's Trainer with the arguments of the configuration."""
     import lightning.pytorch as pl
     import torch
     from lightning.pytorch.callbacks import Checkpoint

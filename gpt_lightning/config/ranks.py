@@ -17,7 +17,7 @@ RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # not 0 in all proc
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the first of those that train a run, as the environment has it."""
+    """Whether this process is the first of those that train a run, by the variables of the environment."""
     return all(os.environ.get(rank, "0") == "0" for rank in RANKS)
 
 
@@ -85,7 +85,7 @@ def check_processes(cfg: DictConfig) -> None:
 
 
 def _srun_used() -> bool:
-    """Whether srun started this process, as Lightning has it."""
+    """Whether srun started this process, by the rule of Lightning."""
     return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 

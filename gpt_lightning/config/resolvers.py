@@ -43,7 +43,7 @@ def detect_device() -> str:
 
 
 def user_cache() -> str:
-    """Folder for files that can be computed again, as the XDG base directory specification has it."""
+    """Folder for files that can be computed again, by the XDG base directory specification."""
     return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt_lightning")
 
 

@@ -111,7 +111,7 @@ def _name(key: str, value: Any) -> str | None:
 
 
 def parse_duration(limit: str | int) -> float:
-    """Seconds of a time limit: "HH:MM:SS", "D-HH:MM:SS" as SLURM has it, or seconds.
+    """Seconds of a time limit: "HH:MM:SS", "D-HH:MM:SS" (SLURM's format), or seconds.
 
     Raises:
         ConfigError: If it is none of these, or nothing.

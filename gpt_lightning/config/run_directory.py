@@ -57,7 +57,7 @@ class SweepDirectory(Callback):
 class RunDirectory(SweepDirectory):
     """Locks the run directory, and refuses one that is in use or holds a run.
 
-    Judged here are the directories that the whole configuration results in, not the command line alone.
+    The directory may come from the command line or from any file of the configuration.
     """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:

@@ -276,7 +276,7 @@ class Job:
                     splits[SPLITS[group.stream]].add(group.ids, group.documents)
                     continue
                 numbers = np.arange(seen, seen + len(group.documents) + 1)
-                of_val = np.diff(np.floor(numbers * fraction)) > 0  # as `select` has it
+                of_val = np.diff(np.floor(numbers * fraction)) > 0  # by the rule of `select`
                 seen += len(of_val)
                 for split, chosen in zip(SPLITS, (~of_val, of_val), strict=True):
                     ids = group.ids[np.repeat(chosen, group.documents["tokens"])]

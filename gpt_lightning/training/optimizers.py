@@ -18,8 +18,8 @@ def parameter_groups(module: nn.Module, *, by_role: bool = False) -> ParamGroups
     """Parameter groups: matrices, which decay as the optimizer says, and vectors, which never do.
 
     A network says the role of each parameter in `parameter_roles()`: "hidden" for a matrix between hidden
-    layers, "qkv" for three of them in one, "embedding", "head", "vector" for biases and gains. Of others it
-    is known whether they have two dimensions or more: "matrix" or "vector". Parameters with
+    layers, "qkv" for three of them in one, "embedding", "head", "vector" for biases and gains. For other
+    networks, a parameter of two dimensions or more is a "matrix", one of fewer a "vector". Parameters with
     requires_grad=False are left out.
 
     Args:

@@ -87,7 +87,7 @@ def test_study_that_is_killed_twice_goes_on_with_the_same_trials(
 
 
 @pytest.mark.slow
-def test_hopeless_trial_is_stopped_and_one_that_diverges_ends_no_study(
+def test_hopeless_trial_is_stopped_and_one_that_diverges_does_not_end_the_study(
     options: list[str], tmp_path: Path
 ) -> None:
     """Each of three pairs is tried once; one learns, one does not within any time, one diverges."""
@@ -286,7 +286,7 @@ def test_directories_that_share_a_study_never_have_the_same_trial(storage: str, 
         opened(tmp_path / "c", shared, "trainer.max_steps=7")
 
 
-def test_end_that_the_command_did_not_live_to_tell_is_told_by_the_next_one(tmp_path: Path) -> None:
+def test_result_of_a_trial_is_recorded_by_the_next_start_if_the_first_was_killed(tmp_path: Path) -> None:
     search = opened(tmp_path / "a")
     jobs = [search.ledger.jobs[-1] for _ in zip(range(3), search.jobs(), strict=False)]
     jobs[0].exit_code = 0

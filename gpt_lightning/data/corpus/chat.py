@@ -31,7 +31,7 @@ def render(messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def turn(role: str, content: str) -> str:
-    """A message as the training text has it, without what follows."""
+    """A message in the format of the training text, without what follows."""
     return f"<|{role}|>\n{content.strip()}"
 
 
