@@ -253,7 +253,9 @@ def as_markdown(results: Sequence[Result], law: Table | None = None) -> str:
     """All tables and the notes."""
 
     def lines(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-        return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)]
+        texts = [[cell.replace("|", r"\|") for cell in row] for row in (columns, *rows)]
+        texts.insert(1, ["---"] * len(columns))
+        return [f"| {' | '.join(row)} |" for row in texts]
 
     tables = [table(results), over_seeds(results), *([law] if law else [])]
     parts = [line for one in tables for line in [*lines(*one), ""]]

@@ -34,7 +34,7 @@ def loss_curves(results: Sequence[Result]) -> Figures:
         axes.xaxis.set_major_formatter("{x:,.0f}" if field == "step" else EngFormatter())
         axes.locator_params(axis="x", nbins=5)
     panels[0].set_ylim(*_loss_limits(runs))
-    names = [label(result, results) for result in runs[:COLOURED]]
+    names = [plain(label(result, results)) for result in runs[:COLOURED]]
     lines = [panels[0].plot([], [], color=f"C{number}")[0] for number in range(len(names))]
     if len(runs) > COLOURED:
         lines, names = [*lines, panels[0].plot([], [], color="lightgrey")[0]], [*names, "other runs"]
@@ -76,7 +76,7 @@ def losses_by_key(results: Sequence[Result]) -> Figures:
                 marker="o",
                 capsize=4,
                 color=f"C{number}" if number < COLOURED else "lightgrey",
-                label=", ".join(f"{_short(k)}={v or 'default'}" for k, v in others) if rest else None,
+                label=plain(", ".join(f"{_short(k)}={v or 'default'}" for k, v in others)) or None,
             )
         _label_axis(axes, values)
         decorate(axes, key, f"best {LOSS}")
@@ -107,8 +107,8 @@ def parallel_coordinates(results: Sequence[Result]) -> Figures:
         for value, y in (scale if len(scale) <= COLOURED and x < len(heights) - 1 else ends).items():
             box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
             where = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": "small"}
-            axes.annotate(value or "default", (x, y), **where, bbox=box)
-    axes.set_xticks(range(len(columns)), list(columns))
+            axes.annotate(plain(value or "default"), (x, y), **where, bbox=box)
+    axes.set_xticks(range(len(columns)), [plain(key) for key in columns])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     yield "All runs at once: each line is a run, dark where the loss is low", figure
@@ -168,9 +168,14 @@ def new_figure(width: float = 9, height: float = 4.5) -> Any:
 
 def decorate(axes: Any, x: str, y: str) -> None:
     """Names of the axes, and a grid."""
-    axes.set_xlabel(x)
+    axes.set_xlabel(plain(x))
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
+
+
+def plain(text: str) -> str:
+    """A text in which matplotlib reads no formula."""
+    return text.replace("$", r"\$")
 
 
 def label(result: Result, results: Sequence[Result]) -> str:
@@ -198,4 +203,4 @@ def _label_axis(axes: Any, values: Sequence[str]) -> None:
     scale = _scale(values)
     if len(scale) <= COLOURED:
         values = sorted(scale, key=lambda value: scale[value])
-        axes.set_xticks([scale[value] for value in values], [value or "default" for value in values])
+        axes.set_xticks([scale[value] for value in values], [plain(value or "default") for value in values])

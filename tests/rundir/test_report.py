@@ -26,7 +26,8 @@ from support.sweeps import wait_for
 from torch.utils.tensorboard import SummaryWriter
 
 from gpt_lightning.data.files import write_json
-from gpt_lightning.rundir.report import as_csv, differing, notes, over_seeds, read_results, table
+from gpt_lightning.rundir.curves import draw_curves
+from gpt_lightning.rundir.report import as_csv, as_markdown, differing, notes, over_seeds, read_results, table
 from gpt_lightning.rundir.report_figures import losses_by_key, parallel_coordinates
 from gpt_lightning.rundir.report_page import as_html
 from gpt_lightning.serving.dashboard import link
@@ -232,6 +233,16 @@ def test_parallel_coordinates_draw_each_run_through_its_values(runs: Path) -> No
     assert lines == [
         pytest.approx(line) for line in ([1, 1, 1], [0, 1, 0.75 / 3.25], [0, 0, 0.25 / 3.25], [1, 0, 0])
     ]
+
+
+def test_dollars_and_bars_in_names_and_values_are_text(tmp_path: Path) -> None:
+    for lr, note in ((1, "'cost $_$'"), (2, "a|b"), (2, "'cost $_$'")):
+        make(tmp_path / f"{lr}{note[0]}$_$", [f"+lr$_$={lr}", f"+note={note}"], [2.0 + lr])
+    results = read_results([tmp_path])
+    assert as_html(results, "costs").count("<img") == 4  # curves, losses by lr$_$ and by note, all runs
+    row = next(line for line in as_markdown(results).splitlines() if "b |" in line)
+    assert [cell.strip() for cell in re.split(r"(?<!\\)\|", row)][2:6] == ["2a$_$", "finished", "2", r"a\|b"]
+    draw_curves([{"step": 1.0, "val/loss": 2.0}], title="cost $_$").savefig(io.BytesIO())
 
 
 def test_seeds_of_finished_runs_are_averaged(runs: Path) -> None:
