@@ -6,8 +6,10 @@ import contextlib
 import csv
 import html
 import io
+import itertools
 import json
 import math
+import random
 import re
 import shlex
 import signal
@@ -28,7 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 from gpt_lightning.data.files import write_json
 from gpt_lightning.rundir.curves import draw_curves
 from gpt_lightning.rundir.report import as_csv, as_markdown, differing, notes, over_seeds, read_results, table
-from gpt_lightning.rundir.report_figures import losses_by_key, parallel_coordinates
+from gpt_lightning.rundir.report_figures import loss_curves, losses_by_key, parallel_coordinates
 from gpt_lightning.rundir.report_page import as_html
 from gpt_lightning.serving.dashboard import link
 
@@ -218,11 +220,31 @@ def test_picture_of_a_key_has_means_and_deviations_over_seeds(runs: Path) -> Non
     (container,) = axes.containers
     line, _, (bars,) = container.lines
     # of lr=0.001: 2.0 and 2.5; of lr=0.01: 1.75 and 2.25; d is interrupted
-    assert line.get_xydata().tolist() == [[-3.0, 2.25], [-2.0, 2.0]]
+    assert line.get_xydata().tolist() == [[0.001, 2.25], [0.01, 2.0]]
     std = 0.5 / math.sqrt(2)
     found = [[y for _, y in segment] for segment in bars.get_segments()]
     assert found == [pytest.approx([m - std, m + std]) for m in (2.25, 2.0)]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.001", "0.01"]
+
+
+def test_values_of_a_search_are_legible_and_where_they_belong(tmp_path: Path) -> None:
+    draws = random.Random(0)
+    for count in (6, 20):
+        rates = [10 ** draws.uniform(-4, -2) for _ in range(count)]
+        for number, lr in enumerate(rates):
+            overrides = [f"optimizer.lr={lr}", f"optimizer.weight_decay={1 + lr}"]
+            make(tmp_path / f"{count}/{number}", overrides, [2.0 + abs(math.log10(lr) + 3)])
+        results = read_results([tmp_path / str(count)])
+        (_, curves), (_, figure), *_ = [*loss_curves(results), *losses_by_key(results)]
+        axes = figure.axes[0]
+        drawn = sorted(x for line in axes.containers for x, _ in line.lines[0].get_xydata())
+        assert (axes.get_xscale(), drawn) == ("log", sorted(rates))
+        for each in (curves, figure):
+            each.draw_without_rendering()
+        ticks = [tick.get_window_extent() for tick in axes.get_xticklabels() if tick.get_text()]
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(ticks))
+        legend = curves.legends[0].get_window_extent()
+        assert 0 <= legend.x0 < legend.x1 <= curves.bbox.x1
 
 
 def test_parallel_coordinates_draw_each_run_through_its_values(runs: Path) -> None:
