@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_lightning.rundir.directory import is_locked, runs_below
+import yaml
+
+from gpt_lightning.rundir.directory import HYDRA, is_locked, runs_below
 from gpt_lightning.rundir.metrics import Row, read_metrics
 from gpt_lightning.rundir.summary import LEDGER, RunSummary, read_ledger, read_summary
 
@@ -93,7 +95,8 @@ def read_results(places: Sequence[str | Path]) -> list[Result]:
 
 def _read(folder: Path, job: Mapping[str, Any]) -> Result:
     summary = read_summary(folder)
-    pairs = [text.lstrip("+").partition("=") for text in summary.get("overrides", job.get("overrides", []))]
+    texts = summary.get("overrides", job.get("overrides"))
+    pairs = [text.lstrip("+").partition("=") for text in (_recorded(folder) if texts is None else texts)]
     try:
         rows = read_metrics(folder / "metrics.csv")
     except OSError:
@@ -106,6 +109,16 @@ def _read(folder: Path, job: Mapping[str, Any]) -> Result:
         summary |= {"best_val_loss": min(finite, default=None)}
     error = job.get("error") if status == "failed" else None
     return Result(folder, summary, {key: value for key, _, value in pairs}, validations, status, error)
+
+
+def _recorded(folder: Path) -> list[str]:
+    """The overrides of a run as Hydra left them, without those of its start; empty if they are damaged."""
+    try:
+        texts = yaml.safe_load((folder / HYDRA / "overrides.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    texts = map(str, texts if isinstance(texts, list) else [])
+    return [text for text in texts if not text.lstrip("+").startswith(("resume=", "repeat=", "trust="))]
 
 
 def _status(folder: Path, summary: RunSummary, job: Mapping[str, Any]) -> str:

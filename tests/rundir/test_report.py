@@ -38,7 +38,7 @@ from gpt_lightning.serving.dashboard import link
 def make(folder: Path, overrides: list[str], losses: list[float], **facts: Any) -> None:
     """A run of 100 steps per validation, 1,000 tokens each."""
     (folder / ".hydra").mkdir(parents=True)
-    (folder / ".hydra" / "overrides.yaml").write_text("[]")
+    (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(["data=text", *overrides]))
     steps = 100 * len(losses)
     summary = {"status": "finished", "overrides": ["data=text", *overrides], "steps": steps}
     summary |= {"tokens": 1000 * steps, "best_val_loss": min(losses), "val_loss": losses[-1]}
@@ -71,6 +71,17 @@ def test_runs_are_ranked_with_the_overrides_that_differ(runs: Path) -> None:
     exact = list(csv.DictReader(io.StringIO(as_csv(results))))
     assert exact[2]["bits_per_byte"] == "1.25"
     assert exact[2]["tokens"] == "300000"
+
+
+def test_overrides_of_a_run_with_a_damaged_summary_are_those_that_hydra_recorded(runs: Path) -> None:
+    (runs / "b" / "summary.json").write_text('{"status": "fini')
+    results = read_results([runs])
+    assert differing(results) == ["optimizer.lr", "seed"]
+    (damaged,) = [result for result in results if result.folder.name == "b"]
+    assert damaged.overrides == {"data": "text", "optimizer.lr": "0.001", "seed": "2"}
+    assert damaged.loss == 2.5
+    (runs / "b" / ".hydra" / "overrides.yaml").write_text("[data=text")
+    assert len(read_results([runs])) == 4
 
 
 def add_events(run: Path) -> None:
