@@ -8,6 +8,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +44,7 @@ class Result:
     Attributes:
         folder: The run directory, which a job of a sweep may not have yet.
         summary: Its summary.json, with the latest values of metrics.csv while it is not finished.
-        overrides: Their values by key.
+        overrides: Their values by key; equal values are the same text in all runs of a report.
         validations: In the order of their steps.
         status: finished, pruned, failed, running, interrupted, or, in a sweep, waiting.
         error: Why a job of a sweep failed.
@@ -90,7 +91,12 @@ def read_results(places: Sequence[str | Path]) -> list[Result]:
     def rank(result: Result) -> tuple[float, str]:
         return math.inf if result.loss is None else result.loss, str(result.folder)
 
-    return sorted(results.values(), key=rank)
+    ranked = sorted(results.values(), key=rank)
+    texts: dict[tuple[str, object], str] = {}  # of equal values, that of the best run
+    for result in ranked:
+        for key, text in result.overrides.items():
+            result.overrides[key] = texts.setdefault((key, _value(text)), text)
+    return ranked
 
 
 def _read(folder: Path, job: Mapping[str, Any]) -> Result:
@@ -119,6 +125,14 @@ def _recorded(folder: Path) -> list[str]:
         return []
     texts = map(str, texts if isinstance(texts, list) else [])
     return [text for text in texts if not text.lstrip("+").startswith(("resume=", "repeat=", "trust="))]
+
+
+def _value(text: str) -> object:
+    """What is equal for texts that Hydra reads as equal values, such as 1e-3 and 0.001."""
+    for read in (int, float, lambda text: repr(yaml.safe_load(text))):  # YAML reads 1e-3 as a text
+        with suppress(ValueError, yaml.YAMLError):
+            return read(text)
+    return text
 
 
 def _status(folder: Path, summary: RunSummary, job: Mapping[str, Any]) -> str:
@@ -170,14 +184,18 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def by_seed(results: Sequence[Result]) -> tuple[list[str], dict[tuple[str, ...], list[float]]]:
-    """The other keys that differ, and by their values the best losses of the finished runs of all seeds."""
+    """The other keys that differ, and by their values the best losses of the finished runs of all seeds.
+
+    Of several runs with the same values and the same seed, the best one counts.
+    """
     keys = [key for key in differing(results) if key != "seed"]
-    groups: dict[tuple[str, ...], list[float]] = {}
-    for result in results:
+    groups: dict[tuple[str, ...], dict[str, float]] = {}
+    for result in results:  # best first
         if result.status == "finished" and result.loss is not None:
             group = tuple(result.overrides.get(key, "") for key in keys)
-            groups.setdefault(group, []).append(result.loss)
-    return keys, groups
+            seed = str(result.summary.get("seed", result.overrides.get("seed")))
+            groups.setdefault(group, {}).setdefault(seed, result.loss)
+    return keys, {group: list(losses.values()) for group, losses in groups.items()}
 
 
 def over_seeds(results: Sequence[Result]) -> Table:

@@ -285,6 +285,22 @@ def test_seeds_of_finished_runs_are_averaged(runs: Path) -> None:
     assert rows == [["0.01", "1", "1.7500", "-"], ["0.001", "2", "2.2500", "0.3536"]]
 
 
+def test_seed_that_ran_twice_counts_once_with_its_best_run(runs: Path) -> None:
+    make(runs / "again", ["optimizer.lr=0.001", "seed=2"], [2.25])
+    make(runs / "default", ["optimizer.lr=0.001"], [3.0], seed=2)
+    _, rows = over_seeds(read_results([runs]))
+    # (2.0 + 2.25) / 2, and sqrt(2 · 0.125²)
+    assert rows == [["0.01", "1", "1.7500", "-"], ["0.001", "2", "2.1250", "0.1768"]]
+
+
+def test_values_that_hydra_reads_as_equal_are_one_value(tmp_path: Path) -> None:
+    make(tmp_path / "a", ["optimizer.lr=1e-3", "a=[1,2]", "b=true", "c=1", "d='1'", "seed=1"], [1.0])
+    make(tmp_path / "b", ["++optimizer.lr=0.001", "a=[1, 2]", "b=True", "c=1.0", "d=1", "seed=2"], [2.0])
+    results = read_results([tmp_path])
+    assert differing(results) == ["d", "seed"]
+    assert results[1].overrides["optimizer.lr"] == "1e-3"
+
+
 def test_what_cannot_be_compared_is_said(runs: Path, tmp_path: Path) -> None:
     found = " ".join(notes(read_results([runs])))
     assert "different numbers of tokens" in found
