@@ -63,9 +63,9 @@ class Result:
         return self.summary.get("best_val_loss")
 
     def loss_at(self, tokens: int) -> float | None:
-        """The last validation loss after at most so many tokens."""
+        """The last validation loss after at most so many tokens; None if the run has not seen as many."""
         before = [point.loss for point in self.validations if point.tokens <= tokens]
-        return before[-1] if before else None
+        return before[-1] if before and self.validations[-1].tokens >= tokens else None
 
 
 def read_results(places: Sequence[str | Path]) -> list[Result]:
@@ -214,8 +214,10 @@ def deviation(values: Sequence[float]) -> float | None:
 
 
 def _common_tokens(results: Sequence[Result]) -> int:
-    """The tokens of the shortest run if the runs have different lengths, else 0."""
-    lengths = {result.validations[-1].tokens for result in results if result.validations}
+    """The tokens of the shortest finished run if their lengths differ, else 0; of any if none is finished."""
+    begun = [result for result in results if result.validations]
+    finished = [result for result in begun if result.status == "finished"]
+    lengths = {result.validations[-1].tokens for result in finished or begun}
     return min(lengths) if len(lengths) > 1 else 0
 
 
@@ -235,7 +237,10 @@ def notes(results: Sequence[Result]) -> list[str]:
     if len(digests["corpus_digest"]) > 1:
         found.append("the runs have different corpora: their losses are not comparable")
     if tokens := _common_tokens(results):
-        found.append(f"the runs saw different numbers of tokens: the last column compares them at {tokens:,}")
+        found.append(
+            f"the runs saw different numbers of tokens: the last column compares them at {tokens:,}, "
+            "the ranking and the means do not"
+        )
     counts = Counter(result.status for result in results if result.status != "finished")
     if pruned := counts.pop("pruned", 0):
         found.append(f"{pruned} of {len(results)} runs were pruned by a search")

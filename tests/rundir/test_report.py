@@ -66,11 +66,20 @@ def test_runs_are_ranked_with_the_overrides_that_differ(runs: Path) -> None:
     assert [row["run"] for row in found] == ["c", "a", "b", "d"]
     assert found[2]["best_val_loss"] == "2.5000"
     assert found[2]["val_loss"] == "2.6000"
-    # d ended after 100 steps of 1,000 tokens: the others are compared there as well
-    assert [row["loss_at_100000_tokens"] for row in found] == ["2.0000", "3.0000", "3.0000", "5.0000"]
+    # the shortest finished run has 200 steps of 1,000 tokens, which d has not reached
+    assert [row["loss_at_200000_tokens"] for row in found] == ["1.7500", "2.0000", "2.5000", "-"]
     exact = list(csv.DictReader(io.StringIO(as_csv(results))))
     assert exact[2]["bits_per_byte"] == "1.25"
     assert exact[2]["tokens"] == "300000"
+
+
+def test_runs_that_are_not_finished_do_not_shorten_the_comparison(runs: Path) -> None:
+    results = read_results([runs / name for name in "acd"])
+    assert table(results)[0][-1] == "tokens_per_second"
+    assert notes(results) == ["1 of 3 runs are not finished: 1 interrupted"]
+    make(runs / "e", [], [4.0, 3.0], status="pruned")
+    columns, rows = table(read_results([runs / name for name in "de"]))
+    assert (columns[-1], [row[-1] for row in rows]) == ("loss_at_100000_tokens", ["4.0000", "5.0000"])
 
 
 def test_overrides_of_a_run_with_a_damaged_summary_are_those_that_hydra_recorded(runs: Path) -> None:
