@@ -35,6 +35,7 @@ class Validation(NamedTuple):
     tokens: int
     seconds: float  # in training steps, without validation, samples and checkpoints; 0 if unknown
     loss: float  # nats per token
+    bits: float  # per byte; NaN if unknown
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def _read(folder: Path, job: Mapping[str, Any]) -> Result:
     if status != "finished" and validations:  # its summary is as old as its last checkpoint
         last = validations[-1]
         summary |= {"steps": last.step, "tokens": last.tokens, "val_loss": last.loss}
+        summary |= {"bits_per_byte": last.bits if math.isfinite(last.bits) else None}
         finite = [point.loss for point in validations if math.isfinite(point.loss)]
         summary |= {"best_val_loss": min(finite, default=None)}
     error = job.get("error") if status == "failed" else None
@@ -159,7 +161,8 @@ def _validations(rows: Sequence[Row], summary: RunSummary) -> list[Validation]:
             seconds, timed = seconds + (step - timed) * per_second, step
         if "val/loss" in row:
             elapsed = seconds + (step - timed) * per_second
-            found.append(Validation(int(step), round(step * per_step), elapsed, row["val/loss"]))
+            bits = row.get("val/bits_per_byte", math.nan)
+            found.append(Validation(int(step), round(step * per_step), elapsed, row["val/loss"], bits))
     return found
 
 

@@ -153,17 +153,17 @@ def test_run_inside_another_one_is_linked_without_a_trace_in_it(tmp_path: Path) 
 
 
 def test_tokens_and_training_time_of_validations_come_from_the_metrics(tmp_path: Path) -> None:
-    make(tmp_path / "run", [], [1.0], status="interrupted", tokens=None, steps=None)
+    make(tmp_path / "run", [], [1.0], status="interrupted", tokens=None, steps=None, bits_per_byte=9.0)
     (tmp_path / "run" / "metrics.csv").write_text(
-        "step,train/tokens,speed/ms_per_step,val/loss\n"
-        "1,64,1000,\n10,640,100,3.0\n15,,,2.5\n20,1280,200,2.0\n25,,,nan\n"
+        "step,train/tokens,speed/ms_per_step,val/loss,val/bits_per_byte\n"
+        "1,64,1000,,\n10,640,100,3.0,1.5\n15,,,2.5,1.25\n20,1280,200,2.0,1.0\n25,,,nan,nan\n"
     )
     (result,) = read_results([tmp_path])
     points = [(v.step, v.tokens, pytest.approx(v.seconds)) for v in result.validations]
     # 1 s, then 9 steps of 0.1 s, then 10 of 0.2 s; between two rows at the speed of the first
     assert points == [(10, 640, 1.9), (15, 960, 2.4), (20, 1280, 3.9), (25, 1600, 4.9)]
     # the summary of a run that is not finished is as old as its checkpoint
-    assert (result.summary["tokens"], result.loss) == (1600, 2.0)
+    assert (result.summary["tokens"], result.loss, result.summary["bits_per_byte"]) == (1600, 2.0, None)
 
 
 def test_jobs_that_have_not_trained_are_listed_as_their_sweep_has_them(tmp_path: Path) -> None:
