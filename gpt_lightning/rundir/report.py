@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
@@ -63,6 +64,12 @@ class Result:
         """The lowest validation loss."""
         return self.summary.get("best_val_loss")
 
+    @property
+    def bits(self) -> float | None:
+        """The lowest validation loss in bits per byte."""
+        finite = [point.bits for point in self.validations if math.isfinite(point.bits)]
+        return min(finite, default=self.summary.get("bits_per_byte"))
+
     def loss_at(self, tokens: int) -> float | None:
         """The last validation loss after at most so many tokens; None if the run has not seen as many."""
         before = [point.loss for point in self.validations if point.tokens <= tokens]
@@ -70,7 +77,7 @@ class Result:
 
 
 def read_results(places: Sequence[str | Path]) -> list[Result]:
-    """The runs in folders, at any depth, those with the lowest validation loss first.
+    """The runs in folders, at any depth, those with the lowest validation loss (as in `measure`) first.
 
     Jobs of a sweep that have not begun, or failed before they trained, are included.
 
@@ -89,8 +96,10 @@ def read_results(places: Sequence[str | Path]) -> list[Result]:
             raise FileNotFoundError(f"there is no run in {Path(place).expanduser().resolve()}")
         results |= {folder: _read(folder, jobs.get(folder, {})) for folder in found}
 
+    best = attrgetter(measure(list(results.values())))
+
     def rank(result: Result) -> tuple[float, str]:
-        return math.inf if result.loss is None else result.loss, str(result.folder)
+        return math.inf if best(result) is None else best(result), str(result.folder)
 
     ranked = sorted(results.values(), key=rank)
     texts: dict[tuple[str, object], str] = {}  # of equal values, that of the best run
@@ -166,6 +175,15 @@ def _validations(rows: Sequence[Row], summary: RunSummary) -> list[Validation]:
     return found
 
 
+def measure(results: Sequence[Result]) -> Literal["loss", "bits"]:
+    """The attribute by which runs are compared: bits per byte if their tokenizers differ."""
+    return "bits" if len(_facts(results, "tokenizer_digest")) > 1 else "loss"
+
+
+def _facts(results: Sequence[Result], key: Literal["tokenizer_digest", "corpus_digest"]) -> set[str]:
+    return {fact for result in results if (fact := result.summary.get(key))}
+
+
 def differing(results: Sequence[Result]) -> list[str]:
     """The keys of overrides that are not the same in all runs."""
     keys = dict.fromkeys(key for result in results for key in result.overrides)
@@ -174,31 +192,41 @@ def differing(results: Sequence[Result]) -> list[str]:
 
 def table(results: Sequence[Result]) -> Table:
     """Names of the columns and, for each run, its texts."""
-    keys, common = differing(results), _common_tokens(results)
-    at = [f"loss_at_{common}_tokens"] if common else []
+    keys = differing(results)
+    more: dict[str, Callable[[Result], float | None]] = {}
+    if measure(results) == "bits":
+        more["best_bits_per_byte"] = attrgetter("bits")
+    elif common := _common_tokens(results):
+        more[f"loss_at_{common}_tokens"] = lambda result: result.loss_at(common)
     rows = []
     for number, result in enumerate(results, 1):
         values: Mapping[str, Any] = result.summary
         cells = [str(number), result.folder.name, result.status]
         cells += [result.overrides.get(key, "") for key in keys]
         cells += [_text(column, values.get(column)) for column in COLUMNS]
-        rows.append(cells + [_text(name, result.loss_at(common)) for name in at])
-    return ["rank", "run", "status", *keys, *COLUMNS, *at], rows
+        rows.append(cells + [_text(name, value(result)) for name, value in more.items()])
+    return ["rank", "run", "status", *keys, *COLUMNS, *more], rows
 
 
 def by_seed(results: Sequence[Result]) -> tuple[list[str], dict[tuple[str, ...], list[float]]]:
     """The other keys that differ, and by their values the best losses of the finished runs of all seeds.
 
-    Of several runs with the same values and the same seed, the best one counts.
+    Of several runs with the same values and the same seed, the best one counts. Values with runs of different
+    tokenizers are left out.
     """
-    keys = [key for key in differing(results) if key != "seed"]
-    groups: dict[tuple[str, ...], dict[str, float]] = {}
+    keys, best = [key for key in differing(results) if key != "seed"], attrgetter(measure(results))
+    groups: dict[tuple[str, ...], dict[tuple[str, str | None], Result]] = {}
     for result in results:  # best first
-        if result.status == "finished" and result.loss is not None:
+        if result.status == "finished" and best(result) is not None:
             group = tuple(result.overrides.get(key, "") for key in keys)
             seed = str(result.summary.get("seed", result.overrides.get("seed")))
-            groups.setdefault(group, {}).setdefault(seed, result.loss)
-    return keys, {group: list(losses.values()) for group, losses in groups.items()}
+            run = seed, result.summary.get("tokenizer_digest")
+            groups.setdefault(group, {}).setdefault(run, result)
+    return keys, {
+        group: [best(run) for run in runs.values()]
+        for group, runs in groups.items()
+        if measure(list(runs.values())) == "loss"
+    }
 
 
 def over_seeds(results: Sequence[Result]) -> Table:
@@ -208,7 +236,8 @@ def over_seeds(results: Sequence[Result]) -> Table:
         [*group, str(len(losses)), _text("", statistics.mean(losses)), _text("", deviation(losses))]
         for group, losses in sorted(groups.items(), key=lambda pair: statistics.mean(pair[1]))
     ]
-    return [*keys, "n", "mean_best_val_loss", "std"], rows
+    mean = {"loss": "mean_best_val_loss", "bits": "mean_best_bits_per_byte"}[measure(results)]
+    return [*keys, "n", mean, "std"], rows
 
 
 def deviation(values: Sequence[float]) -> float | None:
@@ -231,19 +260,15 @@ def _text(column: str, value: float | None) -> str:
 def notes(results: Sequence[Result]) -> list[str]:
     """What must be known before the losses are compared."""
     found = []
-    digests = {
-        key: {digest for result in results if (digest := result.summary.get(key))}
-        for key in ("tokenizer_digest", "corpus_digest")
-    }
-    if len(digests["tokenizer_digest"]) > 1:
-        found.append("the runs have different tokenizers: compare bits per byte, not losses per token")
-    if len(digests["corpus_digest"]) > 1:
-        found.append("the runs have different corpora: their losses are not comparable")
-    if tokens := _common_tokens(results):
+    if measure(results) == "bits":
+        found.append("the runs have different tokenizers: bits per byte rank them, not losses per token")
+    elif tokens := _common_tokens(results):
         found.append(
             f"the runs saw different numbers of tokens: the last column compares them at {tokens:,}, "
             "the ranking and the means do not"
         )
+    if len(_facts(results, "corpus_digest")) > 1:
+        found.append("the runs have different corpora: their losses are not comparable")
     counts = Counter(result.status for result in results if result.status != "finished")
     if pruned := counts.pop("pruned", 0):
         found.append(f"{pruned} of {len(results)} runs were pruned by a search")

@@ -6,15 +6,17 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from operator import attrgetter
 from typing import Any
 
-from gpt_lightning.rundir.report import Result, by_seed, deviation, differing
+from gpt_lightning.rundir.report import Result, by_seed, deviation, differing, measure
 from gpt_lightning.rundir.scaling import ScalingLaw, optimal_parameters
 
 Figures = Iterator[tuple[str, Any]]  # headings, and figures of matplotlib
 LONG = 8  # characters that the number of a search has more of
 COLOURED = 10  # runs, or lines, with a colour and a name of their own
 LOSS = "validation loss, nats per token"
+LOSSES = {"loss": LOSS, "bits": "validation loss, bits per byte"}
 
 
 def loss_curves(results: Sequence[Result]) -> Figures:
@@ -24,18 +26,18 @@ def loss_curves(results: Sequence[Result]) -> Figures:
     runs = [result for result in results if result.validations]
     if not runs:
         return
-    figure = new_figure(width=13)
+    figure, kind = new_figure(width=13), measure(results)
     panels = figure.subplots(1, 3, sharey=True)
     labels = {"step": "optimizer steps", "tokens": "tokens", "seconds": "seconds of training"}
     for axes, (field, text) in zip(panels, labels.items(), strict=True):
         for number, result in reversed(list(enumerate(runs))):  # the best on top
-            points = [(getattr(v, field), v.loss) for v in result.validations if getattr(v, field)]
+            points = [(getattr(v, field), getattr(v, kind)) for v in result.validations if getattr(v, field)]
             colour = f"C{number}" if number < COLOURED else "lightgrey"
             axes.plot(*zip(*points, strict=True), marker="o", markersize=2.5, linewidth=1.2, color=colour)
-        decorate(axes, text, LOSS if field == "step" else "")
+        decorate(axes, text, LOSSES[kind] if field == "step" else "")
         axes.xaxis.set_major_formatter("{x:,.0f}" if field == "step" else EngFormatter())
         axes.locator_params(axis="x", nbins=5)
-    panels[0].set_ylim(*_loss_limits(runs))
+    panels[0].set_ylim(*_loss_limits(runs, kind))
     names = [plain(label(result, results)) for result in runs[:COLOURED]]
     lines = [panels[0].plot([], [], color=f"C{number}")[0] for number in range(len(names))]
     if len(runs) > COLOURED:
@@ -45,9 +47,9 @@ def loss_curves(results: Sequence[Result]) -> Figures:
     yield "Validation loss", figure
 
 
-def _loss_limits(runs: Sequence[Result]) -> tuple[float, float]:
+def _loss_limits(runs: Sequence[Result], kind: str) -> tuple[float, float]:
     """Of what follows the first quarter of each run, whose losses are far above the others."""
-    losses = [[v.loss for v in run.validations if math.isfinite(v.loss)] for run in runs]
+    losses = [[loss for v in run.validations if math.isfinite(loss := getattr(v, kind))] for run in runs]
     later = [loss for one in losses for loss in one[len(one) // 4 :]] or [1.0]
     margin = 0.05 * (max(later) - min(later)) or 0.1
     return min(later) - margin, max(later) + margin
@@ -82,7 +84,7 @@ def losses_by_key(results: Sequence[Result]) -> Figures:
                 label=plain(", ".join(f"{_short(k)}={_brief(v)}" for k, v in others)) or None,
             )
         _label_axis(axes, values)
-        decorate(axes, key, f"best {LOSS}")
+        decorate(axes, key, f"best {LOSSES[measure(results)]}")
         if 1 < len(lines) <= COLOURED:
             axes.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         yield f"Best validation loss and {key}", figure
@@ -92,12 +94,13 @@ def parallel_coordinates(results: Sequence[Result]) -> Figures:
     """One line per run over all keys that differ and the best loss, which colours it."""
     from matplotlib import colormaps
 
-    keys, runs = differing(results), [result for result in results if result.loss is not None]
+    best = attrgetter(measure(results))
+    keys, runs = differing(results), [result for result in results if best(result) is not None]
     columns = {key: [result.overrides.get(key, "") for result in runs] for key in keys}
     columns = {key: values for key, values in columns.items() if len(set(values)) > 1}
     if len(columns) < 2 or len(runs) < 3:
         return
-    columns["best validation loss"] = [f"{run.loss:.4f}" for run in runs]
+    columns["best validation loss"] = [f"{best(run):.4f}" for run in runs]
     figure = new_figure(width=11)
     axes = figure.add_subplot()
     heights = [_heights(values) for values in columns.values()]

@@ -310,6 +310,38 @@ def test_values_that_hydra_reads_as_equal_are_one_value(tmp_path: Path) -> None:
     assert results[1].overrides["optimizer.lr"] == "1e-3"
 
 
+def test_runs_with_different_tokenizers_are_compared_by_bits_per_byte(tmp_path: Path) -> None:
+    for name, tokenizer, seed, losses, bits in (
+        ("a", "char", 1, [1.25, 1.5], [1.75, 2.125]),
+        ("b", "char", 2, [1.75, 1.5], [2.5, 2.125]),
+        ("c", "bpe", 1, [4.0, 3.0], [2.0, 1.5]),
+        ("d", "bpe", 2, [4.0, 3.5], [2.0, 1.75]),
+    ):
+        facts = {"tokenizer_digest": tokenizer, "bits_per_byte": bits[-1]}
+        make(tmp_path / name, [f"tokenizer={tokenizer}", f"seed={seed}"], losses, **facts)
+        rows = [f"{i},{loss},{bit}\n" for i, (loss, bit) in enumerate(zip(losses, bits, strict=True), 1)]
+        (tmp_path / name / "metrics.csv").write_text("step,val/loss,val/bits_per_byte\n" + "".join(rows))
+    results = read_results([tmp_path])
+    columns, rows = table(results)
+    best = [(row[1], row[-1]) for row in rows]
+    assert columns[-1] == "best_bits_per_byte"
+    assert best == [("c", "1.5000"), ("a", "1.7500"), ("d", "1.7500"), ("b", "2.1250")]
+    columns, rows = over_seeds(results)
+    # (1.5 + 1.75) / 2, (1.75 + 2.125) / 2
+    assert [columns[2], *(row[:3] for row in rows)] == [
+        "mean_best_bits_per_byte",
+        ["bpe", "2", "1.6250"],
+        ["char", "2", "1.9375"],
+    ]
+    (_, figure), *_ = loss_curves(results)
+    assert [2.0, 1.5] in [list(line.get_ydata()) for line in figure.axes[0].lines]
+    assert "Best validation loss, bits per byte: 1.5000 (tokenizer=bpe, seed=1)" in as_html(results, "")
+    # runs of one setting have different tokenizers
+    for name, tokenizer in (("e", "bpe"), ("f", "char")):
+        make(tmp_path / name, ["seed=1"], [1.0], tokenizer_digest=tokenizer, bits_per_byte=1.0)
+    assert over_seeds(read_results([tmp_path]))[1] == rows
+
+
 def test_what_cannot_be_compared_is_said(runs: Path, tmp_path: Path) -> None:
     found = " ".join(notes(read_results([runs])))
     assert "different numbers of tokens" in found
