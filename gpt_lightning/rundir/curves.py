@@ -63,7 +63,8 @@ def draw_curves(
         axes.grid(alpha=0.3)
         axes.margins(x=0.02)
     figure.align_ylabels()
-    figure.suptitle(title if len(title) <= TITLE else title[: TITLE - 1] + "…", fontsize=11, y=0.985)
+    title = title if len(title) <= TITLE else title[: TITLE - 1] + "…"
+    figure.suptitle(title, fontsize=11, y=0.985, parse_math=False)
     figure.legend(loc="upper center", bbox_to_anchor=(0.5, 0.955), ncols=4, frameon=False, fontsize="small")
     return figure
 

@@ -9,8 +9,8 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from gpt_lightning.rundir.report import Result, notes, over_seeds, table
-from gpt_lightning.rundir.report_figures import FIGURES, label, scaling_law
+from gpt_lightning.rundir.report import Result, measure, notes, over_seeds, table
+from gpt_lightning.rundir.report_figures import FIGURES, LOSSES, label, scaling_law
 from gpt_lightning.rundir.report_study import study_figures
 from gpt_lightning.rundir.scaling import ScalingLaw, law_notes, law_table
 
@@ -50,9 +50,10 @@ def as_html(
     results: Sequence[Result], title: str, law: ScalingLaw | None = None, budget: float | None = None
 ) -> str:
     """The whole page; with a law, its table and picture, and the best size for a budget in FLOPs."""
-    parts, best = [HEAD.format(title=html.escape(title))], results[0]
-    if best.loss is not None:
-        parts.append(f"<p>Best validation loss: {best.loss:.4f} ({html.escape(label(best, results))})</p>")
+    parts, best, kind = [HEAD.format(title=html.escape(title))], results[0], measure(results)
+    if (lowest := getattr(best, kind)) is not None:
+        named = html.escape(label(best, results))
+        parts.append(f"<p>Best {LOSSES[kind]}: {lowest:.4f} ({named})</p>")
     parts += [f"<p>{html.escape(note)}</p>" for note in notes(results)]
     parts += ["<h2>Runs</h2>", _table(*table(results))]
     if any("seed" in result.overrides for result in results):
@@ -63,7 +64,7 @@ def as_html(
     for draw in (*FIGURES, study_figures):
         for heading, figure in draw(results):
             parts += [f"<h2>{html.escape(heading)}</h2>", _drawn(figure, heading)]
-    if best.loss is not None:
+    if lowest is not None:
         parts += _best(best)
     return "\n".join([*parts, SCRIPT])
 

@@ -6,8 +6,10 @@ import contextlib
 import csv
 import html
 import io
+import itertools
 import json
 import math
+import random
 import re
 import shlex
 import signal
@@ -26,8 +28,9 @@ from support.sweeps import wait_for
 from torch.utils.tensorboard import SummaryWriter
 
 from gpt_lightning.data.files import write_json
-from gpt_lightning.rundir.report import as_csv, differing, notes, over_seeds, read_results, table
-from gpt_lightning.rundir.report_figures import losses_by_key, parallel_coordinates
+from gpt_lightning.rundir.curves import draw_curves
+from gpt_lightning.rundir.report import as_csv, as_markdown, differing, notes, over_seeds, read_results, table
+from gpt_lightning.rundir.report_figures import loss_curves, losses_by_key, parallel_coordinates
 from gpt_lightning.rundir.report_page import as_html
 from gpt_lightning.serving.dashboard import link
 
@@ -35,7 +38,7 @@ from gpt_lightning.serving.dashboard import link
 def make(folder: Path, overrides: list[str], losses: list[float], **facts: Any) -> None:
     """A run of 100 steps per validation, 1,000 tokens each."""
     (folder / ".hydra").mkdir(parents=True)
-    (folder / ".hydra" / "overrides.yaml").write_text("[]")
+    (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(["data=text", *overrides]))
     steps = 100 * len(losses)
     summary = {"status": "finished", "overrides": ["data=text", *overrides], "steps": steps}
     summary |= {"tokens": 1000 * steps, "best_val_loss": min(losses), "val_loss": losses[-1]}
@@ -63,11 +66,31 @@ def test_runs_are_ranked_with_the_overrides_that_differ(runs: Path) -> None:
     assert [row["run"] for row in found] == ["c", "a", "b", "d"]
     assert found[2]["best_val_loss"] == "2.5000"
     assert found[2]["val_loss"] == "2.6000"
-    # d ended after 100 steps of 1,000 tokens: the others are compared there as well
-    assert [row["loss_at_100000_tokens"] for row in found] == ["2.0000", "3.0000", "3.0000", "5.0000"]
+    # the shortest finished run has 200 steps of 1,000 tokens, which d has not reached
+    assert [row["loss_at_200000_tokens"] for row in found] == ["1.7500", "2.0000", "2.5000", "-"]
     exact = list(csv.DictReader(io.StringIO(as_csv(results))))
     assert exact[2]["bits_per_byte"] == "1.25"
     assert exact[2]["tokens"] == "300000"
+
+
+def test_runs_that_are_not_finished_do_not_shorten_the_comparison(runs: Path) -> None:
+    results = read_results([runs / name for name in "acd"])
+    assert table(results)[0][-1] == "tokens_per_second"
+    assert notes(results) == ["1 of 3 runs are not finished: 1 interrupted"]
+    make(runs / "e", [], [4.0, 3.0], status="pruned")
+    columns, rows = table(read_results([runs / name for name in "de"]))
+    assert (columns[-1], [row[-1] for row in rows]) == ("loss_at_100000_tokens", ["4.0000", "5.0000"])
+
+
+def test_overrides_of_a_run_with_a_damaged_summary_are_those_that_hydra_recorded(runs: Path) -> None:
+    (runs / "b" / "summary.json").write_text('{"status": "fini')
+    results = read_results([runs])
+    assert differing(results) == ["optimizer.lr", "seed"]
+    (damaged,) = [result for result in results if result.folder.name == "b"]
+    assert damaged.overrides == {"data": "text", "optimizer.lr": "0.001", "seed": "2"}
+    assert damaged.loss == 2.5
+    (runs / "b" / ".hydra" / "overrides.yaml").write_text("[data=text")
+    assert len(read_results([runs])) == 4
 
 
 def add_events(run: Path) -> None:
@@ -130,17 +153,17 @@ def test_run_inside_another_one_is_linked_without_a_trace_in_it(tmp_path: Path) 
 
 
 def test_tokens_and_training_time_of_validations_come_from_the_metrics(tmp_path: Path) -> None:
-    make(tmp_path / "run", [], [1.0], status="interrupted", tokens=None, steps=None)
+    make(tmp_path / "run", [], [1.0], status="interrupted", tokens=None, steps=None, bits_per_byte=9.0)
     (tmp_path / "run" / "metrics.csv").write_text(
-        "step,train/tokens,speed/ms_per_step,val/loss\n"
-        "1,64,1000,\n10,640,100,3.0\n15,,,2.5\n20,1280,200,2.0\n25,,,nan\n"
+        "step,train/tokens,speed/ms_per_step,val/loss,val/bits_per_byte\n"
+        "1,64,1000,,\n10,640,100,3.0,1.5\n15,,,2.5,1.25\n20,1280,200,2.0,1.0\n25,,,nan,nan\n"
     )
     (result,) = read_results([tmp_path])
     points = [(v.step, v.tokens, pytest.approx(v.seconds)) for v in result.validations]
     # 1 s, then 9 steps of 0.1 s, then 10 of 0.2 s; between two rows at the speed of the first
     assert points == [(10, 640, 1.9), (15, 960, 2.4), (20, 1280, 3.9), (25, 1600, 4.9)]
     # the summary of a run that is not finished is as old as its checkpoint
-    assert (result.summary["tokens"], result.loss) == (1600, 2.0)
+    assert (result.summary["tokens"], result.loss, result.summary["bits_per_byte"]) == (1600, 2.0, None)
 
 
 def test_jobs_that_have_not_trained_are_listed_as_their_sweep_has_them(tmp_path: Path) -> None:
@@ -217,11 +240,31 @@ def test_picture_of_a_key_has_means_and_deviations_over_seeds(runs: Path) -> Non
     (container,) = axes.containers
     line, _, (bars,) = container.lines
     # of lr=0.001: 2.0 and 2.5; of lr=0.01: 1.75 and 2.25; d is interrupted
-    assert line.get_xydata().tolist() == [[-3.0, 2.25], [-2.0, 2.0]]
+    assert line.get_xydata().tolist() == [[0.001, 2.25], [0.01, 2.0]]
     std = 0.5 / math.sqrt(2)
     found = [[y for _, y in segment] for segment in bars.get_segments()]
     assert found == [pytest.approx([m - std, m + std]) for m in (2.25, 2.0)]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.001", "0.01"]
+
+
+def test_values_of_a_search_are_legible_and_where_they_belong(tmp_path: Path) -> None:
+    draws = random.Random(0)
+    for count in (6, 20):
+        rates = [10 ** draws.uniform(-4, -2) for _ in range(count)]
+        for number, lr in enumerate(rates):
+            overrides = [f"optimizer.lr={lr}", f"optimizer.weight_decay={1 + lr}"]
+            make(tmp_path / f"{count}/{number}", overrides, [2.0 + abs(math.log10(lr) + 3)])
+        results = read_results([tmp_path / str(count)])
+        (_, curves), (_, figure), *_ = [*loss_curves(results), *losses_by_key(results)]
+        axes = figure.axes[0]
+        drawn = sorted(x for line in axes.containers for x, _ in line.lines[0].get_xydata())
+        assert (axes.get_xscale(), drawn) == ("log", sorted(rates))
+        for each in (curves, figure):
+            each.draw_without_rendering()
+        ticks = [tick.get_window_extent() for tick in axes.get_xticklabels() if tick.get_text()]
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(ticks))
+        legend = curves.legends[0].get_window_extent()
+        assert 0 <= legend.x0 < legend.x1 <= curves.bbox.x1
 
 
 def test_parallel_coordinates_draw_each_run_through_its_values(runs: Path) -> None:
@@ -234,11 +277,69 @@ def test_parallel_coordinates_draw_each_run_through_its_values(runs: Path) -> No
     ]
 
 
+def test_dollars_and_bars_in_names_and_values_are_text(tmp_path: Path) -> None:
+    for lr, note in ((1, "'cost $_$'"), (2, "a|b"), (2, "'cost $_$'")):
+        make(tmp_path / f"{lr}{note[0]}$_$", [f"+lr$_$={lr}", f"+note={note}"], [2.0 + lr])
+    results = read_results([tmp_path])
+    assert as_html(results, "costs").count("<img") == 4  # curves, losses by lr$_$ and by note, all runs
+    row = next(line for line in as_markdown(results).splitlines() if "b |" in line)
+    assert [cell.strip() for cell in re.split(r"(?<!\\)\|", row)][2:6] == ["2a$_$", "finished", "2", r"a\|b"]
+    draw_curves([{"step": 1.0, "val/loss": 2.0}], title="cost $_$").savefig(io.BytesIO())
+
+
 def test_seeds_of_finished_runs_are_averaged(runs: Path) -> None:
     columns, rows = over_seeds(read_results([runs]))
     assert columns == ["optimizer.lr", "n", "mean_best_val_loss", "std"]
     # (2.0 + 2.5) / 2, and sqrt(2 · 0.25²); the interrupted run is no measurement
     assert rows == [["0.01", "1", "1.7500", "-"], ["0.001", "2", "2.2500", "0.3536"]]
+
+
+def test_seed_that_ran_twice_counts_once_with_its_best_run(runs: Path) -> None:
+    make(runs / "again", ["optimizer.lr=0.001", "seed=2"], [2.25])
+    make(runs / "default", ["optimizer.lr=0.001"], [3.0], seed=2)
+    _, rows = over_seeds(read_results([runs]))
+    # (2.0 + 2.25) / 2, and sqrt(2 · 0.125²)
+    assert rows == [["0.01", "1", "1.7500", "-"], ["0.001", "2", "2.1250", "0.1768"]]
+
+
+def test_values_that_hydra_reads_as_equal_are_one_value(tmp_path: Path) -> None:
+    make(tmp_path / "a", ["optimizer.lr=1e-3", "a=[1,2]", "b=true", "c=1", "d='1'", "seed=1"], [1.0])
+    make(tmp_path / "b", ["++optimizer.lr=0.001", "a=[1, 2]", "b=True", "c=1.0", "d=1", "seed=2"], [2.0])
+    results = read_results([tmp_path])
+    assert differing(results) == ["d", "seed"]
+    assert results[1].overrides["optimizer.lr"] == "1e-3"
+
+
+def test_runs_with_different_tokenizers_are_compared_by_bits_per_byte(tmp_path: Path) -> None:
+    for name, tokenizer, seed, losses, bits in (
+        ("a", "char", 1, [1.25, 1.5], [1.75, 2.125]),
+        ("b", "char", 2, [1.75, 1.5], [2.5, 2.125]),
+        ("c", "bpe", 1, [4.0, 3.0], [2.0, 1.5]),
+        ("d", "bpe", 2, [4.0, 3.5], [2.0, 1.75]),
+    ):
+        facts = {"tokenizer_digest": tokenizer, "bits_per_byte": bits[-1]}
+        make(tmp_path / name, [f"tokenizer={tokenizer}", f"seed={seed}"], losses, **facts)
+        rows = [f"{i},{loss},{bit}\n" for i, (loss, bit) in enumerate(zip(losses, bits, strict=True), 1)]
+        (tmp_path / name / "metrics.csv").write_text("step,val/loss,val/bits_per_byte\n" + "".join(rows))
+    results = read_results([tmp_path])
+    columns, rows = table(results)
+    best = [(row[1], row[-1]) for row in rows]
+    assert columns[-1] == "best_bits_per_byte"
+    assert best == [("c", "1.5000"), ("a", "1.7500"), ("d", "1.7500"), ("b", "2.1250")]
+    columns, rows = over_seeds(results)
+    # (1.5 + 1.75) / 2, (1.75 + 2.125) / 2
+    assert [columns[2], *(row[:3] for row in rows)] == [
+        "mean_best_bits_per_byte",
+        ["bpe", "2", "1.6250"],
+        ["char", "2", "1.9375"],
+    ]
+    (_, figure), *_ = loss_curves(results)
+    assert [2.0, 1.5] in [list(line.get_ydata()) for line in figure.axes[0].lines]
+    assert "Best validation loss, bits per byte: 1.5000 (tokenizer=bpe, seed=1)" in as_html(results, "")
+    # runs of one setting have different tokenizers
+    for name, tokenizer in (("e", "bpe"), ("f", "char")):
+        make(tmp_path / name, ["seed=1"], [1.0], tokenizer_digest=tokenizer, bits_per_byte=1.0)
+    assert over_seeds(read_results([tmp_path]))[1] == rows
 
 
 def test_what_cannot_be_compared_is_said(runs: Path, tmp_path: Path) -> None:
