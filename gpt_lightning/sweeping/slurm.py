@@ -7,10 +7,14 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.sweeping.jobs import Job
 from gpt_lightning.sweeping.launcher import ProcessLauncher
+from gpt_lightning.sweeping.process import OWN, PREFIXES
 
 SCRIPT = "sweep.sh"
 SUBMITTED = "slurm.txt"  # the number of the array that was submitted last
@@ -20,6 +24,7 @@ SUBMITTED = "slurm.txt"  # the number of the array that was submitted last
 TEMPLATE = """#!/bin/bash
 {options}
 cd {folder} || exit 1
+unset {own}  # the script is one process, whatever the tasks of the job are
 note() {{ {note} "$job" "$SLURM_ARRAY_TASK_ID" "$@"; }}
 trap 'asked=1; kill -USR1 $run; note 138 $SECONDS' USR1
 trap 'kill -TERM $run' TERM
@@ -51,6 +56,14 @@ class SlurmLauncher(ProcessLauncher):
     def __init__(self, sbatch: Mapping[str, str | int] | None = None):
         self.sbatch = dict(sbatch or {})
 
+    def setup(self, *, config: DictConfig, **given: Any) -> None:
+        super().setup(config=config, **given)
+        if (nodes := OmegaConf.select(config, "trainer.num_nodes", default=1)) != 1:
+            raise ConfigError(
+                f"trainer.num_nodes={nodes}: a job of a sweep is on one machine; start a run on several "
+                "with sbatch and srun, without -m"
+            )
+
     def run_all(self, jobs: Iterable[Job]) -> None:
         folder, at_once, waiting = self.ledger.folder, self.config.sweep.jobs, list(jobs)
         if (folder / SUBMITTED).is_file():
@@ -77,6 +90,7 @@ class SlurmLauncher(ProcessLauncher):
         script = TEMPLATE.format(
             options="\n".join([*lines, "#SBATCH --requeue"]),
             folder=shlex.quote(str(Path.cwd())),
+            own=" ".join([*sorted(OWN), *(f"${{!{prefix}@}}" for prefix in PREFIXES)]),
             note=shlex.join([sys.executable, "-m", "gpt_lightning.sweeping.note", str(folder)]),
             commands="\n".join(commands),
         )
