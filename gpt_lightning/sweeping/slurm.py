@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.sweeping.jobs import Job
 from gpt_lightning.sweeping.launcher import ProcessLauncher
+from gpt_lightning.sweeping.note import ledger_lock
 from gpt_lightning.sweeping.process import OWN, PREFIXES
 
 SCRIPT = "sweep.sh"
@@ -64,12 +66,24 @@ class SlurmLauncher(ProcessLauncher):
                 "with sbatch and srun, without -m"
             )
 
+    @contextmanager
+    def sweep(self) -> Iterator[Path]:
+        """The directory of the sweep; until it is submitted, no job notes anything in sweep.jsonl.
+
+        Raises:
+            ConfigError: If jobs that were submitted are queued or running, or SLURM does not say so.
+        """
+        with super().sweep() as folder, ledger_lock(folder):
+            if (folder / SUBMITTED).is_file():
+                number = (folder / SUBMITTED).read_text().strip()
+                if slurm("squeue", "--noheader", f"--jobs={number}", forgotten="Invalid job id"):
+                    raise ConfigError(
+                        f"the sweep runs as SLURM job {number}; wait for it, or scancel {number}"
+                    )
+            yield folder
+
     def run_all(self, jobs: Iterable[Job]) -> None:
         folder, at_once, waiting = self.ledger.folder, self.config.sweep.jobs, list(jobs)
-        if (folder / SUBMITTED).is_file():
-            number = (folder / SUBMITTED).read_text().strip()
-            if slurm("squeue", "--noheader", f"--jobs={number}", missing=""):
-                raise ConfigError(f"the sweep runs as SLURM job {number}; wait for it, or scancel {number}")
         if not waiting:
             return
         options: dict[str, str | int] = {
@@ -100,16 +114,16 @@ class SlurmLauncher(ProcessLauncher):
         print(f"SLURM job {number}: {len(waiting)} jobs; report runs={folder} shows how they stand")
 
 
-def slurm(*command: str, missing: str | None = None) -> str:
-    """The output of one of SLURM's programs.
+def slurm(*command: str, forgotten: str | None = None) -> str:
+    """The output of one of SLURM's programs; none if its error says `forgotten`.
 
     Raises:
-        ConfigError: If it is not there or fails, unless `missing` stands for its output then.
+        ConfigError: If it is not there or fails.
     """
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError) as error:
-        if missing is not None:
-            return missing
-        reason = getattr(error, "stderr", None) or error
-        raise ConfigError(f"{command[0]}: {str(reason).strip()}; hydra/launcher=slurm needs SLURM") from error
+        reason = str(getattr(error, "stderr", None) or error).strip()
+        if forgotten is not None and forgotten in reason:
+            return ""
+        raise ConfigError(f"{command[0]}: {reason}; hydra/launcher=slurm needs SLURM") from error

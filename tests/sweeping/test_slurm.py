@@ -95,6 +95,27 @@ def test_jobs_are_submitted_as_an_array_of_plain_commands_and_only_once(
     assert "seed=2" not in script
 
 
+def test_sweep_that_slurm_has_or_may_have_is_not_submitted_again_and_keeps_its_ledger(
+    sweep: list[str], tmp_path: Path, call: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    call("train", *sweep)
+    note(tmp_path / SWEEP, "seed=1", "0")
+    before = (tmp_path / SWEEP / "sweep.jsonl").read_text()
+    runs = "the sweep runs as SLURM job 77; wait for it, or scancel 77"
+    lost = "slurm_load_jobs error: Unable to contact slurm controller"
+    for name, said, line in (("queue", "77_0 main RUNNING", runs), ("broken", lost, f"squeue: {lost}")):
+        (tmp_path / name).write_text(said)
+        with pytest.raises(SystemExit):
+            call("train", *sweep)
+        assert capsys.readouterr().err.startswith(f"error: {line}")
+        assert (tmp_path / SWEEP / "sweep.jsonl").read_text() == before
+        assert submitted(tmp_path) == 1
+        (tmp_path / name).unlink()
+    (tmp_path / "broken").write_text("slurm_load_jobs error: Invalid job id specified")  # long ended
+    call("train", *sweep)
+    assert submitted(tmp_path) == 2
+
+
 def test_job_on_several_machines_is_refused_before_anything_is_written(
     sweep: list[str], tmp_path: Path, call: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
