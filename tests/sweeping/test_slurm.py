@@ -99,6 +99,7 @@ def test_sweep_that_slurm_has_or_may_have_is_not_submitted_again_and_keeps_its_l
     sweep: list[str], tmp_path: Path, call: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     call("train", *sweep)
+    assert "#SBATCH --array=0-1\n" in (tmp_path / SWEEP / "sweep.sh").read_text()
     note(tmp_path / SWEEP, "seed=1", "0")
     before = (tmp_path / SWEEP / "sweep.jsonl").read_text()
     runs = "the sweep runs as SLURM job 77; wait for it, or scancel 77"
@@ -112,8 +113,9 @@ def test_sweep_that_slurm_has_or_may_have_is_not_submitted_again_and_keeps_its_l
         assert submitted(tmp_path) == 1
         (tmp_path / name).unlink()
     (tmp_path / "broken").write_text("slurm_load_jobs error: Invalid job id specified")  # long ended
-    call("train", *sweep)
+    call("train", *sweep, "sweep.jobs=1")
     assert submitted(tmp_path) == 2
+    assert "#SBATCH --array=0-1%1\n" in (tmp_path / SWEEP / "sweep.sh").read_text()
 
 
 def test_job_on_several_machines_is_refused_before_anything_is_written(
