@@ -208,7 +208,7 @@ def test_job_that_slurm_signals_while_it_trains_and_while_it_imports_is_queued_a
         ask()
         wait(lambda: state(0) == "PENDING")
         assert ledger(sweep)["seed=1"]["status"] == "interrupted"
-        wait(lambda: state(0) == "RUNNING")
+        wait(lambda: ledger(sweep)["seed=1"]["attempts"] == 2)  # SLURM says RUNNING before its script runs
         ask()  # Python imports for some seconds
         wait(lambda: state(0) == "PENDING")
         wait(lambda: (state(0), state(1)) == ("COMPLETED", "COMPLETED"))
