@@ -97,13 +97,14 @@ def _check_srun() -> None:
 
 
 def refuse_several_sweeps() -> None:
-    """Refuse a sweep that torchrun or srun starts several times.
+    """Refuse a sweep that torchrun or srun starts several times; a script of SLURM starts it once.
 
     Raises:
         ConfigError: With the variable that says so.
     """
-    for variable in ("WORLD_SIZE", "SLURM_NTASKS"):
-        if (size := os.environ.get(variable, "1")) != "1" and (variable == "WORLD_SIZE" or _srun_used()):
+    in_step = _srun_used() and "SLURM_STEP_ID" in os.environ
+    for variable, used in {"WORLD_SIZE": True, "SLURM_NTASKS": in_step}.items():
+        if used and (size := os.environ.get(variable, "1")) != "1":
             raise ConfigError(
                 f"{variable}={size} in the environment: each of these processes would start the whole sweep; "
                 "start it once, without torchrun or srun, and its jobs with sweep.jobs= and device.devices="

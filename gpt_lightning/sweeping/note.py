@@ -22,7 +22,7 @@ def note(folder: Path, name: str, task: str, code: int | None = None, seconds: f
         code: Exit code as a shell has it; None if it begins.
         seconds: Since it began.
     """
-    with filelock.FileLock(folder / "sweep.lock"):
+    with ledger_lock(folder):
         ledger = Ledger(folder, [Job(**line) for line in read_ledger(folder)])
         (job,) = (one for one in ledger.jobs if one.name == name)
         if code is None:
@@ -31,6 +31,11 @@ def note(folder: Path, name: str, task: str, code: int | None = None, seconds: f
             killed = 128 < code < 160 and code not in ENDED  # as a shell reports a signal
             job.end(ledger.place(job), 128 - code if killed else code, seconds, _last_line(folder, task))
         ledger.write()
+
+
+def ledger_lock(folder: Path) -> filelock.BaseFileLock:
+    """Held while sweep.jsonl is read and written."""
+    return filelock.FileLock(folder / "sweep.lock")
 
 
 def _last_line(folder: Path, task: str) -> str:

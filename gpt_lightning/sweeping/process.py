@@ -30,8 +30,8 @@ PRELOADED = {  # what the jobs of a command import
 }
 # Variables that a job must not take for its own: the rank of a process, and what the command sets for itself
 OWN = {"RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
-OWN |= {"HYDRA_FULL_ERROR"}
-PREFIXES = ("MASTER_", "PL_", "TORCHELASTIC_")
+OWN |= {"HYDRA_FULL_ERROR", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"}
+PREFIXES = ("MASTER_", "PL_", "TORCHELASTIC_", "SLURM_NTASKS")
 SIGNALS = [signal.SIGINT, signal.SIGTERM] + [s for s in [getattr(signal, "SIGHUP", None)] if s]
 
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
+from gpt_lightning.config.command_line import key_of
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.sweeping.jobs import Job
 from gpt_lightning.sweeping.launcher import ProcessLauncher
+from gpt_lightning.sweeping.note import ledger_lock
+from gpt_lightning.sweeping.process import OWN, PREFIXES
 
 SCRIPT = "sweep.sh"
 SUBMITTED = "slurm.txt"  # the number of the array that was submitted last
@@ -20,6 +27,7 @@ SUBMITTED = "slurm.txt"  # the number of the array that was submitted last
 TEMPLATE = """#!/bin/bash
 {options}
 cd {folder} || exit 1
+unset {own}  # the script is one process, whatever the tasks of the job are
 note() {{ {note} "$job" "$SLURM_ARRAY_TASK_ID" "$@"; }}
 trap 'asked=1; kill -USR1 $run; note 138 $SECONDS' USR1
 trap 'kill -TERM $run' TERM
@@ -51,17 +59,39 @@ class SlurmLauncher(ProcessLauncher):
     def __init__(self, sbatch: Mapping[str, str | int] | None = None):
         self.sbatch = dict(sbatch or {})
 
+    def setup(self, *, config: DictConfig, **given: Any) -> None:
+        super().setup(config=config, **given)
+        if (nodes := OmegaConf.select(config, "trainer.num_nodes", default=1)) != 1:
+            raise ConfigError(
+                f"trainer.num_nodes={nodes}: a job of a sweep is on one machine; start a run on several "
+                "with sbatch and srun, without -m"
+            )
+
+    @contextmanager
+    def sweep(self) -> Iterator[Path]:
+        """The directory of the sweep; until it is submitted, no job notes anything in sweep.jsonl.
+
+        Raises:
+            ConfigError: If jobs that were submitted are queued or running, or SLURM does not say so.
+        """
+        with super().sweep() as folder, ledger_lock(folder):
+            if (folder / SUBMITTED).is_file():
+                number = (folder / SUBMITTED).read_text().strip()
+                if slurm("squeue", "--noheader", f"--jobs={number}", forgotten="Invalid job id"):
+                    raise ConfigError(
+                        f"the sweep runs as SLURM job {number}; wait for it, or scancel {number}"
+                    )
+            yield folder
+
     def run_all(self, jobs: Iterable[Job]) -> None:
         folder, at_once, waiting = self.ledger.folder, self.config.sweep.jobs, list(jobs)
-        if (folder / SUBMITTED).is_file():
-            number = (folder / SUBMITTED).read_text().strip()
-            if slurm("squeue", "--noheader", f"--jobs={number}", missing=""):
-                raise ConfigError(f"the sweep runs as SLURM job {number}; wait for it, or scancel {number}")
         if not waiting:
             return
+        given = [key_of(text) for text in self.config.hydra.overrides.task]
+        limit = f"%{at_once}" if at_once > 1 or "sweep.jobs" in given else ""  # the default is none
         options: dict[str, str | int] = {
             "job-name": folder.name,
-            "array": f"0-{len(waiting) - 1}" + f"%{at_once}" * (at_once > 1),
+            "array": f"0-{len(waiting) - 1}{limit}",
             "ntasks": 1,
             "signal": "B:USR1@60",
             "open-mode": "append",
@@ -77,6 +107,7 @@ class SlurmLauncher(ProcessLauncher):
         script = TEMPLATE.format(
             options="\n".join([*lines, "#SBATCH --requeue"]),
             folder=shlex.quote(str(Path.cwd())),
+            own=" ".join([*sorted(OWN), *(f"${{!{prefix}@}}" for prefix in PREFIXES)]),
             note=shlex.join([sys.executable, "-m", "gpt_lightning.sweeping.note", str(folder)]),
             commands="\n".join(commands),
         )
@@ -86,16 +117,16 @@ class SlurmLauncher(ProcessLauncher):
         print(f"SLURM job {number}: {len(waiting)} jobs; report runs={folder} shows how they stand")
 
 
-def slurm(*command: str, missing: str | None = None) -> str:
-    """The output of one of SLURM's programs.
+def slurm(*command: str, forgotten: str | None = None) -> str:
+    """The output of one of SLURM's programs; none if its error says `forgotten`.
 
     Raises:
-        ConfigError: If it is not there or fails, unless `missing` stands for its output then.
+        ConfigError: If it is not there or fails.
     """
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError) as error:
-        if missing is not None:
-            return missing
-        reason = getattr(error, "stderr", None) or error
-        raise ConfigError(f"{command[0]}: {str(reason).strip()}; hydra/launcher=slurm needs SLURM") from error
+        reason = str(getattr(error, "stderr", None) or error).strip()
+        if forgotten is not None and forgotten in reason:
+            return ""
+        raise ConfigError(f"{command[0]}: {reason}; hydra/launcher=slurm needs SLURM") from error

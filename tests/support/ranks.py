@@ -29,7 +29,7 @@ def torchrun(rank: int, port: int, size: int = 2) -> dict[str, str]:
 
 def srun(rank: int, port: int, size: int = 2) -> dict[str, str]:
     values = {"PROCID": rank, "LOCALID": rank, "NODEID": 0, "NTASKS": size, "NNODES": 1, "JOB_ID": port}
-    values["NTASKS_PER_NODE"] = size
+    values |= {"NTASKS_PER_NODE": size, "STEP_ID": 0}
     slurm = {f"SLURM_{key}": str(value) for key, value in values.items()}
     return {**slurm, "SLURM_JOB_NAME": "train", "MASTER_PORT": str(port), "SLURM_NODELIST": "127.0.0.1"}
 

@@ -350,8 +350,9 @@ def test_job_has_no_rank_of_another_process_and_its_share_of_the_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "PL_GLOBAL_SEED", "TORCHELASTIC_RUN_ID")
-    ranks = dict.fromkeys(names, "1")
-    assert job_environment(ranks | {"HYDRA_FULL_ERROR": "1", "HOME": "/home"}) == {"HOME": "/home"}
+    slurm = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "HYDRA_FULL_ERROR")
+    kept = {"HOME": "/home", "SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"}
+    assert job_environment(dict.fromkeys(names + slurm, "1") | kept) == kept
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     assert shares(1) == [{}]
