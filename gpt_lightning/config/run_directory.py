@@ -17,6 +17,7 @@ from gpt_lightning.config.ranks import check_processes, is_first_rank
 from gpt_lightning.config.recorded import flat, is_harmless, read_yaml
 from gpt_lightning.config.rules import check, number
 from gpt_lightning.rundir.directory import holds_run, release_lock, take_lock
+from gpt_lightning.training.slurm import refuse_queued
 
 SWEEP = {"sweep.jobs": number(int, least=1, most=1000), "sweep.retries": number(int, least=0)}
 
@@ -51,6 +52,7 @@ class SweepDirectory(Callback):
                 raise ConfigError("hydra.sweeper.max_batch_size= does not go with sweep.jobs=; leave it out")
             if (folder / "multirun.yaml").exists():
                 check_same_sweep(folder, config)
+                refuse_queued(folder)
                 take_lock(folder.resolve())  # before Hydra writes its configuration again
 
 

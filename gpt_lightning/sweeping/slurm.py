@@ -18,9 +18,9 @@ from gpt_lightning.sweeping.jobs import Job
 from gpt_lightning.sweeping.launcher import ProcessLauncher
 from gpt_lightning.sweeping.note import ledger_lock
 from gpt_lightning.sweeping.process import OWN, PREFIXES
+from gpt_lightning.training.slurm import SUBMITTED
 
 SCRIPT = "sweep.sh"
-SUBMITTED = "slurm.txt"  # the number of the array that was submitted last
 # SLURM signals the script before it ends the job. A run that trains writes a checkpoint and asks for
 # its job to be queued again; one that is still importing is ended by the signal, and the script asks.
 # What becomes of the job is noted in sweep.jsonl, early where SLURM may end the script before its last line.
@@ -69,18 +69,8 @@ class SlurmLauncher(ProcessLauncher):
 
     @contextmanager
     def sweep(self) -> Iterator[Path]:
-        """The directory of the sweep; until it is submitted, no job notes anything in sweep.jsonl.
-
-        Raises:
-            ConfigError: If jobs that were submitted are queued or running, or SLURM does not say so.
-        """
+        """The directory of the sweep; until it is submitted, no job notes anything in sweep.jsonl."""
         with super().sweep() as folder, ledger_lock(folder):
-            if (folder / SUBMITTED).is_file():
-                number = (folder / SUBMITTED).read_text().strip()
-                if slurm("squeue", "--noheader", f"--jobs={number}", forgotten="Invalid job id"):
-                    raise ConfigError(
-                        f"the sweep runs as SLURM job {number}; wait for it, or scancel {number}"
-                    )
             yield folder
 
     def run_all(self, jobs: Iterable[Job]) -> None:
@@ -112,21 +102,13 @@ class SlurmLauncher(ProcessLauncher):
             commands="\n".join(commands),
         )
         (folder / SCRIPT).write_text(script, encoding="utf-8")
-        number = slurm("sbatch", "--parsable", str(folder / SCRIPT)).partition(";")[0]
+        try:
+            answer = subprocess.run(
+                ["sbatch", "--parsable", str(folder / SCRIPT)], check=True, capture_output=True, text=True
+            )
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = str(getattr(error, "stderr", None) or error).strip()
+            raise ConfigError(f"sbatch: {reason}; hydra/launcher=slurm needs SLURM") from error
+        number = answer.stdout.strip().partition(";")[0]
         (folder / SUBMITTED).write_text(f"{number}\n")
         print(f"SLURM job {number}: {len(waiting)} jobs; report runs={folder} shows how they stand")
-
-
-def slurm(*command: str, forgotten: str | None = None) -> str:
-    """The output of one of SLURM's programs; none if its error says `forgotten`.
-
-    Raises:
-        ConfigError: If it is not there or fails.
-    """
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = str(getattr(error, "stderr", None) or error).strip()
-        if forgotten is not None and forgotten in reason:
-            return ""
-        raise ConfigError(f"{command[0]}: {reason}; hydra/launcher=slurm needs SLURM") from error

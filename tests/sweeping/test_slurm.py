@@ -101,15 +101,17 @@ def test_sweep_that_slurm_has_or_may_have_is_not_submitted_again_and_keeps_its_l
     call("train", *sweep)
     assert "#SBATCH --array=0-1\n" in (tmp_path / SWEEP / "sweep.sh").read_text()
     note(tmp_path / SWEEP, "seed=1", "0")
-    before = (tmp_path / SWEEP / "sweep.jsonl").read_text()
+    names = ("sweep.jsonl", "multirun.yaml")
+    before = [(tmp_path / SWEEP / name).read_text() for name in names]
     runs = "the sweep runs as SLURM job 77; wait for it, or scancel 77"
     lost = "slurm_load_jobs error: Unable to contact slurm controller"
     for name, said, line in (("queue", "77_0 main RUNNING", runs), ("broken", lost, f"squeue: {lost}")):
         (tmp_path / name).write_text(said)
-        with pytest.raises(SystemExit):
-            call("train", *sweep)
-        assert capsys.readouterr().err.startswith(f"error: {line}")
-        assert (tmp_path / SWEEP / "sweep.jsonl").read_text() == before
+        for again in (sweep, [*sweep[:-1], "hydra/launcher=processes"], [f"resume={tmp_path / SWEEP}"]):
+            with pytest.raises(SystemExit):
+                call("train", *again)
+            assert capsys.readouterr().err.startswith(f"error: {line}")
+        assert [(tmp_path / SWEEP / name).read_text() for name in names] == before
         assert submitted(tmp_path) == 1
         (tmp_path / name).unlink()
     (tmp_path / "broken").write_text("slurm_load_jobs error: Invalid job id specified")  # long ended
