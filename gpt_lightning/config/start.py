@@ -30,7 +30,7 @@ from gpt_lightning.config.ranks import (
 )
 from gpt_lightning.config.recorded import read_recorded, read_yaml, recorded_choices, recorded_overrides
 from gpt_lightning.config.resolvers import CONF
-from gpt_lightning.rundir.directory import HYDRA, newest_run, refuse_links, runs_below
+from gpt_lightning.rundir.directory import HYDRA, find_run, refuse_links, runs_below
 from gpt_lightning.rundir.summary import read_summary
 from gpt_lightning.training.slurm import slurm_job
 
@@ -64,9 +64,9 @@ def start_arguments(arguments: list[str]) -> list[str]:
     if repeat is not None:
         if resume is not None:
             raise ConfigError("resume= and repeat= exclude each other; give one of them")
-        return _repeat_arguments(flags, given, repeat)
+        return _repeat_arguments(flags, _with_weights(given), repeat)
     if resume is None:
-        return [*arguments, *_for_weights(given)]
+        return [*flags, *_with_weights(given), *_for_weights(given)]
     if found.multirun:
         raise ConfigError("resume= continues one run; it cannot be combined with -m")
     if (resume / SWEEP).is_file():
@@ -92,7 +92,7 @@ def plan_arguments(arguments: list[str]) -> list[str]:
         ConfigError: If there is no such run.
     """
     _, flags, given = split_arguments(arguments)
-    given = readable(given)
+    given = _with_weights(readable(given))
     for key in ("resume", "repeat"):
         if (folder := run_of(given, key)) is not None:
             recorded = recorded_overrides(folder)
@@ -129,15 +129,27 @@ def run_of(given: list[str], key: str) -> Path | None:
         return None
     if not value.strip():
         raise ConfigError(f"{key}= is empty, as an unset variable is; give a run directory, or {key}=null")
-    if value == "latest":
-        try:
-            outputs = value_of(given, "paths.outputs") or "outputs"
-            value = str(newest_run(outputs, prefer_unfinished=key == "resume"))
-        except FileNotFoundError as error:
-            raise ConfigError(f"{key}=latest: {error}; give {key}=RUN_DIR") from None
-    folder = Path(value).expanduser().resolve()
+    folder = _found(given, key, value, prefer_unfinished=key == "resume").resolve()
     refuse_links(folder)
     return folder
+
+
+def _found(given: list[str], key: str, value: str, **which: bool) -> Path:
+    """What the value of a key stands for, which may be `latest`."""
+    try:
+        return find_run(value, value_of(given, "paths.outputs") or "outputs", **which)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{key}={value}: {error}; give {key}=RUN_DIR") from None
+
+
+def _with_weights(given: list[str]) -> list[str]:
+    """The overrides with the run in the place of init_from=latest: it stays the same one."""
+    value = value_of(given, "init_from") or ""
+    if Path(value).name != "latest" or "," in value or value.startswith("hf:"):  # a job finds one of several
+        return given
+    run = _found(given, "init_from", value, with_checkpoint=True)
+    others = [text for text in given if key_of(text) != "init_from"]
+    return [*others, *verbatim("init_from")([f"init_from={run}"])]
 
 
 def _repeat_arguments(flags: list[str], given: list[str], folder: Path) -> list[str]:
