@@ -59,7 +59,8 @@ def start_arguments(arguments: list[str]) -> list[str]:
     if value_of(given, "resume") is None and restarted and begins_a_run(arguments):
         begun = directory is not None and (Path(directory) / HYDRA / "overrides.yaml").is_file()
         if own := directory if begun else _begun_by_this_job(arguments):
-            given = [*given, *verbatim("resume")([f"resume={own}"]), "trust=true"]  # it is this command's run
+            given = [text for text in given if key_of(text) != "init_from"]  # it is this command's run
+            given += [*verbatim("resume")([f"resume={own}"]), "trust=true"]
     resume, repeat = run_of(given, "resume"), run_of(given, "repeat")
     if repeat is not None:
         if resume is not None:
@@ -205,10 +206,18 @@ def _begun_by_this_job(arguments: list[str]) -> str | None:
     found, _, overrides = split_arguments(arguments)
     job = slurm_job()
     given = [text for text in overrides if not key_of(text).startswith(("hydra.", "hydra/"))]
+    given += _for_weights(given)
+    latest = (
+        Path(value_of(given, "init_from") or "").name == "latest"
+    )  # in its place, the run has another one
 
     def same(run: Path) -> bool:
         name = read_recorded(run, "hydra.yaml").hydra.job.config_name
-        return (given, found.config_name or "train") == (recorded_overrides(run), name)
+        now, before = (
+            [text for text in texts if not latest or key_of(text) != "init_from"]
+            for texts in (given, recorded_overrides(run))
+        )
+        return (now, found.config_name or "train") == (before, name)
 
     runs = runs_below(value_of(given, "paths.outputs") or "outputs")
     for run in sorted(runs, key=lambda run: (run / "summary.json").stat().st_mtime, reverse=True):
