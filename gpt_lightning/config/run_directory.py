@@ -17,6 +17,7 @@ from gpt_lightning.config.rules import check, number
 from gpt_lightning.rundir.directory import holds_run, release_lock, take_lock
 
 OURS = "hydra_plugins.gpt_lightning_sweeps."  # launchers that go on with a sweep
+SWEEPS: list[Path] = []  # new directories, whose sweeps may still be refused
 SWEEP = {"sweep.jobs": number(int, least=1, most=1000), "sweep.retries": number(int, least=0)}
 
 
@@ -43,6 +44,8 @@ class SweepDirectory(Callback):
                 )
             if (folder / "multirun.yaml").exists():
                 check_same_sweep(folder, config)
+            else:
+                SWEEPS.append(folder.absolute())
 
 
 class RunDirectory(SweepDirectory):

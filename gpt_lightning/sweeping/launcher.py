@@ -24,7 +24,6 @@ from gpt_lightning.config.command_line import key_of, verbatim
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.rundir.directory import HYDRA, locked
 from gpt_lightning.rundir.report import overview, read_results
-from gpt_lightning.rundir.summary import LEDGER
 from gpt_lightning.sweeping.jobs import Job, Ledger, jobs_of
 from gpt_lightning.sweeping.process import PRELOADED, SIGNALS, Pool
 
@@ -65,11 +64,7 @@ class ProcessLauncher(Launcher):
             SystemExit: If the sweep was told to end; its jobs have written checkpoints.
         """
         fixed: Any = OmegaConf.to_container(self.config.hydra.overrides.task, resolve=False)
-        try:
-            jobs = jobs_of(job_overrides, fixed, self.command)
-        except ValueError:
-            self.withdraw()
-            raise
+        jobs = jobs_of(job_overrides, fixed, self.command)
         with self.sweep() as folder:
             self.ledger = Ledger(folder, jobs)
             self.ledger.write()
@@ -83,14 +78,6 @@ class ProcessLauncher(Launcher):
                 f"{folder / 'sweep.jsonl'}, and the same command tries them again"
             )
         return [_result(job) for job in jobs]
-
-    def withdraw(self) -> None:
-        """Remove what Hydra wrote for a sweep that does not begin."""
-        folder = Path(str(self.config.hydra.sweep.dir))
-        if not (folder / LEDGER).exists():
-            (folder / "multirun.yaml").unlink(missing_ok=True)
-            with suppress(OSError):  # other files are there
-                folder.rmdir()
 
     @contextmanager
     def sweep(self) -> Iterator[Path]:

@@ -45,6 +45,20 @@ def test_refused_command_leaves_nothing(
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    ["train -m optimizer.lr=1,1", "train -m sed=1,2", "train -m model=nope,tiny", "train seed=-1",
+     "train name=a/../../b", "generate"],
+)  # fmt: skip
+def test_refused_command_leaves_no_empty_folder(
+    arguments: str, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        call(*arguments.split(), "device=cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_full_error_shows_the_traceback(command: Callable[..., Any], tiny: list[str]) -> None:
     result = command("train", *tiny, "trainer.max_steps=0", HYDRA_FULL_ERROR="1")
     assert result.returncode == 1
