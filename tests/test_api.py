@@ -116,6 +116,8 @@ def test_mistake_is_an_exception_with_the_line_of_the_shell(
         gpt_lightning.train("lr=3")
     with pytest.raises(ValueError, match=r"^optimizer\.lr=-1 must be a finite number above 0"):
         gpt_lightning.train(*tiny, "optimizer.lr=-1")
+    with pytest.raises(ValueError, match=r"^interactive=true asks for prompts in a terminal; .*give prompt="):
+        gpt_lightning.generate("checkpoint=nowhere", "interactive=true")
     assert capsys.readouterr().err == ""  # Hydra tells of it otherwise
     assert not (tmp_path / "run").exists()
 
