@@ -96,6 +96,8 @@ def main(cfg: DictConfig) -> list[str] | None:
     given = [key for key in ("prompt", "prompt_file") if cfg[key] is not None]
     if cfg.interactive and given:
         raise ConfigError(f"interactive=true asks for prompts; leave {given[0]}= out")
+    if cfg.interactive and main.in_python:
+        raise ConfigError("interactive=true asks for prompts in a terminal; from Python, give prompt=")
     if cfg.prompt is not None and cfg.prompt_file is not None:
         raise ConfigError("prompt= and prompt_file= exclude each other; give one of them")
     check(cfg, {"interactive": one_of(True, False), "prompt_file": readable_path, "default_prompts": texts})

@@ -46,6 +46,29 @@ def test_run_is_trained_measured_and_used(tiny: list[str], small_text: Path, tmp
     assert state() == before
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["latest", "mine/latest"])
+def test_latest_stands_for_a_run_wherever_one_is_taken(
+    name: str, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = [*tiny[:-1], "logger=none", "callbacks.samples=null"]
+    run = tmp_path / "outputs" / "mine" / "a"
+    loss = gpt_lightning.train(*options, f"hydra.run.dir={run}").summary["train_loss"]
+    assert gpt_lightning.load(name).info["name"] == "gpt"
+    assert gpt_lightning.plan(f"resume={name}").max_steps == 8
+    repeated = gpt_lightning.train(f"repeat={name}", f"hydra.run.dir={tmp_path / 'repeated'}")
+    assert repeated.summary["train_loss"] == loss
+    assert gpt_lightning.train(f"resume={name}").folder == run
+    next_run = f"hydra.run.dir={tmp_path / 'outputs' / 'next'}"
+    tuned = gpt_lightning.train(*options, f"init_from={name}", "optimizer.lr=1e-9", next_run)
+    assert f"init_from='{run}'" in tuned.summary["overrides"]  # the same one in every later start
+    assert tuned.summary["train_loss"] < loss
+    assert gpt_lightning.plan(*options, f"init_from={name}").parameters == tuned.summary["parameters"]
+    with pytest.raises(ValueError, match="init_from=no/latest: there is no run with a checkpoint below"):
+        gpt_lightning.train("init_from=no/latest")
+
+
 def test_run_that_its_time_limit_ends_is_returned_as_interrupted(tiny: list[str]) -> None:
     run = gpt_lightning.train(*tiny, "trainer.max_steps=100000", "time_limit=2")
     assert run.summary["status"] == "interrupted"
@@ -93,6 +116,8 @@ def test_mistake_is_an_exception_with_the_line_of_the_shell(
         gpt_lightning.train("lr=3")
     with pytest.raises(ValueError, match=r"^optimizer\.lr=-1 must be a finite number above 0"):
         gpt_lightning.train(*tiny, "optimizer.lr=-1")
+    with pytest.raises(ValueError, match=r"^interactive=true asks for prompts in a terminal; .*give prompt="):
+        gpt_lightning.generate("checkpoint=nowhere", "interactive=true")
     assert capsys.readouterr().err == ""  # Hydra tells of it otherwise
     assert not (tmp_path / "run").exists()
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +29,8 @@ from gpt_lightning.config.command_line import check_users, readable, split_argum
 from gpt_lightning.config.errors import ConfigError, Refusal, is_user_error, one_line
 from gpt_lightning.config.help import choices_of, config_dirs, help_text
 from gpt_lightning.config.resolvers import CONF
+from gpt_lightning.config.run_directory import SWEEPS
+from gpt_lightning.rundir.summary import LEDGER
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -103,6 +105,7 @@ class Command:
         job = HydraConfig.get()
         if job.mode == RunMode.RUN:
             remove_traces(Path(job.runtime.output_dir), job.output_subdir, job.job.name, self.here)
+            remove_empty(self.here / job.run.dir, self.here)  # as it was given: a/../b has made a as well
 
     def __call__(self) -> None:
         """The command in a shell: reads sys.argv, ends with an exit code."""
@@ -140,6 +143,9 @@ class Command:
                 raise self.failure
         except Refusal as refusal:
             raise refusal.error from None
+        except Exception:
+            withdraw_sweeps(self.here)
+            raise
         finally:
             self.failure = None
             set_environment(FULL_ERROR, self.full_error)
@@ -251,7 +257,7 @@ def wrong_choice(error: Exception) -> ConfigError | None:
 
 
 def remove_traces(folder: Path, subfolder: str | None, name: str, here: Path) -> None:
-    """Remove what Hydra wrote, below `here`, for a run that was refused before it began to train.
+    """Remove the files that Hydra wrote for a run that was refused before it began to train.
 
     A resumed run has no subfolder for Hydra: its files stay.
     """
@@ -265,11 +271,23 @@ def remove_traces(folder: Path, subfolder: str | None, name: str, here: Path) ->
     if subfolder is not None:
         shutil.rmtree(folder / subfolder, ignore_errors=True)
         (folder / f"{name}.log").unlink(missing_ok=True)
+
+
+def remove_empty(folder: Path, here: Path) -> None:
+    """Remove a folder and those above it, below `here`, that are empty."""
     for place in [folder, *(parent for parent in folder.parents if here in parent.parents)]:
-        try:
-            place.rmdir()
-        except OSError:  # not empty
-            return
+        with suppress(OSError):  # not empty
+            if place != here:
+                place.rmdir()
+
+
+def withdraw_sweeps(here: Path) -> None:
+    """Remove what Hydra wrote, below `here`, for a sweep that was refused before its first job."""
+    while SWEEPS:
+        folder = SWEEPS.pop()
+        if not (folder / LEDGER).exists():
+            (folder / "multirun.yaml").unlink(missing_ok=True)
+            remove_empty(folder, here)
 
 
 def log_to_files(error: Exception) -> None:

@@ -43,6 +43,13 @@ EXTRAS |= {"sacrebleu": "eval"} | dict.fromkeys(("fastapi", "gradio", "uvicorn")
 EXTRAS |= {name: name for name in ("wandb", "mlflow", "optuna")}
 SYNONYMS = {  # what other trainers call a key
     "learning_rate": "lr",
+    "min_lr": "min_lr_ratio",
+    "decay_lr": "scheduler",
+    "lr_decay_iters": "scheduler.max_steps",
+    "eval_interval": "val_every_steps",
+    "eval_iters": "val_batches",
+    "log_interval": "log_every_steps",
+    "start": "prompt",
     "epochs": "max_epochs",
     "steps": "max_steps",
     "max_iters": "max_steps",
@@ -115,6 +122,8 @@ def suggestion(key: str, keys: Iterable[str]) -> str | None:
     group, _, name = key.rpartition(".")
     name = SYNONYMS.get(name, name)
     everything = sorted(keys, key=lambda one: not one.startswith("trainer."))  # before scheduler.max_steps
+    if "." in name and name in everything:
+        return name
     same_group = [one for one in everything if one.rpartition(".")[0] == group]
     for candidates, similarity in (
         (same_group, 0.75),

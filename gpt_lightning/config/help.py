@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,17 @@ from omegaconf import OmegaConf
 from gpt_lightning.config.command_line import split_arguments
 from gpt_lightning.config.resolvers import CONF
 
-INTERNAL = re.compile(r"(defaults:|hydra:|model: \{block_size|_target_:|_partial_:|# @package|- |\s+- )")
+SWEEPS = {"train": "seed=1,2 optimizer.lr=1e-3,3e-3", "prepare": "'shard=range(8)' shards=8"}
+
+
+@dataclass
+class Key:
+    """A key with the value that wins, its first comment, and the keys below it."""
+
+    value: str = ""
+    comment: list[str] = field(default_factory=list)  # its lines
+    column: int = 0  # of the comment, from the beginning of the key
+    below: dict[str, Key] = field(default_factory=dict)
 
 
 def help_text(config_name: str, overrides: list[str]) -> str:
@@ -25,16 +36,17 @@ def help_text(config_name: str, overrides: list[str]) -> str:
     lines += ["== Groups and their choices: GROUP=CHOICE =="]
     for group in sorted(groups):
         lines.append(f"{group}: {', '.join(choices_of(group))}")
-    lines += ["", "== Keys: KEY=VALUE ==", *_body(config_name, "")]
-    lines += _body("train", "") if config_name == "plan" else []
+    keys: dict[str, Key] = {}
+    for name in (config_name, *(["train"] if config_name == "plan" else [])):
+        _add_file(keys, name)
     for group in groups:
         if group != "experiment" and chosen[group] not in (None, "null"):
-            lines += [f"{group}: # {group}={chosen[group]}", *_body(f"{group}/{chosen[group]}", "  ")]
-    lines += [
-        "",
-        "Several runs: -m seed=1,2 optimizer.lr=1e-3,3e-3. --cfg job prints the composed configuration,",
-    ]
-    lines += ["--config-dir DIR adds choices of your own, --hydra-help lists Hydra's flags."]
+            keys.setdefault(group, Key(comment=[f"# {group}={chosen[group]}"]))
+            _add_file(keys, f"{group}/{chosen[group]}")
+    lines += ["", "== Keys: KEY=VALUE ==", *_lines(keys), ""]
+    lines += [f"Several runs: -m {SWEEPS[config_name]}"] if config_name in SWEEPS else []
+    lines += ["--cfg job prints the composed configuration, --config-dir DIR adds choices of your own,"]
+    lines += ["--hydra-help lists Hydra's flags."]
     return "\n".join(lines)
 
 
@@ -70,17 +82,49 @@ def _groups(config_name: str) -> dict[str, str | None]:
     return found
 
 
-def _body(name: str, indent: str) -> list[str]:
-    """The keys of a file and of those that it extends, with their comments."""
+def _add_file(keys: dict[str, Key], name: str) -> None:
+    """Adds the keys of the files that a file extends, and its own, where Hydra puts them."""
     if (path := _file(name)) is None:  # Hydra will say so
-        return []
-    lines: list[str] = []
+        return
+    group = name.rpartition("/")[0]
     for entry in _defaults(path):
-        if "/" in name and isinstance(entry, str) and entry != "_self_":
-            lines += _body(f"{name.rpartition('/')[0]}/{entry}", indent)
+        if group and isinstance(entry, str) and entry != "_self_":
+            _add_file(keys, f"{group}/{entry.partition('@')[0]}")
     text = path.read_text(encoding="utf-8")
-    text = re.sub(r"^hydra:\n(?:[ \t]+.*\n|\n)*", "", text, flags=re.M)
-    for line in text.splitlines():
-        if line.strip() and not INTERNAL.match(line.lstrip()) and not line.startswith("#"):
-            lines.append(indent + line)
+    if group and not re.search("^# *@package +_global_", text, re.M):
+        for part in group.split("/"):
+            keys = keys.setdefault(part, Key()).below
+    _add(keys, yaml.compose(text), text)
+
+
+def _add(keys: dict[str, Key], node: Any, text: str) -> None:
+    """Adds the keys of a mapping in a YAML text; the last value and the first comment of a key stay."""
+    for name, value in node.value if node else ():
+        shown = text[value.start_mark.index : value.end_mark.index]
+        if name.value in ("defaults", "hydra") or name.value.startswith("_") or shown == "{block_size: null}":
+            continue
+        key, end = keys.setdefault(name.value, Key()), value.end_mark.index
+        if isinstance(value, yaml.CollectionNode) and not value.flow_style:  # a block, below its key
+            items = value.value if isinstance(value, yaml.SequenceNode) else []
+            shown = ", ".join(text[item.start_mark.index : item.end_mark.index] for item in items)
+            shown, end = f"[{shown}]" if items else "", name.end_mark.index + 1
+        key.value = re.sub(r"\s*\n\s*", " ", shown)
+        comment = re.compile(r"[ \t]*(#.*(\n[ \t]+#.*)*)").match(text, end)
+        if comment and not key.comment:
+            key.comment = [line.strip() for line in comment[1].splitlines()]
+            key.column = comment.start(1) - name.start_mark.index
+        if isinstance(value, yaml.MappingNode):
+            _add(key.below, value, text)
+        else:
+            key.below.clear()
+
+
+def _lines(keys: dict[str, Key], indent: str = "") -> list[str]:
+    lines: list[str] = []
+    for name, key in keys.items():
+        first, *more = key.comment or [""]
+        text = f"{name}: {'' if key.below else key.value}".rstrip() + " "
+        lines += [f"{indent}{text.ljust(key.column)}{first}".rstrip()]
+        lines += [f"{indent}{' ' * key.column}{line}" for line in more]
+        lines += _lines(key.below, indent + "  ")
     return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from gpt_lightning.config.command_line import as_given
+from gpt_lightning.config.command_line import as_given, key_of
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.nodes import build, build_with, check_arguments, inspect_node, naming_key, plain
 from gpt_lightning.config.rules import TRAINER_KEYS
@@ -216,9 +217,16 @@ def starting_point(
             "optimizer.lr=%g is a rate for training from nothing and makes a model forget; 1e-4 suits most",
             rate,
         )
-    net, encoding = start_from(
-        str(checkpoint or cfg.init_from), **({} if checkpoint else asked_of_model(cfg))
-    )
+    try:
+        net, encoding = start_from(
+            str(checkpoint or cfg.init_from), **({} if checkpoint else asked_of_model(cfg))
+        )
+    except ValueError as error:
+        given = {key_of(text): text for text in HydraConfig.get().overrides.task}
+        choice = given.get("model") or given.get("experiment")
+        if choice is None or re.split("[= ]", str(error))[0] in given:
+            raise
+        raise ConfigError(str(error).replace("leave the key out", f"leave {choice} out")) from error
     if asked and encoding is not None and checkpoint is None:
         log.warning("%s is not used: the weights of init_from= have a tokenizer", asked[-1])
     return net, encoding

@@ -19,6 +19,7 @@ from gpt_lightning.config.rules import check, number
 from gpt_lightning.rundir.directory import holds_run, release_lock, take_lock
 from gpt_lightning.training.slurm import refuse_queued
 
+SWEEPS: list[Path] = []  # new directories, whose sweeps may still be refused
 SWEEP = {"sweep.jobs": number(int, least=1, most=1000), "sweep.retries": number(int, least=0)}
 
 
@@ -54,6 +55,8 @@ class SweepDirectory(Callback):
                 check_same_sweep(folder, config)
                 refuse_queued(folder)
                 take_lock(folder.resolve())  # before Hydra writes its configuration again
+            else:
+                SWEEPS.append(folder.absolute())
 
 
 class RunDirectory(SweepDirectory):

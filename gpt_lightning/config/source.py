@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,19 +16,14 @@ from gpt_lightning.config.nodes import build, is_defined_in, targets
 from gpt_lightning.config.recorded import read_recorded
 from gpt_lightning.config.rules import check, text
 from gpt_lightning.data.files import reading
-from gpt_lightning.rundir.directory import HYDRA, newest_run
+from gpt_lightning.rundir.directory import HYDRA, find_run
 
 if TYPE_CHECKING:
     from gpt_lightning.data.corpus.base import Corpus
 
-log = logging.getLogger(__name__)
-
 
 def checkpoint_source(cfg: DictConfig) -> Path:
-    """The path that checkpoint= names.
-
-    `latest` is the newest run with a checkpoint below paths.outputs, `NAME/latest` the newest one below
-    its subfolder NAME.
+    """The path that checkpoint= names; `latest` and `NAME/latest` are runs with a checkpoint.
 
     Raises:
         ConfigError: If the key is missing.
@@ -39,13 +33,8 @@ def checkpoint_source(cfg: DictConfig) -> Path:
         raise ConfigError(
             "checkpoint= is missing; give a checkpoint, a run directory, an exported folder or latest"
         )
-    path = Path(str(cfg.checkpoint)).expanduser()
-    if path.name != "latest" or path.exists():
-        return path
     check(cfg, {"paths.outputs": text})
-    run = newest_run(Path(cfg.paths.outputs) / path.parent, with_checkpoint=True)
-    log.info("checkpoint=%s is %s", path, run)
-    return run
+    return find_run(str(cfg.checkpoint), cfg.paths.outputs, with_checkpoint=True)
 
 
 def network_of(cfg: DictConfig) -> Callable[..., Any] | None:

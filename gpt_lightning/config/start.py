@@ -33,7 +33,7 @@ from gpt_lightning.config.ranks import (
 )
 from gpt_lightning.config.recorded import read_recorded, read_yaml, recorded_choices, recorded_overrides
 from gpt_lightning.config.resolvers import CONF
-from gpt_lightning.rundir.directory import HYDRA, newest_run, refuse_links, runs_below
+from gpt_lightning.rundir.directory import HYDRA, find_run, refuse_links, runs_below
 from gpt_lightning.rundir.summary import read_summary
 from gpt_lightning.training.slurm import slurm_job
 
@@ -62,14 +62,15 @@ def start_arguments(arguments: list[str]) -> list[str]:
     if value_of(given, "resume") is None and restarted and begins_a_run(arguments):
         begun = directory is not None and (Path(directory) / HYDRA / "overrides.yaml").is_file()
         if own := directory if begun else _begun_by_this_job(arguments):
-            given = [*given, *verbatim("resume")([f"resume={own}"]), "trust=true"]  # it is this command's run
+            given = [text for text in given if key_of(text) != "init_from"]  # it is this command's run
+            given += [*verbatim("resume")([f"resume={own}"]), "trust=true"]
     resume, repeat = run_of(given, "resume"), run_of(given, "repeat")
     if repeat is not None:
         if resume is not None:
             raise ConfigError("resume= and repeat= exclude each other; give one of them")
-        return _repeat_arguments(flags, given, repeat)
+        return _repeat_arguments(flags, _with_weights(given), repeat)
     if resume is None:
-        return [*arguments, *_for_weights(given)]
+        return [*flags, *_with_weights(given), *_for_weights(given)]
     if found.multirun:
         raise ConfigError("resume= continues one run; it cannot be combined with -m")
     if (resume / SWEEP).is_file():
@@ -95,7 +96,7 @@ def plan_arguments(arguments: list[str]) -> list[str]:
         ConfigError: If there is no such run.
     """
     _, flags, given = split_arguments(arguments)
-    given = readable(given)
+    given = _with_weights(readable(given))
     for key in ("resume", "repeat"):
         if (folder := run_of(given, key)) is not None:
             recorded = recorded_overrides(folder)
@@ -140,15 +141,27 @@ def run_of(given: list[str], key: str) -> Path | None:
         return None
     if not value.strip():
         raise ConfigError(f"{key}= is empty, as an unset variable is; give a run directory, or {key}=null")
-    if value == "latest":
-        try:
-            outputs = value_of(given, "paths.outputs") or "outputs"
-            value = str(newest_run(outputs, prefer_unfinished=key == "resume"))
-        except FileNotFoundError as error:
-            raise ConfigError(f"{key}=latest: {error}; give {key}=RUN_DIR") from None
-    folder = Path(value).expanduser().resolve()
+    folder = _found(given, key, value, prefer_unfinished=key == "resume").resolve()
     refuse_links(folder)
     return folder
+
+
+def _found(given: list[str], key: str, value: str, **which: bool) -> Path:
+    """What the value of a key stands for, which may be `latest`."""
+    try:
+        return find_run(value, value_of(given, "paths.outputs") or "outputs", **which)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{key}={value}: {error}; give {key}=RUN_DIR") from None
+
+
+def _with_weights(given: list[str]) -> list[str]:
+    """The overrides with the run in the place of init_from=latest: it stays the same one."""
+    value = value_of(given, "init_from") or ""
+    if Path(value).name != "latest" or "," in value or value.startswith("hf:"):  # a job finds one of several
+        return given
+    run = _found(given, "init_from", value, with_checkpoint=True)
+    others = [text for text in given if key_of(text) != "init_from"]
+    return [*others, *verbatim("init_from")([f"init_from={run}"])]
 
 
 def _repeat_arguments(flags: list[str], given: list[str], folder: Path) -> list[str]:
@@ -204,10 +217,18 @@ def _begun_by_this_job(arguments: list[str]) -> str | None:
     found, _, overrides = split_arguments(arguments)
     job = slurm_job()
     given = [text for text in overrides if not key_of(text).startswith(("hydra.", "hydra/"))]
+    given += _for_weights(given)
+    latest = (
+        Path(value_of(given, "init_from") or "").name == "latest"
+    )  # in its place, the run has another one
 
     def same(run: Path) -> bool:
         name = read_recorded(run, "hydra.yaml").hydra.job.config_name
-        return (given, found.config_name or "train") == (recorded_overrides(run), name)
+        now, before = (
+            [text for text in texts if not latest or key_of(text) != "init_from"]
+            for texts in (given, recorded_overrides(run))
+        )
+        return (now, found.config_name or "train") == (before, name)
 
     runs = runs_below(value_of(given, "paths.outputs") or "outputs")
     for run in sorted(runs, key=lambda run: (run / "summary.json").stat().st_mtime, reverse=True):

@@ -23,6 +23,7 @@ from gpt_lightning.model.lora import LoRAConfig, merge_adapters
 from gpt_lightning.model.own import OwnNetwork, as_causal_lm
 from gpt_lightning.model.weights import CONFIGS, build_with_weights, read_config
 from gpt_lightning.rundir.checkpoint import find_checkpoint, read_checkpoint
+from gpt_lightning.rundir.directory import find_run
 
 log = logging.getLogger(__name__)
 CHAT = "gpt_lightning.data.corpus.chat.Chat"  # the corpus that makes a model answer
@@ -43,7 +44,8 @@ def load(
         print(model.generate("Once upon a time", max_new_tokens=100, temperature=0.8))
 
     Args:
-        path: A checkpoint, a run directory, or a folder that `gpt_lightning.export` wrote.
+        path: A checkpoint, a run directory, a folder that `gpt_lightning.export` wrote, or `latest` or
+            `NAME/latest` for the newest run with a checkpoint below outputs/ or outputs/NAME/.
         device: Such as "cpu", "cuda" or "mps"; None takes the fastest available one.
         dtype: "float32", "bfloat16" or, on a CPU, "int8" for the weights; None is float32.
         cuda_graph: As in `TextGenerator`.
@@ -57,6 +59,7 @@ def load(
     where = _device(device)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} does not exist; use {', '.join(DTYPES)}")
+    path = find_run(path, with_checkpoint=True)
     found = read_model(path, model=model)
     found.cuda_graph, is_own = cuda_graph, isinstance(found.net, OwnNetwork)
     found.net.to(where)

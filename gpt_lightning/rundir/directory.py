@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+log = logging.getLogger(__name__)
 HYDRA = ".hydra"  # subfolder with the configuration of a run
 _locks: dict[Path, IO[Any]] = {}  # held by this process, by run directory
 
@@ -72,6 +74,20 @@ def newest_run(root: str | Path, *, prefer_unfinished: bool = False, with_checkp
         kind = "run with a checkpoint" if with_checkpoint else "run"
         raise FileNotFoundError(f"there is no {kind} below {Path(root).expanduser().resolve()}")
     return max(runs, key=rank)
+
+
+def find_run(name: str | Path, root: str | Path = "outputs", **which: bool) -> Path:
+    """The path that a name of a run or a checkpoint stands for.
+
+    `latest` is the newest run below a folder, `NAME/latest` the newest one below its subfolder NAME; `which`
+    and errors are those of `newest_run`.
+    """
+    path = Path(name).expanduser()
+    if path.name != "latest" or path.exists():
+        return path
+    run = newest_run(Path(root) / path.parent, **which)
+    log.info("%s is %s", path, run)
+    return run
 
 
 def take_lock(folder: Path) -> None:

@@ -25,7 +25,7 @@ from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.recorded import is_harmless
 from gpt_lightning.rundir.directory import HYDRA, locked
 from gpt_lightning.rundir.report import overview, read_results
-from gpt_lightning.rundir.summary import LEDGER, read_ledger
+from gpt_lightning.rundir.summary import read_ledger
 from gpt_lightning.sweeping.jobs import Job, Ledger, jobs_of
 from gpt_lightning.sweeping.process import PRELOADED, SIGNALS, Pool
 
@@ -63,15 +63,9 @@ class ProcessLauncher(Launcher):
             ConfigError: After all have run, if one failed, or if two are the same.
             SystemExit: If the sweep was told to end; its jobs have written checkpoints.
         """
-        fixed, before = (
-            as_given(self.config.hydra.overrides.task),
-            read_ledger(Path(self.config.hydra.sweep.dir)),
-        )
-        try:
-            jobs = jobs_of(job_overrides, fixed, self.command, before)
-        except ValueError:
-            self.withdraw()
-            raise
+        fixed = as_given(self.config.hydra.overrides.task)
+        before = read_ledger(Path(str(self.config.hydra.sweep.dir)))
+        jobs = jobs_of(job_overrides, fixed, self.command, before)
         with self.sweep() as folder:
             self.ledger = Ledger(folder, jobs)
             self.ledger.write()
@@ -81,14 +75,6 @@ class ProcessLauncher(Launcher):
             self.run_all(waiting)
         refuse_unfinished(jobs, folder)
         return [_result(job) for job in jobs]
-
-    def withdraw(self) -> None:
-        """Remove what Hydra wrote for a sweep that does not begin."""
-        folder = Path(str(self.config.hydra.sweep.dir))
-        if not (folder / LEDGER).exists():
-            (folder / "multirun.yaml").unlink(missing_ok=True)
-            with suppress(OSError):  # other files are there
-                folder.rmdir()
 
     @contextmanager
     def sweep(self) -> Iterator[Path]:

@@ -19,6 +19,7 @@ from support.runs import BIGRAM, TINY
 
 import gpt_lightning
 from gpt_lightning.config.errors import ConfigError
+from gpt_lightning.config.recorded import flat
 from gpt_lightning.config.resolvers import CONF
 from gpt_lightning.config.resume import check_extension
 from gpt_lightning.config.start import plan_arguments, start_arguments
@@ -293,6 +294,25 @@ def test_help_shows_every_key_with_its_comment_and_no_internal_choice(
         assert comment in line
     call("train", "--help", "model=gpt2_small", "optimizer=adamw")
     assert "model: # model=gpt2_small" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["train", "train model=tiny", "train model=gpt2_small tokenizer=gpt2 trainer=debug callbacks=diagnostics",
+     "train sweep=optuna data=tales", "plan", "prepare", "generate", "evaluate"],
+)  # fmt: skip
+def test_help_shows_every_key_once_with_the_value_that_it_has(
+    arguments: str, call: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *chosen = arguments.split()
+    call(name, "--help", *chosen)
+    keys, _, end = capsys.readouterr().out.partition("== Keys: KEY=VALUE ==\n")[2].partition("\n\n")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = flat(compose(name, chosen))
+    shown = flat(OmegaConf.create(keys))  # refuses a key that is there twice
+    assert len(shown) > 10
+    assert {key: value for key, value in shown.items() if value is not None}.items() <= composed.items()
+    assert ("-m " in end) == (name in ("train", "prepare"))
 
 
 def test_run_under_wsd_is_extended_until_its_decay_has_begun(tmp_path: Path) -> None:

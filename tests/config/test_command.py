@@ -19,8 +19,9 @@ from omegaconf import OmegaConf
 from support.runs import BIGRAM
 
 from gpt_lightning.config.command_line import readable, verbatim
-from gpt_lightning.config.errors import one_line
+from gpt_lightning.config.errors import one_line, suggestion
 from gpt_lightning.config.resolvers import detect_device
+from gpt_lightning.generate import main as generate
 from gpt_lightning.train import main
 
 
@@ -43,6 +44,20 @@ def test_refused_command_leaves_nothing(
     (tmp_path / "run" / "notes.txt").write_text("mine")
     error_of(call, capsys, "train", *tiny, "data.path=nowhere.txt")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["train -m optimizer.lr=1,1", "train -m sed=1,2", "train -m model=nope,tiny", "train seed=-1",
+     "train name=a/../../b", "generate"],
+)  # fmt: skip
+def test_refused_command_leaves_no_empty_folder(
+    arguments: str, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        call(*arguments.split(), "device=cpu")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_full_error_shows_the_traceback(command: Callable[..., Any], tiny: list[str]) -> None:
@@ -262,6 +277,25 @@ def test_help_and_suggestions_know_the_choices_of_a_users_own(
     assert "  widening: 2  # of the hidden layer\n" in shown
     refused = command("train", *own, "model.wideninng=3")
     assert re.search(r"^error: .*wideninng.*did you mean model\.widening\b", refused.stderr), refused.stderr
+
+
+def test_names_of_nanogpt_have_suggestions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train"])
+    meant = {
+        "eval_interval": "trainer.val_every_steps",
+        "eval_iters": "trainer.val_batches",
+        "log_interval": "trainer.log_every_steps",
+        "learning_rate": "optimizer.lr",
+        "min_lr": "scheduler.min_lr_ratio",
+        "warmup_iters": "scheduler.warmup_steps",
+        "lr_decay_iters": "scheduler.max_steps",
+        "decay_lr": "scheduler",
+        "max_iters": "trainer.max_steps",
+        "grad_clip": "trainer.clip_norm",
+        "gradient_accumulation_steps": "device.micro_batch_size",
+    }
+    assert {name: suggestion(name, main.keys()) for name in meant} == meant
+    assert suggestion("start", generate.keys()) == "prompt"
 
 
 @pytest.mark.parametrize("more", [[], ["--help"]])

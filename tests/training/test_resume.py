@@ -603,6 +603,30 @@ def test_run_directory_may_move_and_latest_finds_it(
     assert_same(moved, uninterrupted)
 
 
+@pytest.mark.parametrize("weights", ["weights.ckpt", "base/latest"])
+@pytest.mark.parametrize("place", [[], ["hydra.run.dir=outputs/tuned"]])
+def test_restarted_job_finds_its_run_that_began_from_weights(
+    weights: str, place: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(folder: Path, overrides: list[str]) -> None:
+        (folder / ".hydra").mkdir(parents=True)
+        (folder / "checkpoints").mkdir()
+        (folder / "checkpoints" / "last.ckpt").touch()
+        write_json(folder / "summary.json", {"status": "interrupted", "slurm_job": "77"})
+        hydra = {"job": {"config_name": "train"}, "overrides": {"hydra": []}}
+        hydra["runtime"] = {"cwd": str(tmp_path), "config_sources": []}
+        for name, content in (("overrides", overrides), ("config", {}), ("hydra", {"hydra": hydra})):
+            (folder / ".hydra" / f"{name}.yaml").write_text(json.dumps(content))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    begin(tmp_path / "outputs" / "base", [])
+    command = ["seed=2", f"init_from={weights}", "data=text", *place]
+    begin(tmp_path / "outputs" / "tuned", start_arguments(command))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert f"resume='{tmp_path}/outputs/tuned'" in start_arguments(command)
+
+
 def test_latest_prefers_a_run_that_is_not_finished(tmp_path: Path) -> None:
     states = {"a": "interrupted", "b": "failed", "c": "finished", "d": "finished"}
     for age, (name, state) in enumerate(states.items()):  # the last one is the newest
