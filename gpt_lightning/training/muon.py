@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gpt_lightning.training.optimizers import ParamGroups, adamw
-from gpt_lightning.training.precision import multiplies_bfloat16
+from gpt_lightning.training.precision import has_amx
 from gpt_lightning.training.strategies import sharded_like, whole
 
 STEPS = 4  # of the iteration; Jordan's Muon needs five, as it divides by the larger Frobenius norm
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at zero; singular values end between about 0.7 and 1.2
-WIDE = 192  # shorter side of a matrix from which bfloat16 is faster on a CPU that multiplies it
+WIDE = 128  # shorter side of a matrix from which bfloat16 is faster on a CPU with AMX
 MATRICES = {"hidden": 1, "qkv": 3}  # roles that Muon trains, and how many matrices a parameter has
 
 
@@ -131,7 +131,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
     An odd polynomial of degree five is iterated, from the matrix divided by the square root of its Gram
     matrix's Frobenius norm, so that no singular value is above 1. It runs in bfloat16 on a GPU, and for wide
-    matrices on a CPU that multiplies it, else in the type of the matrices.
+    matrices on a CPU with AMX, else in the type of the matrices.
 
     Args:
         matrices: (n, R, K).
@@ -142,7 +142,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     a, b, c = COEFFICIENTS
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices
-    use_bf16 = x.is_cuda or (x.size(-2) >= WIDE and x.device.type == "cpu" and multiplies_bfloat16("cpu"))
+    use_bf16 = x.is_cuda or (x.size(-2) >= WIDE and x.device.type == "cpu" and has_amx())
     if use_bf16:
         x = x.to(torch.bfloat16)
     gram = x @ x.mT  # (n, R, R)

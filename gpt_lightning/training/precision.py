@@ -25,6 +25,11 @@ def multiplies_bfloat16(accelerator: str) -> bool:
     return accelerator == "cpu" and any(cpu_features().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
+def has_amx() -> bool:
+    """Whether the CPU has matrix units for bfloat16; without them, only large models gain by it."""
+    return bool(cpu_features().get("amx_bf16"))
+
+
 def use_precision(trainer: Trainer, precision: str) -> None:
     """Change a trainer of 32 bits, which was built before its network was known, to another precision."""
     if precision == "bf16-mixed":

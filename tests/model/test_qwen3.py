@@ -12,11 +12,20 @@ import torch
 
 from gpt_lightning.inference.loading import load
 from gpt_lightning.interop.folder import read_folder
-from gpt_lightning.model.qwen3 import Qwen3, Qwen3Config, StarCoder2, StarCoder2Config
+from gpt_lightning.model.qwen3 import EPS, NormalizeRMS, Qwen3, Qwen3Config, StarCoder2, StarCoder2Config
 from gpt_lightning.model.weights import apply_overrides
 
 transformers = pytest.importorskip("transformers")
 IDX = torch.randint(0, 61, (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+def test_normalization_and_its_gradient_are_those_of_torch() -> None:
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 5, 8, generator=draw, dtype=torch.float64).requires_grad_()
+    gain = torch.randn(8, generator=draw, dtype=torch.float64).requires_grad_()
+    expected = torch.nn.functional.rms_norm(x, (8,), gain, EPS)
+    torch.testing.assert_close(NormalizeRMS.apply(x, gain), expected)
+    assert torch.autograd.gradcheck(NormalizeRMS.apply, (x, gain))  # against differences
 
 
 def theirs(kind: str, **options: Any) -> Any:

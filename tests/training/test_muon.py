@@ -63,9 +63,9 @@ def test_wide_matrices_are_multiplied_in_bfloat16_where_the_processor_does(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(muon_module, "multiplies_bfloat16", lambda _: False)
+    monkeypatch.setattr(muon_module, "has_amx", lambda: False)
     exact = orthogonal(matrices)
-    monkeypatch.setattr(muon_module, "multiplies_bfloat16", lambda _: True)
+    monkeypatch.setattr(muon_module, "has_amx", lambda: True)
     assert torch.equal(orthogonal(matrices), exact)  # too small for it
     monkeypatch.setattr(muon_module, "WIDE", 8)
     rounded = orthogonal(matrices)
