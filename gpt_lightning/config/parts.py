@@ -222,7 +222,7 @@ def starting_point(
             str(checkpoint or cfg.init_from), **({} if checkpoint else asked_of_model(cfg))
         )
     except ValueError as error:
-        given = {key_of(text): text for text in HydraConfig.get().overrides.task}
+        given = {key_of(text): text for text in as_given(HydraConfig.get().overrides.task)}
         choice = given.get("model") or given.get("experiment")
         if choice is None or re.split("[= ]", str(error))[0] in given:
             raise

@@ -218,13 +218,11 @@ def _begun_by_this_job(arguments: list[str]) -> str | None:
     job = slurm_job()
     given = [text for text in overrides if not key_of(text).startswith(("hydra.", "hydra/"))]
     given += _for_weights(given)
-    latest = (
-        Path(value_of(given, "init_from") or "").name == "latest"
-    )  # in its place, the run has another one
+    latest = Path(value_of(given, "init_from") or "").name == "latest"
 
     def same(run: Path) -> bool:
         name = read_recorded(run, "hydra.yaml").hydra.job.config_name
-        now, before = (
+        now, before = (  # the run has the path that latest stood for
             [text for text in texts if not latest or key_of(text) != "init_from"]
             for texts in (given, recorded_overrides(run))
         )
