@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gpt_lightning.config.command_line import as_of_job, key_of
-from gpt_lightning.data.files import atomic_write
-from gpt_lightning.rundir.summary import LEDGER, read_ledger, read_summary
+from gpt_lightning.data.files import atomic_write, write_json
+from gpt_lightning.rundir.summary import LEDGER, pruned_by, read_ledger, read_summary
 
 LONGEST_NAME = 120  # bytes
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has the first two
@@ -66,6 +66,9 @@ class Job:
             self.status = "finished"
         elif summary.get("status") == "pruned":
             self.status = "pruned"
+        elif summary and pruned_by(folder):  # a run that goes on was asked to stop before it listened
+            self.status = "pruned"
+            write_json(folder / "summary.json", {**summary, "status": "pruned"})
         elif exit_code in ENDED:
             self.status, self.error = "interrupted", ENDED[exit_code]
         else:

@@ -20,6 +20,7 @@ from gpt_lightning.config.resolvers import CONF
 from gpt_lightning.rundir.checkpoint import read_checkpoint
 from gpt_lightning.rundir.report import Result, notes, read_results
 from gpt_lightning.rundir.report_study import JOURNAL, study_figures
+from gpt_lightning.rundir.summary import read_summary
 from gpt_lightning.sweeping.jobs import Job
 from gpt_lightning.sweeping.search import Search, pruner_of, shared_storage
 from gpt_lightning.sweeping.space import Dimension, read_space
@@ -284,6 +285,17 @@ def test_directories_that_share_a_study_never_have_the_same_trial(storage: str, 
         ConfigError, match=r"has other values or another space: values .* another sweep\.study="
     ):
         opened(tmp_path / "c", shared, "trainer.max_steps=7")
+
+
+def test_trial_that_is_pruned_while_it_starts_again_is_no_failure(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"status": "interrupted", "best_val_loss": 3.5}')
+    job = Job("000-lr=1", [], 0)
+    job.end(tmp_path, -signal.SIGTERM, 2.0, "")
+    assert job.status == "failed"
+    (tmp_path / "pruned.txt").write_text("the pruner sees no hope")
+    job.end(tmp_path, -signal.SIGTERM, 2.0, "")  # before the run listens to signals
+    assert (job.status, job.result) == ("pruned", 3.5)
+    assert read_summary(tmp_path)["status"] == "pruned"
 
 
 def test_result_of_a_trial_is_recorded_by_the_next_start_if_the_first_was_killed(tmp_path: Path) -> None:
