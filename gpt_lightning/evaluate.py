@@ -127,9 +127,10 @@ def file_tokens(cfg: DictConfig, model: TextGenerator, source: Path) -> Scored:
     from gpt_lightning.evaluation.losses import lay_out
 
     text = TextFiles(cfg.text, val_fraction=sys.float_info.min)  # so small that all is training text
-    if found := shared_text(list(text.documents("train")), source):
+    documents = list(text.documents("train"))
+    if found := shared_text(documents, source):
         log.warning("text=%s has training text of the run (%r…): its loss is too low", cfg.text, found[:30])
-    tokens = lay_out(text.documents("train"), model.tokenizer, separated=text.separated)
+    tokens = lay_out(documents, model.tokenizer, separated=text.separated)
     return Scored(tokens, {"text": cfg.text})
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from gpt_lightning.config.command_line import key_of
+from gpt_lightning.config.command_line import as_given, key_of
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.sweeping.jobs import Job
 from gpt_lightning.sweeping.launcher import ProcessLauncher
@@ -77,7 +77,7 @@ class SlurmLauncher(ProcessLauncher):
         folder, at_once, waiting = self.ledger.folder, self.config.sweep.jobs, list(jobs)
         if not waiting:
             return
-        given = [key_of(text) for text in self.config.hydra.overrides.task]
+        given = [key_of(text) for text in as_given(self.config.hydra.overrides.task)]
         limit = f"%{at_once}" if at_once > 1 or "sweep.jobs" in given else ""  # the default is none
         options: dict[str, str | int] = {
             "job-name": folder.name,
