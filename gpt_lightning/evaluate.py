@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig
 
-from gpt_lightning.config.command import command
+from gpt_lightning.config.command import command, imports
 from gpt_lightning.config.command_line import verbatim
 from gpt_lightning.config.errors import ConfigError, check_output
 from gpt_lightning.config.nodes import build
@@ -201,8 +201,9 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     """Returns what the table shows, by name."""
     source = checkpoint_source(cfg)
     validate(cfg)
-    from gpt_lightning.evaluation.losses import evaluate
-    from gpt_lightning.inference.loading import load
+    with imports():
+        from gpt_lightning.evaluation.losses import evaluate
+        from gpt_lightning.inference.loading import load
 
     corpus = choose_corpus(cfg, source)
     model = load(source, cfg.device.accelerator, cfg.dtype, model=network_of(cfg))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from gpt_lightning.config.command import command
+from gpt_lightning.config.command import command, imports
 from gpt_lightning.config.command_line import verbatim
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.source import checkpoint_source
@@ -21,8 +21,9 @@ def main(cfg: DictConfig) -> None:
         raise ConfigError(f"overwrite={cfg.overwrite!r} must be true or false")
     if source.is_dir() and Path(cfg.output).expanduser().resolve() == source.resolve():
         raise ConfigError(f"output={cfg.output} is the folder that is exported; give another one")
-    from gpt_lightning.inference.loading import read_model
-    from gpt_lightning.interop.export import export
+    with imports():
+        from gpt_lightning.inference.loading import read_model
+        from gpt_lightning.interop.export import export
 
     model = read_model(source, merge=cfg.format != "peft")
     folder = export(model, cfg.output, format=cfg.format, overwrite=cfg.overwrite)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from gpt_lightning.config.command import command
+from gpt_lightning.config.command import command, imports
 from gpt_lightning.config.command_line import verbatim
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.nodes import plain
@@ -102,8 +102,9 @@ def main(cfg: DictConfig) -> list[str] | None:
         raise ConfigError("prompt= and prompt_file= exclude each other; give one of them")
     check(cfg, {"interactive": one_of(True, False), "prompt_file": readable_path, "default_prompts": texts})
     source = checkpoint_source(cfg)
-    from gpt_lightning.inference.loading import load
-    from gpt_lightning.inference.sampling import SamplingSettings
+    with imports():
+        from gpt_lightning.inference.loading import load
+        from gpt_lightning.inference.sampling import SamplingSettings
 
     values = plain(cfg)
     settings = SamplingSettings(**{field.name: values[field.name] for field in fields(SamplingSettings)})

@@ -18,10 +18,9 @@ from gpt_lightning.config.build import (
     precision_of,
     prepare_data,
 )
-from gpt_lightning.config.command import command
+from gpt_lightning.config.command import command, imports
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.parts import Parts, build_parts, device_count, starting_point, with_length
-from gpt_lightning.config.resume import with_recorded_values
 from gpt_lightning.config.rules import check, one_of, validate
 from gpt_lightning.config.setup import Finding, check_setup
 from gpt_lightning.config.start import plan_arguments
@@ -186,7 +185,6 @@ def show(plan: Plan | list[Finding]) -> None:
 @command("plan", arguments=plan_arguments, show=show)
 def main(cfg: DictConfig) -> Plan | list[Finding]:
     """Plans the run, or looks at the machine if check=true."""
-    cfg = with_recorded_values(cfg)
     validate(cfg)
     check(cfg, {"check": one_of(True, False)})
     return check_setup(cfg) if cfg.check else plan_run(cfg)
@@ -194,10 +192,11 @@ def main(cfg: DictConfig) -> Plan | list[Finding]:
 
 def plan_run(cfg: DictConfig) -> Plan:
     """What the run would cost; nothing is allocated but the tokens."""
-    import torch
+    with imports():
+        import torch
 
-    from gpt_lightning.data.windows import split_batch
-    from gpt_lightning.rundir.checkpoint import newest_valid_checkpoint
+        from gpt_lightning.data.windows import split_batch
+        from gpt_lightning.rundir.checkpoint import newest_valid_checkpoint
 
     parts = build_parts(cfg)
     devices = device_count(cfg)

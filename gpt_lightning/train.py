@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from gpt_lightning.config.build import build_data, build_module, prepare_data
-from gpt_lightning.config.command import command
+from gpt_lightning.config.command import command, imports
 from gpt_lightning.config.command_line import OWN_KEYS, as_given, flags_of, key_of
 from gpt_lightning.config.errors import lacks_memory
 from gpt_lightning.config.parts import build_loggers, build_parts, build_trainer, starting_point
@@ -27,7 +27,6 @@ from gpt_lightning.config.resume import (
     check_extension,
     record_extension,
     warn_of_versions,
-    with_recorded_values,
 )
 from gpt_lightning.config.rules import parse_duration, validate
 from gpt_lightning.config.run_directory import refuse_to_overwrite
@@ -110,7 +109,6 @@ def main(cfg: DictConfig) -> Run:
     with locked(folder) if is_first_rank() else nullcontext():
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # for single runs, before Hydra wrote anything
             refuse_to_overwrite(folder)
-        cfg = with_recorded_values(cfg)
         validate(cfg)
         limit = parse_duration(cfg.time_limit) if cfg.time_limit is not None else math.inf
         train(cfg, folder, started + limit)
@@ -121,12 +119,13 @@ def main(cfg: DictConfig) -> Run:
 
 def train(cfg: DictConfig, folder: Path, deadline: float) -> None:
     """One run in its directory: everything that needs no data is built before the data is looked at."""
-    import lightning.pytorch as pl
-    import torch
+    with imports():
+        import lightning.pytorch as pl
+        import torch
 
-    from gpt_lightning.training.callbacks.interruption import Interrupted
-    from gpt_lightning.training.callbacks.ranks import end_with_parent
-    from gpt_lightning.training.fit import describe, fit, quiet_lightning
+        from gpt_lightning.training.callbacks.interruption import Interrupted
+        from gpt_lightning.training.callbacks.ranks import end_with_parent
+        from gpt_lightning.training.fit import describe, fit, quiet_lightning
 
     quiet_lightning()
     end_with_parent(folder)

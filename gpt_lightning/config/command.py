@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import logging
 import os
 import shutil
@@ -17,15 +18,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from gpt_lightning.config.command_line import check_users, readable, split_arguments
+from gpt_lightning.config.composed import composed
 from gpt_lightning.config.errors import ConfigError, Refusal, is_user_error, one_line
 from gpt_lightning.config.help import choices_of, config_dirs, help_text
 from gpt_lightning.config.resolvers import CONF
@@ -191,11 +191,10 @@ class Command:
         chosen = [
             text for text in sys.argv[1:] if text.partition("=")[2] in choices_of(text.partition("=")[0])
         ]
-        for own in config_dirs()[1:]:
-            place = QuotedString(f"file://{own.absolute()}", Quote.single).with_quotes()
-            chosen.append(f"hydra.searchpath=[{place}]")
-        with isolated(sys.argv[0]), initialize_config_dir(str(CONF), version_base="1.3"):
-            level: list[tuple[str, Any]] = [("", OmegaConf.to_container(compose(self.config_name, chosen)))]
+        flags = [f"--config-name={self.config_name}", *(f"--config-dir={own}" for own in config_dirs()[1:])]
+        with isolated(sys.argv[0]):
+            everything: Any = OmegaConf.to_container(composed([*flags, *chosen]))
+        level = [("", {key: node for key, node in everything.items() if key != "hydra"})]
         while level:  # keys of few parts first
             pairs = [(f"{prefix}{key}", value) for prefix, node in level for key, value in node.items()]
             yield from (key for key, _ in pairs)
@@ -205,6 +204,23 @@ class Command:
 def command(config_name: str, **options: Any) -> Callable[[Callable[[DictConfig], Any]], Command]:
     """Decorates a task; options as of `Command`. Its module becomes callable from Python."""
     return lambda task: Command(task, config_name, **options)
+
+
+@contextmanager
+def imports() -> Iterator[None]:
+    """First imports of torch and Lightning: the garbage collector looks at none of their million objects.
+
+    They live as long as the process; a quarter of the time of a very short run, by benchmarks/RESULTS.md.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+    gc.freeze()
 
 
 @contextmanager

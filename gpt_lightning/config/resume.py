@@ -8,10 +8,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from gpt_lightning.config.command_line import OWN_KEYS, as_given, key_of
+from gpt_lightning.config.command import imports
+from gpt_lightning.config.command_line import OWN_KEYS, key_of
+from gpt_lightning.config.composed import as_value, composed
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.nodes import build, is_defined_in, targets
 from gpt_lightning.config.parts import with_length
@@ -21,7 +22,6 @@ from gpt_lightning.config.recorded import (
     flat,
     group_choices,
     read_recorded,
-    recorded_choices,
     recorded_overrides,
     write_yaml,
 )
@@ -52,66 +52,66 @@ SAFE = (
 )
 
 
-def with_recorded_values(cfg: DictConfig) -> DictConfig:
-    """The configuration of the run to resume or repeat, with what is given now on top.
+def recorded_values(arguments: list[str], given: list[str], folder: Path, *, resumes: bool) -> list[str]:
+    """Overrides that make the configuration the recorded one, where files of it have changed since.
+
+    Args:
+        arguments: The command line of the run: flags, recorded choices and overrides, and those given now.
+        given: The overrides that are given now, which count more than recorded values.
+        folder: The run directory.
+        resumes: Whether the same run goes on.
 
     Raises:
         ConfigError: If a resumed run would not be the same run; lists the keys with both values. If the run
             names classes that may run code of its author, unless trust=true was given.
     """
-    source = cfg.resume or cfg.repeat
-    if source is None:
-        return cfg
-    folder = Path(source)
-    recorded = {*recorded_overrides(folder), *recorded_choices(folder)}
-    given = [text for text in as_given(HydraConfig.get().overrides.task) if text not in recorded]
-    keys = [key_of(text) for text in given if key_of(text) not in OWN_KEYS]
-    before, now = OLDER_KEYS | flat(read_recorded(folder, "config.yaml")), flat(cfg)
-    if cfg.resume:
-        _check_unchanged(cfg, keys, before, now)
-    _take_recorded(cfg, folder, keys, before, now)
-    if cfg.resume:
-        _keep_warmup(cfg, before.get("trainer.max_steps"))
-    if cfg.repeat:
-        OmegaConf.update(cfg, "paths.outputs", now["paths.outputs"])
-        job = HydraConfig.get()
-        if job.output_subdir is not None:  # what Hydra wrote lacks the recorded values
-            write_yaml(Path(job.runtime.output_dir) / HYDRA / "config.yaml", cfg)
-    if (foreign := foreign_classes(cfg, given)) and cfg.trust is not True:
+    cfg = composed(arguments)
+    keys = [key_of(text) for text in given if key_of(text) not in OWN_KEYS and text[:5] != "hydra"]
+    before = OLDER_KEYS | flat(read_recorded(folder, "config.yaml"))
+    if resumes:
+        _check_unchanged(cfg, folder, keys, before)
+    values = _differing(cfg, folder, keys, before)
+    if values:
+        cfg = composed([*arguments, *values])
+    if resumes and (steps := _kept_warmup(cfg, before.get("trainer.max_steps"))) is not None:
+        values.append(f"scheduler.warmup_steps={steps}")
+    if cfg.trust is not True and (foreign := foreign_classes(cfg, given)):
         raise ConfigError(
             f"the run names classes that are not of gpt_lightning, and building them runs their code: "
             f"{', '.join(foreign)}; name their --config-dir, or add trust=true if you trust the run"
         )
-    return cfg
+    return values
 
 
-def _take_recorded(
-    cfg: DictConfig, folder: Path, keys: list[str], before: dict[str, Any], now: dict[str, Any]
-) -> None:
-    """Put the recorded values into `cfg`, but for those of `keys`, and for classes that have moved since."""
-    earlier, chosen = group_choices(folder), HydraConfig.get().runtime.choices
+def _differing(cfg: DictConfig, folder: Path, keys: list[str], before: dict[str, Any]) -> list[str]:
+    """Overrides for the recorded values that `cfg` does not have, but for those of `keys`.
 
-    def moves(key: str, value: Any) -> bool:
-        """Whether a recorded class is of this package and of a choice that is still there."""
-        group = key.partition(".")[0]
-        return str(value).startswith("gpt_lightning.") and earlier.get(group) == chosen.get(group)
-
-    for key, value in before.items():  # a class that is no longer chosen takes no argument of another one
-        other = key.endswith("._target_") and now.get(key) != value and not _covered(key, keys)
-        if other and not moves(key, value):
-            OmegaConf.update(cfg, key.removesuffix("._target_"), {}, merge=False, force_add=True)
+    A class of this package may have moved since, if its choice is still there.
+    """
+    now, earlier, chosen = flat(cfg), group_choices(folder), cfg.hydra.runtime.choices
+    texts = []
     for key, value in before.items():
         value = OLDER_VALUES.get((key, value), value) if isinstance(value, str) else value
-        own_class = key.endswith("_target_") and key in now and moves(key, value)
-        if not own_class and key not in OWN_KEYS and not _covered(key, [*keys, "paths.run"]):
-            OmegaConf.update(cfg, key, value, force_add=True)
+        if key in OWN_KEYS or _covered(key, [*keys, "paths.run"]) or (key in now and now[key] == value):
+            continue
+        if key.endswith("._target_"):
+            group, node = key.partition(".")[0], key.removesuffix("_target_")
+            if str(value).startswith("gpt_lightning.") and earlier.get(group) == chosen.get(group):
+                if key in now:
+                    continue
+            else:  # the class that is no longer chosen takes other arguments; Hydra deletes no null
+                other = [one for one in now if one.startswith(node) and one not in before]
+                texts += [text for one in other for text in (f"++{one}=0", f"~{one}")]
+        texts.append(f"++{key}={as_value(value)}")
+    return texts
 
 
-def _keep_warmup(cfg: DictConfig, max_steps: int | None) -> None:
-    """A run that is extended keeps the warm-up that followed from the number of steps it had."""
+def _kept_warmup(cfg: DictConfig, max_steps: int | None) -> int | None:
+    """The warm-up of a run that is extended: the one that followed from the number of steps it had."""
     ours = is_defined_in(cfg.scheduler.get("_target_", ""), r"gpt_lightning\.training\.schedules")
     if ours and cfg.scheduler.warmup_steps is None and max_steps not in (None, cfg.trainer.max_steps):
-        cfg.scheduler.warmup_steps = default_warmup(max_steps)
+        return default_warmup(max_steps)
+    return None
 
 
 def foreign_classes(cfg: DictConfig, given: list[str]) -> list[str]:
@@ -121,12 +121,13 @@ def foreign_classes(cfg: DictConfig, given: list[str]) -> list[str]:
         cfg: The configuration of the run, with what is given now on top.
         given: The overrides that are given now; in those that name the run, its author chose the text.
     """
-    sources = HydraConfig.get().runtime.config_sources
-    folders = [Path(source.path) for source in sources if source.provider == "command-line"]
+    folders = [Path(str(place).removeprefix("file://")) for place in cfg.hydra.searchpath]
     files = [file.read_text("utf-8", "ignore") for folder in folders for file in folder.rglob("*.yaml")]
     chosen = [text for text in given if key_of(text) not in OWN_KEYS]
     known = set(re.findall(r"_target_\W+([\w.]+)", "\n".join([*files, *chosen])))
-    return sorted(t for t in targets(cfg) if not is_defined_in(t, SAFE) and t not in known)
+    ours = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    with imports():
+        return sorted(t for t in targets(ours) if not is_defined_in(t, SAFE) and t not in known)
 
 
 def _covered(key: str, overridden: list[str]) -> bool:
@@ -134,7 +135,8 @@ def _covered(key: str, overridden: list[str]) -> bool:
     return any(key == one or key.startswith(one.replace("/", ".") + ".") for one in overridden)
 
 
-def _check_unchanged(cfg: DictConfig, keys: list[str], before: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_unchanged(cfg: DictConfig, folder: Path, keys: list[str], before: dict[str, Any]) -> None:
+    now = flat(cfg)
     nodes = [node for node in cfg.callbacks.values() if OmegaConf.is_dict(node)]
     stops_early = any("patience" in node or "EarlyStopping" in str(node.get("_target_")) for node in nodes)
     allowed = [rule for rule in HARMLESS + ELASTIC if not (stops_early and rule in VALIDATION)]
@@ -146,7 +148,7 @@ def _check_unchanged(cfg: DictConfig, keys: list[str], before: dict[str, Any], n
         and not any(fnmatch.fnmatch(key, rule) for rule in allowed)
     ]
     if differing and differing != ["trainer.max_steps"]:  # `extends` judges that alone
-        earlier = read_recorded(Path(cfg.resume), "config.yaml")
+        earlier = read_recorded(folder, "config.yaml")
         values = ((key, OmegaConf.select(earlier, key), OmegaConf.select(cfg, key)) for key in differing)
         listed = "; ".join(f"{key} (was {was}, now {now})" for key, was, now in values)
         raise ConfigError(

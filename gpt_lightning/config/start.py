@@ -33,6 +33,7 @@ from gpt_lightning.config.ranks import (
 )
 from gpt_lightning.config.recorded import read_recorded, read_yaml, recorded_choices, recorded_overrides
 from gpt_lightning.config.resolvers import CONF
+from gpt_lightning.config.resume import recorded_values
 from gpt_lightning.rundir.directory import HYDRA, find_run, refuse_links, runs_below
 from gpt_lightning.rundir.summary import read_summary
 from gpt_lightning.training.slurm import slurm_job
@@ -202,7 +203,8 @@ def _with_recorded(flags: list[str], given: list[str], key: str, folder: Path) -
         recorded = [text for text in recorded if _choice_exists(text, places)]
     go_to(hydra.runtime.cwd)
     given = [text for text in given if key_of(text) != key]
-    return [*flags, *search, *recorded, *given, *verbatim(key)([f"{key}={folder}"])]
+    arguments = [*flags, *search, *recorded, *given, *verbatim(key)([f"{key}={folder}"])]
+    return [*arguments, *recorded_values(arguments, given, folder, resumes=key == "resume")]
 
 
 def _choice_exists(override: str, places: list[Path]) -> bool:

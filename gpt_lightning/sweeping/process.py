@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import multiprocessing as mp
 import os
@@ -108,6 +109,7 @@ def job(
     module: str, arguments: list[str], variables: dict[str, str], folder: str, output: Connection
 ) -> None:
     """Runs in the process of the job."""
+    gc.freeze()  # what it was forked with lives as long as it does
     if hasattr(os, "setsid"):
         os.setsid()  # signals of the terminal go to the sweep, which passes them on
     for stream in (1, 2):

@@ -109,6 +109,23 @@ def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
     assert len(re.findall("^paths:$", result.stdout, re.M)) == 4  # each configuration
 
 
+def test_garbage_collector_is_spared_the_first_imports_alone() -> None:
+    program = """
+import gc
+from gpt_lightning.config.command import imports
+with imports():
+    import torch
+    assert not gc.isenabled()
+frozen = gc.get_freeze_count()
+assert gc.isenabled() and frozen > 100_000, frozen
+garbage = [[number] for number in range(1000)]
+with imports():
+    assert gc.isenabled()
+assert gc.get_freeze_count() <= frozen  # what a notebook has made since may be collected
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_device_is_one_that_torch_has() -> None:
     import torch
 

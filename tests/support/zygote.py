@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import importlib.util
 import json
@@ -176,6 +177,7 @@ def _serve() -> None:
     assert matplotlib
     assert torch
     assert train
+    gc.freeze()  # no child's garbage collector looks at, and thereby copies, what was imported
     codes: dict[int, int] = {}
     for line in sys.stdin:
         request = json.loads(line)
