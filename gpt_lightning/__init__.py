@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpt_lightning.evaluate import Result
     from gpt_lightning.inference.loading import load
     from gpt_lightning.inference.run import Run
     from gpt_lightning.inference.text import TextGenerator
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     def report(*overrides: str) -> Report | None:
         """What runs found, best first; None if they were watched."""
 
-    def evaluate(*overrides: str) -> dict[str, Any]:
+    def evaluate(*overrides: str) -> Result:
         """How well a model predicts text, by the names that the table of the command has."""
 
     def generate(*overrides: str) -> list[str]:

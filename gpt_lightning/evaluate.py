@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from omegaconf import DictConfig
 
@@ -60,7 +60,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-def validate(cfg: DictConfig) -> None:
+def check_keys(cfg: DictConfig) -> None:
     """Refuse wrong values before the model is loaded.
 
     Raises:
@@ -98,11 +98,28 @@ def choose_corpus(cfg: DictConfig, source: Path) -> Corpus | None:
     return corpus
 
 
+class Result(TypedDict, total=False):
+    """What was found; keys of a text are missing without one, as bleu without samples=."""
+
+    checkpoint: str
+    text: str  # its file, or its corpus and split
+    tokens: int
+    bytes: int
+    loss: float  # nats per token
+    standard_error: float | None
+    perplexity: float
+    bits_per_byte: float | None
+    floor_bits_per_byte: float | None  # the corpus entropy, where it is known
+    stride: int  # tokens, as block_size
+    block_size: int
+    bleu: float
+
+
 class Scored(NamedTuple):
     """What is evaluated."""
 
     tokens: np.ndarray  # (N,)
-    about: dict[str, Any]  # of the text, for the result
+    about: Result  # of the text
     counted: np.ndarray | None = None  # tokens that count, (N,) bool; None: all
 
 
@@ -186,28 +203,28 @@ def bleu(cfg: DictConfig) -> float:
     return float(sacrebleu.corpus_bleu(samples, [references]).score)
 
 
-def show(result: dict[str, Any]) -> None:
+def show(result: Result) -> None:
     """Print the results."""
     for key, layout in TABLE.items():
-        if result.get(key) is not None:
-            print(f"{key:>24}  {layout.format(result[key])}")
+        if (value := result.get(key)) is not None:
+            print(f"{key:>24}  {layout.format(value)}")
     block_size, stride = result.get("block_size", 0), result.get("stride", 0)
     if stride < block_size:
         print(WINDOWS.format(block_size - stride))
 
 
 @command("evaluate", arguments=verbatim("checkpoint", "text", "samples", "reference", "output"), show=show)
-def main(cfg: DictConfig) -> dict[str, Any]:
+def main(cfg: DictConfig) -> Result:
     """Returns what the table shows, by name."""
     source = checkpoint_source(cfg)
-    validate(cfg)
+    check_keys(cfg)
     with imports():
         from gpt_lightning.evaluation.losses import evaluate
         from gpt_lightning.inference.loading import load
 
     corpus = choose_corpus(cfg, source)
     model = load(source, cfg.device.accelerator, cfg.dtype, model=network_of(cfg))
-    result: dict[str, Any] = {"checkpoint": str(source)}
+    result: Result = {"checkpoint": str(source)}
     found = None
     if corpus is not None:
         found = corpus_tokens(cfg, corpus, model)
@@ -215,7 +232,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         found = file_tokens(cfg, model, source)
     if found:
         windows = {"stride": cfg.stride, "batch_size": cfg.batch_size}
-        result |= found.about | {**evaluate(model, found.tokens, counted=found.counted, **windows)}
+        scores = evaluate(model, found.tokens, counted=found.counted, **windows)
+        result = {**result, **found.about, **scores}
     if cfg.samples is not None:
         result["bleu"] = bleu(cfg)
     if cfg.tokens and found:

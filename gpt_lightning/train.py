@@ -125,7 +125,7 @@ def train(cfg: DictConfig, folder: Path, deadline: float) -> None:
 
         from gpt_lightning.training.callbacks.interruption import Interrupted
         from gpt_lightning.training.callbacks.ranks import end_with_parent
-        from gpt_lightning.training.fit import describe, fit, quiet_lightning
+        from gpt_lightning.training.fit import closing_lines, fit, quiet_lightning
 
     quiet_lightning()
     end_with_parent(folder)
@@ -167,7 +167,7 @@ def train(cfg: DictConfig, folder: Path, deadline: float) -> None:
             raise
         raise too_large(cfg, prepared, module.net, trainer.world_size) from error
     if trainer.is_global_zero:
-        log.info(describe(summary, trainer, folder))
+        log.info(closing_lines(summary, trainer, folder))
 
 
 def command_line(cfg: DictConfig, folder: Path) -> str:

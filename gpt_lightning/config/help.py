@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import re
 import sys
 from dataclasses import dataclass, field
@@ -32,7 +34,9 @@ def help_text(config_name: str, overrides: list[str]) -> str:
     lines = [f"python -m gpt_lightning.{config_name} key=value …", ""]
     given = dict(text.split("=", 1) for text in overrides if "=" in text)
     groups = _groups(config_name)
-    chosen: Any = OmegaConf.to_container(OmegaConf.create(groups | given), resolve=True)
+    brought = [_overridden(f"{group}/{choice}") for group, choice in (groups | given).items()]
+    asked = OmegaConf.create(functools.reduce(operator.or_, [groups, *brought, given]))
+    chosen: Any = OmegaConf.to_container(asked, resolve=True)
     lines += ["== Groups and their choices: GROUP=CHOICE =="]
     for group in sorted(groups):
         lines.append(f"{group}: {', '.join(choices_of(group))}")
@@ -40,7 +44,7 @@ def help_text(config_name: str, overrides: list[str]) -> str:
     for name in (config_name, *(["train"] if config_name == "plan" else [])):
         _add_file(keys, name)
     for group in groups:
-        if group != "experiment" and chosen[group] not in (None, "null"):
+        if chosen[group] not in (None, "null"):
             keys.setdefault(group, Key(comment=[f"# {group}={chosen[group]}"]))
             _add_file(keys, f"{group}/{chosen[group]}")
     lines += ["", "== Keys: KEY=VALUE ==", *_lines(keys), ""]
@@ -79,6 +83,17 @@ def _groups(config_name: str) -> dict[str, str | None]:
             found |= _groups("train")
         elif isinstance(entry, dict):
             found |= {str(group): choice for group, choice in entry.items() if "override" not in str(group)}
+    return found
+
+
+def _overridden(name: str) -> dict[str, str]:
+    """The choices of other groups that a choice brings with it, as GPT-2's sizes do its tokenizer."""
+    path, found = _file(name), dict[str, str]()
+    for entry in _defaults(path) if path else ():
+        if isinstance(entry, dict):
+            found |= {key.removeprefix("override /"): choice for key, choice in entry.items()}
+        elif entry != "_self_":
+            found |= _overridden(f"{name.rpartition('/')[0]}/{entry}")
     return found
 
 

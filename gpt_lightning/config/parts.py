@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}  # what Lightning's loggers need
+LOGGER_PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}  # what Lightning's loggers need
 MAX_FINETUNE_LR = 1e-3  # a learning rate above which trained weights soon lose what they knew
 NO_CALLBACKS = ("nonfinite",)  # keys of `callbacks` that are values for other callbacks
 
@@ -70,7 +70,7 @@ def build_parts(cfg: DictConfig) -> Parts:
     for name, node in cfg.logger.items():
         if node is not None:
             inspect_node(cfg, f"logger.{name}")
-            package = PACKAGES.get(node._target_.rpartition(".")[2])
+            package = LOGGER_PACKAGES.get(node._target_.rpartition(".")[2])
             if package and importlib.util.find_spec(package) is None:
                 raise ModuleNotFoundError(name=package)
     tokenizer = build_with(cfg, "tokenizer", ("trained", "key", "build"))

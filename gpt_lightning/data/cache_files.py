@@ -25,7 +25,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(path: Path, doing: str = "") -> Iterator[None]:
+def file_lock(path: Path, doing: str = "") -> Iterator[None]:
     """Hold a lock file against other processes, also on other machines that share the folder.
 
     A process that must wait says what the other one is doing.

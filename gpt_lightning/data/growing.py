@@ -26,7 +26,7 @@ import numpy as np
 from gpt_lightning.data.corpus.base import Corpus, Split
 from gpt_lightning.data.corpus.token_bins import TokenBins
 from gpt_lightning.data.remembered import remember_in
-from gpt_lightning.data.token_store import SPLITS, Job, SplitMeta, TokenStore, prepare
+from gpt_lightning.data.token_store import SPLITS, SplitMeta, StoreBuilder, TokenStore, prepare
 from gpt_lightning.data.tokenizer import FixedTokenizer, Tokenizer
 
 log = logging.getLogger(__name__)
@@ -136,15 +136,15 @@ def begin(corpus: Corpus, tokenizer: Tokenizer, cache: str | Path) -> GrowingSto
     """
     if isinstance(corpus, TokenBins):
         raise ValueError(f"data.path={corpus.path} is tokenized already; leave out data.shuffle_buffer")
-    job = Job(corpus, tokenizer, cache, threads=1)
+    builder = StoreBuilder(corpus, tokenizer, cache, threads=1)
     if getattr(corpus, "response_marker", ""):
         raise ValueError("data.shuffle_buffer does not go with responses, which alone are learned")
-    complete = partial(prepare, corpus, FixedTokenizer(job.encoding), cache)
-    if job.folder.exists():
+    complete = partial(prepare, corpus, FixedTokenizer(builder.encoding), cache)
+    if builder.folder.exists():
         complete()  # verifies it
     elif all(os.environ.get(rank, "0") == "0" for rank in ("LOCAL_RANK", "SLURM_LOCALID")):
         _write_in_background(complete, Path(cache).expanduser() / "remembered")
-    return GrowingStore(job.folder, job.encoding, job.meta({}), lengths={}, complete=complete)
+    return GrowingStore(builder.folder, builder.encoding, builder.meta({}), lengths={}, complete=complete)
 
 
 def _write_in_background(complete: Callable[[], TokenStore], memory: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpt_lightning.data.cache_files import locked
+from gpt_lightning.data.cache_files import file_lock
 from gpt_lightning.data.files import atomic_write
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def remembered(files: Sequence[Path], what: str, compute: Callable[[], Any]) -> 
     name = f"{files[0]}{f' and {more} more file' + 's' * (more > 1) if more else ''}"
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, NotImplementedError):  # a process that gets no lock does not wait
-            stack.enter_context(locked(place, f"reads {name}"))
+            stack.enter_context(file_lock(place, f"reads {name}"))
         known = _read(place)
         if trusted and known is not None:
             return known

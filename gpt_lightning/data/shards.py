@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_lightning.data.cache_files import locked, output, replacing, writing
-from gpt_lightning.data.corpus.base import Corpus, one_line
+from gpt_lightning.data.cache_files import file_lock, output, replacing, writing
+from gpt_lightning.data.corpus.base import Corpus, reason_of
 from gpt_lightning.data.corpus.token_bins import TokenBins
 from gpt_lightning.data.files import sealed, unsealed, write_json
-from gpt_lightning.data.token_store import DOCUMENT, Group, Job, TokenStore, order
+from gpt_lightning.data.token_store import DOCUMENT, Group, StoreBuilder, TokenStore, order
 from gpt_lightning.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -52,21 +52,21 @@ def prepare_shard(
         raise ValueError(f"shard={shard!r} must be a whole number from 0 to {shards - 1}, since {shards=}")
     if isinstance(corpus, TokenBins):
         raise ValueError(f"data.path={corpus.path} is tokenized already; use it without shards")
-    job = Job(corpus, tokenizer, cache, os.cpu_count() or 1)
-    if (store := job.reopen(warn=False)) is not None:
+    builder = StoreBuilder(corpus, tokenizer, cache, os.cpu_count() or 1)
+    if (store := builder.reopen(warn=False)) is not None:
         return store
-    parts = [_Part(job.folder, i, shards, job.dtype) for i in range(shards)]
-    with locked(parts[shard].folder):
+    parts = [_Part(builder.folder, i, shards, builder.dtype) for i in range(shards)]
+    with file_lock(parts[shard].folder):
         if not parts[shard].is_whole():
             with replacing(parts[shard].folder) as partial:
-                groups = parts[shard].write(partial, job.encoded(shard, shards))
-                job.check_unchanged()
+                groups = parts[shard].write(partial, builder.encoded(shard, shards))
+                builder.check_unchanged()
                 with writing(partial):
                     write_json(partial / "part.json", sealed({"groups": groups}))
     if not all(part.folder.is_dir() for part in parts):
-        return job.reopen(warn=False)  # another process may have merged them just now
+        return builder.reopen(warn=False)  # another process may have merged them just now
     # within a stream, the groups of a part are in order
-    store = job.build(lambda: heapq.merge(*(part.groups() for part in parts), key=order))
+    store = builder.build(lambda: heapq.merge(*(part.groups() for part in parts), key=order))
     for part in parts:
         shutil.rmtree(part.folder, ignore_errors=True)  # also by a process that merges at the same time
     return store
@@ -111,7 +111,7 @@ class _Part:
                 if file.read(1):
                     raise ValueError(f"{GROUPS} is longer than it was")
         except (KeyError, OSError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.folder} is damaged ({one_line(error)}); {self.remedy}") from error
+            raise ValueError(f"{self.folder} is damaged ({reason_of(error)}); {self.remedy}") from error
 
     def is_whole(self) -> bool:
         """Whether the part is there and undamaged; a damaged one is reported."""

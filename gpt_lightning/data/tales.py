@@ -43,14 +43,14 @@ def _parse(grammar: str) -> dict[str, tuple[str, ...]]:
     return rules
 
 
-RULES = _parse(Path(__file__).with_suffix(".txt").read_text(encoding="utf-8"))
+GRAMMAR = _parse(Path(__file__).with_suffix(".txt").read_text(encoding="utf-8"))
 SLOT = re.compile(r"\[(?P<rule>[^\]>]+)(?:>(?P<memory>\w+))?\]|\{(?P<recall>[\w.]+)\}")
 
 
 def options(rule: str, memory: dict[str, str]) -> dict[str, float]:
     """Texts that a rule can draw and their probabilities, which sum to 1; what is remembered is left out."""
     known = set(memory.values())
-    weights = {text: 1 / (rank + 4) for rank, text in enumerate(RULES[rule]) if text not in known}
+    weights = {text: 1 / (rank + 4) for rank, text in enumerate(GRAMMAR[rule]) if text not in known}
     total = sum(weights.values())
     return {text: weight / total for text, weight in weights.items()}
 
@@ -68,7 +68,7 @@ def tell(choose: Callable[[str, Mapping[str, float]], str], rule: str = "story")
             remembered, _, key = (name if name.split(".")[0] in memory else f"hero.{name}").partition(".")
             text = memory[remembered]
             if key:
-                text = SLOT.sub(say, RULES[f"{text}.{key}"][0])
+                text = SLOT.sub(say, GRAMMAR[f"{text}.{key}"][0])
         if slot["memory"]:
             memory[slot["memory"]] = text
         return text[0].upper() + text[1:] if capital else text

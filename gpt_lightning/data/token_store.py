@@ -24,7 +24,7 @@ import tiktoken
 from tqdm import tqdm
 
 from gpt_lightning.data import tokenizer as tokenizers
-from gpt_lightning.data.cache_files import locked, output, replacing, writing
+from gpt_lightning.data.cache_files import file_lock, output, replacing, writing
 from gpt_lightning.data.corpus.base import Corpus, DocumentParts, Split, check_chosen, file_sha256, stable
 from gpt_lightning.data.corpus.files import TextFiles
 from gpt_lightning.data.corpus.token_bins import TokenBins
@@ -115,14 +115,14 @@ def prepare(
     """
     if isinstance(corpus, TokenBins):
         return _open_bins(corpus, tokenizer)
-    job = Job(corpus, tokenizer, cache, threads or os.cpu_count() or 1)
-    return job.reopen(warn=False) or job.build(job.encoded)
+    builder = StoreBuilder(corpus, tokenizer, cache, threads or os.cpu_count() or 1)
+    return builder.reopen(warn=False) or builder.build(builder.encoded)
 
 
 class Group(NamedTuple):
     """Consecutive documents that a thread encodes in one task."""
 
-    stream: int  # index of what they were read from, among `Job.streams`
+    stream: int  # index of what they were read from, among `StoreBuilder.streams`
     place: int  # orders the groups of a stream
     ids: np.ndarray  # their tokens, each document with its end-of-text token, (tokens,)
     documents: np.ndarray  # a row for each, of the type DOCUMENT
@@ -149,7 +149,7 @@ class _Split:
         self.floors.append(math.fsum(documents["floor"]))
 
 
-class Job:
+class StoreBuilder:
     """Builds the store of a corpus and a tokenizer."""
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, cache: str | Path, threads: int):
@@ -186,7 +186,7 @@ class Job:
         if path.is_file():
             with contextlib.suppress(ValueError):
                 return tokenizers.load(path)
-        with locked(path):
+        with file_lock(path):
             if path.is_file():  # another process may have saved it meanwhile
                 try:
                     return tokenizers.load(path)
@@ -200,7 +200,7 @@ class Job:
 
     def build(self, groups: Callable[[], Iterable[Group]]) -> TokenStore:
         """Make the store of the groups, in their order; another process may have made it meanwhile."""
-        with locked(self.folder):
+        with file_lock(self.folder):
             if (store := self.reopen(warn=True)) is None:
                 with replacing(self.folder) as partial:
                     splits = self.write(partial, groups())

@@ -138,7 +138,7 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def describe(net: CausalLM, checkpoint: Mapping[str, Any]) -> ModelCard:
+def model_card(net: CausalLM, checkpoint: Mapping[str, Any]) -> ModelCard:
     """The card of a checkpoint's model."""
     config, progress = checkpoint["hyper_parameters"], _mapping(checkpoint.get("progress"))
     metrics, data = _mapping(progress.get("metrics")), _mapping(config.get("data"))
@@ -201,7 +201,7 @@ def _read_checkpoint(
         net = build_with_weights(shape, weights, asked, source=path, lora=adapters)
         net = merge_adapters(net) if adapters and merge else net
     _check_ids(net, tokenizer, path)
-    return net.eval(), tokenizer, describe(net, checkpoint)
+    return net.eval(), tokenizer, model_card(net, checkpoint)
 
 
 def _build_own(

@@ -23,7 +23,7 @@ MODEL_KEYS = {"state_dict", "hyper_parameters", "tokenizer"}  # needed to load t
 RESUME_KEYS = {"loops", "optimizer_states", "progress", "random_states"}  # needed to resume the run
 
 
-class Progress(TypedDict):
+class Position(TypedDict):
     """How far a run has come; losses in nats per token."""
 
     step: int
@@ -42,7 +42,7 @@ class Checkpoint(TypedDict, total=False):
     tokenizer: dict[str, Any]  # as `data.tokenizer.to_state` returns it
     corpus_digest: str  # of the text that it was trained on
     tokenizer_digest: str
-    progress: Progress
+    progress: Position
     random_states: list[dict[str, Any]]  # of each rank
     pending: dict[str, bool]  # "stop": the run ended early; "validation": one was interrupted
     global_step: int

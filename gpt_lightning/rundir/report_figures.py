@@ -38,7 +38,7 @@ def loss_curves(results: Sequence[Result]) -> Figures:
         axes.xaxis.set_major_formatter("{x:,.0f}" if field == "step" else EngFormatter())
         axes.locator_params(axis="x", nbins=5)
     panels[0].set_ylim(*_loss_limits(runs, kind))
-    names = [plain(label(result, results)) for result in runs[:COLOURED]]
+    names = [without_formula(label(result, results)) for result in runs[:COLOURED]]
     lines = [panels[0].plot([], [], color=f"C{number}")[0] for number in range(len(names))]
     if len(runs) > COLOURED:
         lines, names = [*lines, panels[0].plot([], [], color="lightgrey")[0]], [*names, "other runs"]
@@ -81,7 +81,7 @@ def losses_by_key(results: Sequence[Result]) -> Figures:
                 marker="o",
                 capsize=4,
                 color=f"C{number}" if number < COLOURED else "lightgrey",
-                label=plain(", ".join(f"{_short(k)}={_brief(v)}" for k, v in others)) or None,
+                label=without_formula(", ".join(f"{_short(k)}={_brief(v)}" for k, v in others)) or None,
             )
         _label_axis(axes, values)
         decorate(axes, key, f"best {LOSSES[measure(results)]}")
@@ -113,8 +113,8 @@ def parallel_coordinates(results: Sequence[Result]) -> Figures:
         for value in _apart(scale, 0.04 if few else 1.0):
             box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
             where = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": "small"}
-            axes.annotate(plain(_brief(value)), (x, scale[value]), **where, bbox=box)
-    axes.set_xticks(range(len(columns)), [plain(key) for key in columns])
+            axes.annotate(without_formula(_brief(value)), (x, scale[value]), **where, bbox=box)
+    axes.set_xticks(range(len(columns)), [without_formula(key) for key in columns])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     yield "All runs at once: each line is a run, dark where the loss is low", figure
@@ -176,12 +176,12 @@ def new_figure(width: float = 9, height: float = 4.5) -> Any:
 
 def decorate(axes: Any, x: str, y: str) -> None:
     """Names of the axes, and a grid."""
-    axes.set_xlabel(plain(x))
+    axes.set_xlabel(without_formula(x))
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
 
 
-def plain(text: str) -> str:
+def without_formula(text: str) -> str:
     """A text in which matplotlib reads no formula."""
     return text.replace("$", r"\$")
 
@@ -221,7 +221,7 @@ def _label_axis(axes: Any, values: Sequence[str]) -> None:
         axes.set_xscale("log")
     if len(at) <= COLOURED or kind == "texts":
         shown = _apart(_heights(values), 0.08)
-        axes.set_xticks([at[value] for value in shown], [plain(_brief(value)) for value in shown])
+        axes.set_xticks([at[value] for value in shown], [without_formula(_brief(value)) for value in shown])
         axes.minorticks_off()
 
 

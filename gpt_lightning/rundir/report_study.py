@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt_lightning.rundir.report import Result
-from gpt_lightning.rundir.report_figures import LOSS, Figures, decorate, new_figure, plain
+from gpt_lightning.rundir.report_figures import LOSS, Figures, decorate, new_figure, without_formula
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -71,7 +71,7 @@ def _history(study: Study) -> Any:
 def _bars(importances: dict[str, float]) -> Any:
     figure = new_figure(height=1 + 0.4 * len(importances))
     axes = figure.subplots()
-    axes.barh([plain(key) for key in importances], list(importances.values()))
+    axes.barh([without_formula(key) for key in importances], list(importances.values()))
     axes.invert_yaxis()
     decorate(axes, "share of what tells the best trials from the others", "")
     return figure

@@ -44,7 +44,7 @@ def build_chat(engine: Engine) -> gr.Blocks:
             """The tokens of the last answer, which is read with its question alone, as in training."""
             if not history:
                 return ""
-            *question, answer = plain(history[-2:])
+            *question, answer = as_messages(history[-2:])
             prompt = render(question)
             return await token_pages(engine, prompt, [prompt + answer["content"]], layer=layer, head=head)
 
@@ -65,7 +65,7 @@ async def respond(
         gradio.Error: For a mistake of the user or a full queue; the page shows it.
     """
     shown = [*history, {"role": "user", "content": html.escape(message)}]
-    messages = plain(shown)
+    messages = as_messages(shown)
     while len(messages) > 2 and len(render(messages)) > engine.max_prompt_chars:
         messages = messages[2:]  # the oldest question and its answer
     text, seed, due = "", secrets.randbelow(2**31), pace()
@@ -85,12 +85,12 @@ async def respond(
         raise gr.Error(str(error), print_exception=False) from None
 
 
-def plain(history: list[dict[str, Any]]) -> list[dict[str, str]]:
+def as_messages(history: list[dict[str, Any]]) -> list[dict[str, str]]:
     """The messages of a conversation as text."""
-    return [{"role": turn["role"], "content": text_of(turn["content"])} for turn in history]
+    return [{"role": turn["role"], "content": without_html(turn["content"])} for turn in history]
 
 
-def text_of(content: Any) -> str:
+def without_html(content: Any) -> str:
     """The text of a message as the browser sends it, HTML in one or several parts."""
     parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
     return html.unescape("".join(parts))

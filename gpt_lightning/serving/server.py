@@ -16,17 +16,17 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gpt_lightning.inference.sampling import SamplingSettings
+from gpt_lightning.inference.sampling import RANGES, SamplingSettings
 from gpt_lightning.inference.text import BATCH, Piece, TextGenerator
 from gpt_lightning.serving.chat import build_chat
 from gpt_lightning.serving.engine import Busy, Engine
@@ -40,8 +40,8 @@ DEFAULTS: dict[str, Any] = {"max_new_tokens": 16, "temperature": 1.0, "top_k": N
 SETTINGS = {field.name for field in fields(SamplingSettings)}
 
 
-class Completion(BaseModel):
-    """Body of a request; null stands for the default."""
+class OpenAICompletion(BaseModel):
+    """Body of a request in OpenAI's format; null stands for the default."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -56,11 +56,7 @@ class Completion(BaseModel):
     stream: bool = False
     stream_options: dict[str, bool] | None = None
     user: str | None = None
-    # not OpenAI's
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    # OpenAI's, only with the value that is implemented
+    # only with the value that is implemented
     best_of: int | None = Field(None, ge=1, le=1)
     echo: Literal[False] | None = None
     frequency_penalty: float | None = Field(None, ge=0, le=0)
@@ -73,6 +69,18 @@ class Completion(BaseModel):
     @classmethod
     def _null_is_the_default(cls, body: Any) -> Any:
         return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
+
+
+# A field for each setting that OpenAI has not, such as top_k
+OWN: dict[str, Any] = {
+    name: (kind | None, None)
+    for name, (kind, *_) in RANGES.items()
+    if name not in OpenAICompletion.model_fields
+}
+if TYPE_CHECKING:
+    Completion = OpenAICompletion
+else:
+    Completion = create_model("Completion", __base__=OpenAICompletion, **OWN)
 
 
 async def chunks(engine: Engine, body: Completion, model: str) -> AsyncGenerator[dict[str, Any], None]:

@@ -173,7 +173,7 @@ def _draw(folder: Path, data: TextDataModule, trainer: pl.Trainer, title: str) -
         log.debug("no curves: %s", error)
 
 
-def describe(summary: RunSummary, trainer: pl.Trainer, folder: Path) -> str:
+def closing_lines(summary: RunSummary, trainer: pl.Trainer, folder: Path) -> str:
     """The last lines that a user sees of a run."""
     sample = next((c.latest for c in trainer.callbacks if isinstance(c, Samples)), "")  # type: ignore[attr-defined]
     bits, floor, speed = (summary[k] for k in ("bits_per_byte", "floor_bits_per_byte", "tokens_per_second"))

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from gpt_lightning.data import tokenizer as tokenizers
 from gpt_lightning.model.gpt import IGNORE
-from gpt_lightning.rundir.checkpoint import Progress
+from gpt_lightning.rundir.checkpoint import Position
 from gpt_lightning.training.loggers import log_metrics
 from gpt_lightning.training.optimizers import OptimizerFactory, by_role, parameter_groups
 from gpt_lightning.training.strategies import shard, whole
@@ -174,7 +174,7 @@ class LanguageModel(pl.LightningModule):
         checkpoint["tokenizer"] = tokenizers.to_state(self.tokenizer)
         checkpoint["tokenizer_digest"] = tokenizers.digest(self.tokenizer)
         checkpoint["corpus_digest"] = self.corpus_digest
-        checkpoint["progress"] = Progress(
+        checkpoint["progress"] = Position(
             step=self.global_step,
             train_loss=self.mean_train_loss(),
             best_val_loss=self.best_val_loss,
@@ -183,6 +183,6 @@ class LanguageModel(pl.LightningModule):
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        progress: Progress = checkpoint["progress"]
+        progress: Position = checkpoint["progress"]
         self.train_loss, self.lr = torch.tensor(progress["train_loss"]), progress["lr"]
         self.best_val_loss, self.metrics = progress["best_val_loss"], dict(progress["metrics"])

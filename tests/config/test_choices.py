@@ -298,8 +298,10 @@ def test_help_shows_every_key_with_its_comment_and_no_internal_choice(
 
 @pytest.mark.parametrize(
     "arguments",
-    ["train", "train model=tiny", "train model=gpt2_small tokenizer=gpt2 trainer=debug callbacks=diagnostics",
-     "train sweep=optuna data=tales", "plan", "prepare", "generate", "evaluate"],
+    ["train", "train model=tiny", "train model=gpt2_small trainer=debug callbacks=diagnostics",
+     "train model=gpt2_small tokenizer=byte", "train experiment=fast_shakespeare_char_cpu",
+     "train experiment=nanogpt_shakespeare_char_cpu", "train sweep=optuna data=tales", "plan", "prepare",
+     "generate", "evaluate"],
 )  # fmt: skip
 def test_help_shows_every_key_once_with_the_value_that_it_has(
     arguments: str, call: Callable[..., Any], capsys: pytest.CaptureFixture[str]

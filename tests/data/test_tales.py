@@ -17,7 +17,7 @@ from support.runs import ROOT
 from gpt_lightning.data.corpus.base import Split
 from gpt_lightning.data.corpus.files import TextFiles
 from gpt_lightning.data.corpus.tales import TalesCorpus
-from gpt_lightning.data.tales import RULES, SEPARATOR, STORIES, Tales, options, tell
+from gpt_lightning.data.tales import GRAMMAR, SEPARATOR, STORIES, Tales, options, tell
 
 TOLD = list(Tales().stories_with_bits())
 TEXTS = [text for text, _ in TOLD]
@@ -101,7 +101,7 @@ def expanded(reader: Reader, slot: str, rules: Rules) -> list[Reader]:
     ]
 
 
-def parses(text: str, rules: Rules = RULES) -> list[float]:
+def parses(text: str, rules: Rules = GRAMMAR) -> list[float]:
     """Bits of every series of draws that tells `text`, reading it from left to right."""
     text = re.sub(r"\b([Aa])n (?=[aeiou])", r"\1 ", text)  # the grammar writes a everywhere
     found: list[float] = []
@@ -157,13 +157,13 @@ def test_parser_finds_every_parse_of_an_ambiguous_text() -> None:
 
 
 def test_grammar_has_no_article_that_the_reader_would_take_for_another() -> None:
-    assert not any(re.search(r"\b[Aa]n\b", text) for texts in RULES.values() for text in texts)
+    assert not any(re.search(r"\b[Aa]n\b", text) for texts in GRAMMAR.values() for text in texts)
 
 
-@pytest.mark.parametrize("rule", sorted(RULES))
+@pytest.mark.parametrize("rule", sorted(GRAMMAR))
 def test_no_text_of_a_rule_begins_another(rule: str) -> None:
-    assert len(set(RULES[rule])) == len(RULES[rule])
-    texts = [text for text in RULES[rule] if "[" not in text and "{" not in text]
+    assert len(set(GRAMMAR[rule])) == len(GRAMMAR[rule])
+    texts = [text for text in GRAMMAR[rule] if "[" not in text and "{" not in text]
     for text in texts:
         for other in texts:
             assert text is other or not (other + " ").startswith(text + " "), (text, other)
@@ -183,7 +183,7 @@ def test_probabilities_of_every_draw_sum_to_one() -> None:
 
 def test_weights_by_hand() -> None:
     # four texts weigh 1/4, 1/5, 1/6 and 1/7, in sum 319/420
-    assert RULES["dearest"] == ("dearest", "greatest", "only", "secret")
+    assert GRAMMAR["dearest"] == ("dearest", "greatest", "only", "secret")
     chances = {"dearest": 105 / 319, "greatest": 84 / 319, "only": 70 / 319, "secret": 60 / 319}
     assert options("dearest", {}) == pytest.approx(chances)
     # what is remembered is left out: 105 + 84 + 60 = 249
@@ -191,7 +191,7 @@ def test_weights_by_hand() -> None:
 
 
 def test_frequencies_agree_with_the_weights() -> None:
-    months = RULES["month"]
+    months = GRAMMAR["month"]
     pattern = re.compile(r"\bin (" + "|".join(months) + r")\b")
     counts = Counter(found[1] for text in TEXTS if (found := pattern.search(text)))
     n, total = sum(counts.values()), sum(1 / (rank + 4) for rank in range(len(months)))
@@ -205,7 +205,7 @@ def test_stories_do_not_repeat() -> None:
 
 
 def test_pronouns_agree_with_the_hero_and_the_treasure_returns() -> None:
-    girls, boys = set(RULES["girl"]), set(RULES["boy"])
+    girls, boys = set(GRAMMAR["girl"]), set(GRAMMAR["boy"])
     for text in TEXTS:
         hero = next(word for word in re.findall(r"named (\w+)", text) if word in girls | boys)
         pronoun = re.search(r"\b(His|Her|For his|For her)\b", text)

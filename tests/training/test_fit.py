@@ -31,7 +31,7 @@ from gpt_lightning.training.callbacks.interruption import Interrupted
 from gpt_lightning.training.callbacks.metrics import StepMetrics
 from gpt_lightning.training.callbacks.samples import Samples
 from gpt_lightning.training.callbacks.stop import Stop
-from gpt_lightning.training.fit import describe, fit, quiet_lightning
+from gpt_lightning.training.fit import closing_lines, fit, quiet_lightning
 from gpt_lightning.training.loggers import MetricsCSV
 from gpt_lightning.training.module import LanguageModel
 from gpt_lightning.training.muon import muon
@@ -325,7 +325,7 @@ def test_last_lines_compare_with_the_corpus_entropy(tmp_path: Path) -> None:
         "status": "interrupted", "steps": 3, "tokens": 3000, "seconds": 61.0, "tokens_per_second": 50.0,
     }  # fmt: skip
     trainer = pl.Trainer(max_steps=9, logger=False, enable_checkpointing=False)
-    lines = describe(summary, trainer, tmp_path).splitlines()
+    lines = closing_lines(summary, trainer, tmp_path).splitlines()
     assert lines == [
         "steps            3",
         "tokens           3,000",

@@ -137,7 +137,7 @@ def digest_files(settings: object, *groups: list[Path]) -> str:
     return digest
 
 
-def one_line(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -147,7 +147,7 @@ def field_of(row: Mapping[str, Any], field: str, where: str) -> Any:
     return row[field]
 
 
-def text_of(value: object, where: str) -> str:
+def valid_text(value: object, where: str) -> str:
     """A document that can be written as UTF-8; a missing one counts as empty."""
     if value is None:
         return ""

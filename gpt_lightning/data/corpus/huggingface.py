@@ -14,8 +14,8 @@ from gpt_lightning.data.corpus.base import (
     digest_files,
     field_of,
     files_below,
-    one_line,
-    text_of,
+    reason_of,
+    valid_text,
 )
 
 ROWS = 1000  # that a part of a source has at most
@@ -87,7 +87,7 @@ class HuggingFace:
         for batch in dataset.shard(num_shards=parts, index=part, contiguous=True).iter(batch_size=256):
             texts = field_of(batch, self.field, where)
             yield from filter(
-                str.strip, (text_of(text, f"{where}: data.field={self.field}") for text in texts)
+                str.strip, (valid_text(text, f"{where}: data.field={self.field}") for text in texts)
             )
 
     def _load(self, function: str, **options: object) -> Any:
@@ -101,6 +101,6 @@ class HuggingFace:
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             kind = ValueError if isinstance(error, ValueError) else OSError
             raise kind(
-                f"cannot read data.name={self.name}: {one_line(error)}; give a name on the hub that can be "
+                f"cannot read data.name={self.name}: {reason_of(error)}; give a name on the hub that can be "
                 "reached, or a local folder in the hub's layout"
             ) from error

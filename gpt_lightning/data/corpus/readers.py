@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gpt_lightning.data.corpus.base import BLOCK, field_of, kind_of, one_line, text_of
+from gpt_lightning.data.corpus.base import BLOCK, field_of, kind_of, reason_of, valid_text
 
 
 def read_documents(
@@ -20,7 +20,7 @@ def read_documents(
         yield from _parquet(path, field, row_groups)
     elif kind_of(path) == "jsonl":
         for row, where in read_objects(path):
-            yield text_of(field_of(row, field, where), f"{where}: data.field={field}")
+            yield valid_text(field_of(row, field, where), f"{where}: data.field={field}")
     else:
         for document in _split_at(text_blocks(path), separator):
             yield document.strip("\r\n")
@@ -51,7 +51,7 @@ def text_blocks(path: Path) -> Iterator[str]:
         where = f"{path}: byte {begin + error.start} is not UTF-8"
         raise ValueError(f"{where}; convert the file, for example with iconv -t UTF-8") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is no whole gzip file ({one_line(error)}); compress it again") from error
+        raise ValueError(f"{path} is no whole gzip file ({reason_of(error)}); compress it again") from error
 
 
 def count_characters(path: Path, separator: str | None) -> int | None:
@@ -85,7 +85,7 @@ def _json(line: str, where: str) -> dict[str, object]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON ({one_line(error)}); give one object per line") from error
+        raise ValueError(f"{where} is not JSON ({reason_of(error)}); give one object per line") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where} is a JSON {type(row).__name__}; give one object per line")
     return row
@@ -107,7 +107,7 @@ def _parquet(path: Path, field: str, row_groups: list[int] | None) -> Iterator[s
         field_of(dict.fromkeys(file.schema_arrow.names), field, str(path))
         for batch in file.iter_batches(batch_size=256, row_groups=row_groups, columns=[field]):
             for text in batch.column(0).to_pylist():
-                yield text_of(text, f"{path}: data.field={field}")
+                yield valid_text(text, f"{path}: data.field={field}")
 
 
 @contextmanager
@@ -118,4 +118,4 @@ def _parquet_file(path: Path) -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield file
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no readable parquet file ({one_line(error)})") from error
+        raise ValueError(f"{path} is no readable parquet file ({reason_of(error)})") from error

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from gpt_lightning.data.corpus.base import BLOCK, Split, file_sha256, one_line
+from gpt_lightning.data.corpus.base import BLOCK, Split, file_sha256, reason_of
 from gpt_lightning.data.corpus.files import TextFiles
 from gpt_lightning.data.files import atomic_write
 
@@ -74,5 +74,5 @@ def download(url: str, target: Path, sha256: str) -> Path:
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it holds the connection
-        raise OSError(f"cannot download {url} to {target} ({one_line(error)}); {remedy}") from error
+        raise OSError(f"cannot download {url} to {target} ({reason_of(error)}); {remedy}") from error
     return target

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gpt_lightning.data.corpus.base import Split, check_fraction, select
-from gpt_lightning.data.tales import RULES, Tales
+from gpt_lightning.data.tales import GRAMMAR, Tales
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class TalesCorpus(Tales):
         check_fraction(self.val_fraction)
 
     def digest(self) -> str:
-        return hashlib.sha256(repr((self, RULES)).encode()).hexdigest()
+        return hashlib.sha256(repr((self, GRAMMAR)).encode()).hexdigest()
 
     def documents(self, split: Split) -> Iterator[str]:
         return select(self._bits, split, self.val_fraction, "the grammar")
