@@ -35,8 +35,8 @@ def help_text(config_name: str, overrides: list[str]) -> str:
     given = dict(text.split("=", 1) for text in overrides if "=" in text)
     groups = _groups(config_name)
     brought = [_overridden(f"{group}/{choice}") for group, choice in (groups | given).items()]
-    asked = OmegaConf.create(functools.reduce(operator.or_, [groups, *brought, given]))
-    chosen: Any = OmegaConf.to_container(asked, resolve=True)
+    asked: dict[str, str | None] = functools.reduce(operator.or_, [groups, *brought, given])
+    chosen: Any = OmegaConf.to_container(OmegaConf.create(asked), resolve=True)
     lines += ["== Groups and their choices: GROUP=CHOICE =="]
     for group in sorted(groups):
         lines.append(f"{group}: {', '.join(choices_of(group))}")
