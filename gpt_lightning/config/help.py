@@ -34,8 +34,8 @@ def help_text(config_name: str, overrides: list[str]) -> str:
     lines = [f"python -m gpt_lightning.{config_name} key=value …", ""]
     given = dict(text.split("=", 1) for text in overrides if "=" in text)
     groups = _groups(config_name)
-    brought = [_overridden(f"{group}/{choice}") for group, choice in (groups | given).items()]
-    asked: dict[str, str | None] = functools.reduce(operator.or_, [groups, *brought, given])
+    brought: list[dict[str, Any]] = [_overridden(f"{g}/{choice}") for g, choice in (groups | given).items()]
+    asked = functools.reduce(operator.or_, [groups, *brought, given])
     chosen: Any = OmegaConf.to_container(OmegaConf.create(asked), resolve=True)
     lines += ["== Groups and their choices: GROUP=CHOICE =="]
     for group in sorted(groups):
