@@ -220,9 +220,13 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.norm = new_norm(config)
         D = config.head_width
-        speeds = config.rope_theta ** (-torch.arange(0, D, 2).float() / D)  # radians per position, (D / 2,)
-        angles = torch.outer(torch.arange(config.block_size).float(), speeds).repeat(1, 2)  # (block_size, D)
-        self.register_buffer("rotation", torch.stack([angles.cos(), angles.sin()]), persistent=False)
+        with torch.device("cpu"):  # arithmetic on the meta device would import torch._dynamo, for a second
+            speeds = config.rope_theta ** (
+                -torch.arange(0, D, 2).float() / D
+            )  # radians per position, (D / 2,)
+            angles = torch.outer(torch.arange(config.block_size).float(), speeds).repeat(1, 2)
+            rotation = torch.stack([angles.cos(), angles.sin()])  # (2, block_size, D)
+        self.register_buffer("rotation", rotation.to(self.norm.weight.device), persistent=False)
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) ids to (B, T, C), at positions 0 to T - 1 or those of the cache."""

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from gpt_lightning.model.gpt import GPT, CausalLM, GPTConfig, ModelConfig
 from gpt_lightning.model.lora import LoRAConfig, add_adapters
-from gpt_lightning.model.qwen3 import Qwen3, Qwen3Config, StarCoder2, StarCoder2Config
+from gpt_lightning.model.qwen3 import Qwen3, Qwen3Config, RotaryConfig, StarCoder2, StarCoder2Config
 
 # The networks of this package, by the _target_ that a checkpoint has; of no others a class is imported.
 CONFIGS: dict[str, type[ModelConfig]] = {
@@ -160,9 +160,10 @@ def _check_weights(
 
 def _shapes(config: ModelConfig, lora: LoRAConfig | None, source: object) -> Iterator[tuple[str, torch.Size]]:
     """Names and shapes of a model's parameters, from one layer without memory: a file can say any number."""
+    small: dict[str, Any] = {"n_layer": 1} | ({"block_size": 1} if isinstance(config, RotaryConfig) else {})
     try:
         with torch.device("meta"), EmptyInit():
-            net = NETWORKS[type(config)](replace(config, n_layer=1))
+            net = NETWORKS[type(config)](replace(config, **small))
             if lora:
                 add_adapters(net, lora)
     except (OverflowError, RuntimeError, TypeError) as error:

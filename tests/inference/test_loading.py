@@ -107,6 +107,19 @@ def test_importing_the_package_does_not_import_torch() -> None:
     assert "has no attribute 'lod'" in done.stderr
 
 
+@pytest.mark.parametrize("build", [build_gpt, build_qwen3, build_starcoder2])
+def test_loading_and_generating_import_no_compiler(build: Any, tmp_path: Path) -> None:
+    kind = type(build(vocab_size=8, n_layer=1, n_head=1, n_embd=8).config)
+    target = f"{build.__module__}.{build.__name__}"
+    path = save_checkpoint(tmp_path / "a.ckpt", random_net(kind=kind), target=target)
+    program = (
+        "import sys, gpt_lightning\n"
+        f"gpt_lightning.load({str(path)!r}).generate('a', max_new_tokens=2)\n"
+        "assert not {'torch._dynamo', 'lightning', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 @pytest.mark.parametrize("where", ["state_dict", "hyper_parameters", "tokenizer", "extra"])
 def test_checkpoint_with_code_is_refused_without_running_it(tmp_path: Path, where: str) -> None:
     path, trap = save_checkpoint(tmp_path / "evil.ckpt", random_net()), tmp_path / "ran"
