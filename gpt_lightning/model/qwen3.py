@@ -226,7 +226,7 @@ class Decoder(nn.Module):
             )  # radians per position, (D / 2,)
             angles = torch.outer(torch.arange(config.block_size).float(), speeds).repeat(1, 2)
             rotation = torch.stack([angles.cos(), angles.sin()])  # (2, block_size, D)
-        self.register_buffer("rotation", rotation.to(self.norm.weight.device), persistent=False)
+        self.register_buffer("rotation", rotation.to(self.embed_tokens.weight.device), persistent=False)
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) ids to (B, T, C), at positions 0 to T - 1 or those of the cache."""
