@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from gpt_lightning.data.corpus.base import BLOCK, Split, file_sha256, reason_of
+from gpt_lightning.data.corpus.base import Split, file_sha256, reason_of
 from gpt_lightning.data.corpus.files import TextFiles
 from gpt_lightning.data.files import atomic_write
 
@@ -60,17 +60,13 @@ def download(url: str, target: Path, sha256: str) -> Path:
             return target
         log.warning("%s is damaged (its checksum differs); downloading it again", target)
     remedy = "download it in another way and set data.path= to the file"
-    digest, suffix = hashlib.sha256(), f".{os.getpid()}.tmp"
     try:
-        with (
-            atomic_write(target, suffix=suffix) as file,
-            urllib.request.urlopen(url, timeout=30) as response,
-        ):
-            while block := response.read(BLOCK):
-                file.write(block)
-                digest.update(block)
-            if digest.hexdigest() != sha256:
-                raise ValueError(f"{url} sent something else than expected (the checksum differs); {remedy}")
+        with urllib.request.urlopen(url, timeout=30) as response:
+            content = response.read()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise ValueError(f"{url} sent something else than expected (the checksum differs); {remedy}")
+        with atomic_write(target, suffix=f".{os.getpid()}.tmp") as file:
+            file.write(content)
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it holds the connection
