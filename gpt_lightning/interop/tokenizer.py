@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 import tiktoken
 
 from gpt_lightning.data.corpus.base import END_OF_TEXT
-from gpt_lightning.data.files import json_object, reading
+from gpt_lightning.data.files import json_object, reading, write_json
 from gpt_lightning.data.tokenizer import GPT2_PATTERN, definition, verified
 
 MAX_WORK = 1 << 27  # sum of the squared lengths of all tokens, the steps of `recover_merges`
@@ -19,7 +18,7 @@ MAX_WORK = 1 << 27  # sum of the squared lengths of all tokens, the steps of `re
 def save_tokenizer(
     encoding: tiktoken.Encoding, folder: str | Path, *, block_size: int, chat_template: str | None = None
 ) -> None:
-    """Write tokenizer.json and its small companions, which `AutoTokenizer` loads without this package.
+    """Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer` loads without this package.
 
     Ids equal `encoding.encode(text, allowed_special="all")`; a character that the vocabulary lacks,
     which tiktoken cannot encode, is left out.
@@ -27,23 +26,15 @@ def save_tokenizer(
     Raises:
         OSError: If the folder cannot be written.
     """
-    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
-        **special,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
         **({"chat_template": chat_template} if chat_template else {}),
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (
-        ("tokenizer.json", to_tokenizer_json(encoding)),
-        ("tokenizer_config.json", settings),
-        ("special_tokens_map.json", special),
-    ):
-        text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-        (folder / name).write_text(text, encoding="utf-8")
+    write_json(Path(folder, "tokenizer.json"), to_tokenizer_json(encoding))
+    write_json(Path(folder, "tokenizer_config.json"), settings)
 
 
 def to_tokenizer_json(encoding: tiktoken.Encoding) -> dict[str, Any]:
