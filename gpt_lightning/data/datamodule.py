@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from gpt_lightning.data.signals import ENDING, signals_wait
 from gpt_lightning.data.token_store import TokenStore
 from gpt_lightning.data.windows import Batch, EvalBatches, TrainBatches, split_batch
 
@@ -21,29 +21,13 @@ VAL_TOKENS = 4096
 VAL_LOGITS = 2**23  # 32 MiB
 
 
-STOPS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
-
-
-@contextlib.contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Let signals that end a run wait until the block ends; processes that start in it have them blocked."""
-    if not hasattr(signal, "pthread_sigmask"):  # on Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _leave_process_group(worker: int) -> None:
     """Keep signals to the whole process group, such as Ctrl-C, from ending a worker before the run."""
     if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()
-        while came := signal.sigpending() & STOPS:  # since the worker started
+        while came := signal.sigpending() & ENDING:  # since the worker started
             signal.sigwait(came)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
 
 @dataclass(eq=False)
@@ -84,7 +68,7 @@ class PositionedLoader:
             worker_init_fn=_leave_process_group,
             generator=torch.Generator(),  # an iterator must not draw from the global one
         )
-        with _signals_wait():
+        with signals_wait():
             batches = iter(loader)  # starts the workers
         for batch in batches:
             self.position += 1

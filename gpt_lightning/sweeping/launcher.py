@@ -23,11 +23,12 @@ from omegaconf import DictConfig
 from gpt_lightning.config.command_line import as_given, flags_of, key_of, verbatim
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.recorded import is_harmless
+from gpt_lightning.data.signals import ENDING
 from gpt_lightning.rundir.directory import HYDRA, locked
 from gpt_lightning.rundir.report import overview, read_results
 from gpt_lightning.rundir.summary import read_ledger
 from gpt_lightning.sweeping.jobs import Job, Ledger, jobs_of
-from gpt_lightning.sweeping.process import PRELOADED, SIGNALS, Pool
+from gpt_lightning.sweeping.process import PRELOADED, Pool
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ class ProcessLauncher(Launcher):
                 with suppress(ProcessLookupError):
                     os.kill(int(process.pid or 0), number)
 
-        before = {number: signal.signal(number, stop) for number in SIGNALS}
+        before = {number: signal.signal(number, stop) for number in ENDING}
         try:
             yield
         finally:

@@ -11,13 +11,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from gpt_lightning.data.signals import ENDING, signals_wait
 
 PRELOADED = {  # what the jobs of a command import
     "train": [
@@ -33,7 +34,6 @@ PRELOADED = {  # what the jobs of a command import
 OWN = {"RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
 OWN |= {"HYDRA_FULL_ERROR", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"}
 PREFIXES = ("MASTER_", "PL_", "TORCHELASTIC_", "SLURM_NTASKS")
-SIGNALS = [signal.SIGINT, signal.SIGTERM] + [s for s in [getattr(signal, "SIGHUP", None)] if s]
 
 
 class Pool:
@@ -45,6 +45,7 @@ class Pool:
         self._context: Any = mp.get_context(kind)
         if kind == "forkserver":
             self._context.set_forkserver_preload(PRELOADED[command])
+            resource_tracker.ensure_running()  # which lets through the signals that wait when it starts
         self._lock = threading.Lock()  # starting a process looks at the exit codes of the others
 
     def run(
@@ -86,20 +87,6 @@ class Pool:
         return int(process.exitcode), time.monotonic() - begun, last
 
 
-@contextmanager
-def signals_wait() -> Iterator[None]:
-    """Block the signals that end a command, in this thread and in the processes that it starts."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    resource_tracker.ensure_running()  # which lets these signals through when it starts
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def job_environment(variables: Mapping[str, str]) -> dict[str, str]:
     """The variables of a process without those that are its own."""
     return {k: v for k, v in variables.items() if k not in OWN and not k.startswith(PREFIXES)}
@@ -128,7 +115,7 @@ def job(
     sys.argv = [str(spec.origin), *arguments]
     try:
         if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except KeyboardInterrupt:  # while it imports
         raise SystemExit(130) from None

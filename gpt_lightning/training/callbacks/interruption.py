@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from gpt_lightning.data.signals import ENDING
 from gpt_lightning.training.slurm import requeue, slurm_job
 
 log = logging.getLogger(__name__)
@@ -57,13 +58,13 @@ class Interruption:
         """Handle the signals; in other threads than the main one, that is not possible."""
         if threading.current_thread() is not threading.main_thread():
             return
-        numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+        numbers = set(ENDING)
         environment = getattr(trainer.strategy, "cluster_environment", None)  # a single device has none
         if slurm_job() is not None and getattr(environment, "auto_requeue", True):
             self._requeue_signal = getattr(environment, "requeue_signal", None) or signal.SIGUSR1
-            numbers.append(self._requeue_signal)
+            numbers.add(self._requeue_signal)
         for number in numbers:
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            if signal.getsignal(number) != signal.SIG_IGN:
                 self._before.setdefault(number, signal.signal(number, self._note))
 
     def stop_listening(self) -> None:
