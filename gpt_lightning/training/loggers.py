@@ -20,17 +20,11 @@ from gpt_lightning.rundir.summary import RunSummary
 class MetricsCSV(Logger):
     """Writes metrics.csv; arguments as `MetricsFile`."""
 
+    name = version = ""
+
     def __init__(self, path: str | Path, *, resume_step: int | None = None):
         super().__init__()
         self.file = MetricsFile(path, resume_step=resume_step)
-
-    @property
-    def name(self) -> str:
-        return ""
-
-    @property
-    def version(self) -> str:
-        return ""
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:

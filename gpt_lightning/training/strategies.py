@@ -60,6 +60,8 @@ class Sharded(Meeting, ModelParallelStrategy):
     A checkpoint is the one that a single device would write, so that each strategy reads those of the others.
     """
 
+    lightning_restore_optimizer = True
+
     def __init__(self, devices: int, timeout: float):
         super().__init__(
             data_parallel_size=devices,
@@ -68,10 +70,6 @@ class Sharded(Meeting, ModelParallelStrategy):
             timeout=timedelta(seconds=timeout),
         )
         self.seconds = timeout
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         # every process reads its shards alone: a mapped file is in memory only where it is read
