@@ -8,10 +8,10 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from gpt_lightning.config.command_line import as_of_job, key_of
 from gpt_lightning.data.files import atomic_write, write_json
@@ -108,31 +108,26 @@ class Ledger:
 def name_of(swept: Sequence[str]) -> str:
     """A name for a directory from the overrides that differ between jobs; their order does not matter.
 
-    Keys are shortened to their last part if that tells them apart: `lr=0.003,seed=2`.
+    Keys are shortened to their last part if that tells them apart: `lr=0.003,seed=2`. A digest of the
+    overrides is added where values have characters that a name cannot have, or the name is too long.
     """
     keys = {text: key_of(text) for text in swept}
     count = Counter(key.rpartition(".")[2] for key in keys.values())
-    parts = []
+    parts, exact = [], True
     for text, key in keys.items():
-        last = key.rpartition(".")[2]
-        value = re.sub(r"[^\w.+-]+", "_", text.partition("=")[2]).strip("_") or "empty"
-        parts.append(f"{last if count[last] == 1 else key.replace('/', '.')}={value}")
+        last, value = key.rpartition(".")[2], text.partition("=")[2]
+        clean = re.sub(r"[^\w.+-]+", "_", value).strip("_") or "empty"
+        exact = exact and clean == value
+        parts.append(f"{last if count[last] == 1 else key.replace('/', '.')}={clean}")
     name = ",".join(sorted(parts)) or "job"
-    data = name.encode()
-    cut = data[: LONGEST_NAME - 9].decode(errors="ignore")
-    return name if len(data) <= LONGEST_NAME else f"{cut}-{_digest(swept)}"
-
-
-def _digest(overrides: Sequence[str]) -> str:
-    """Eight characters that tell overrides apart, whatever their order is."""
-    return hashlib.blake2b("\n".join(sorted(overrides)).encode(), digest_size=4).hexdigest()
+    if exact and len(name.encode()) <= LONGEST_NAME:
+        return name
+    digest = hashlib.blake2b("\n".join(sorted(swept)).encode(), digest_size=4).hexdigest()
+    return f"{name.encode()[: LONGEST_NAME - 9].decode(errors='ignore')}-{digest}"
 
 
 def jobs_of(
-    job_overrides: Sequence[Sequence[str]],
-    given: Sequence[str],
-    command: str = "train",
-    before: Iterable[Mapping[str, Any]] = (),
+    job_overrides: Sequence[Sequence[str]], given: Sequence[str], command: str = "train"
 ) -> list[Job]:
     """The jobs of a sweep, with directories of their own.
 
@@ -140,26 +135,19 @@ def jobs_of(
         job_overrides: The overrides of each.
         given: The overrides of the sweep; those that are the same in a job do not vary.
         command: That they run.
-        before: The jobs in sweep.jsonl, which keep their names.
 
     Raises:
         ValueError: If two jobs are the same, or there is none.
     """
     if not job_overrides:
         raise ValueError("the sweep has no job; one of its keys has no value")
-    jobs, swept = [], []
+    jobs = []
     fixed = {key_of(text): as_of_job(text) for text in given}  # the last one of a key counts
     for overrides in job_overrides:
         overrides = [text for text in overrides if not key_of(text).startswith("sweep.")]
-        swept.append([text for text in overrides if text != fixed.get(key_of(text))])
-        jobs.append(Job(name_of(swept[-1]), overrides, command=command))
-    same = Counter(_digest(job.overrides) for job in jobs)
-    if twice := sorted({job.name for job in jobs if same[_digest(job.overrides)] > 1}):
+        swept = [text for text in overrides if text != fixed.get(key_of(text))]
+        jobs.append(Job(name_of(swept), overrides, command=command))
+    counts = Counter(job.name for job in jobs)
+    if twice := sorted(name for name, count in counts.items() if count > 1):
         raise ValueError(f"jobs of the sweep are the same: {', '.join(twice)}; name each value once")
-    names, owners = Counter(job.name for job in jobs), {job["name"]: set(job["overrides"]) for job in before}
-    for job, texts in zip(jobs, swept, strict=True):
-        long, owner = f"{job.name}-{_digest(texts)}", owners.get(job.name)
-        shared = names[job.name] > 1 if owner is None else not owner.issuperset(texts)
-        if shared or long in owners:  # values that differ in characters which a name cannot have
-            job.name = long
     return jobs

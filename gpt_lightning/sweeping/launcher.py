@@ -26,7 +26,6 @@ from gpt_lightning.config.recorded import is_harmless
 from gpt_lightning.data.signals import ENDING
 from gpt_lightning.rundir.directory import HYDRA, locked
 from gpt_lightning.rundir.report import overview, read_results
-from gpt_lightning.rundir.summary import read_ledger
 from gpt_lightning.sweeping.jobs import Job, Ledger, jobs_of
 from gpt_lightning.sweeping.process import PRELOADED, Pool
 
@@ -64,9 +63,7 @@ class ProcessLauncher(Launcher):
             ConfigError: After all have run, if one failed, or if two are the same.
             SystemExit: If the sweep was told to end; its jobs have written checkpoints.
         """
-        fixed = as_given(self.config.hydra.overrides.task)
-        before = read_ledger(Path(str(self.config.hydra.sweep.dir)))
-        jobs = jobs_of(job_overrides, fixed, self.command, before)
+        jobs = jobs_of(job_overrides, as_given(self.config.hydra.overrides.task), self.command)
         with self.sweep() as folder:
             self.ledger = Ledger(folder, jobs)
             self.ledger.write()
