@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpt_lightning.evaluate import Result
+    from gpt_lightning.evaluation.losses import Result
     from gpt_lightning.inference.loading import load
     from gpt_lightning.inference.run import Run
     from gpt_lightning.inference.text import TextGenerator

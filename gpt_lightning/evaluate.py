@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, NamedTuple
 
 from omegaconf import DictConfig
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from gpt_lightning.data.corpus.base import Corpus
+    from gpt_lightning.evaluation.losses import Result
     from gpt_lightning.inference.text import TextGenerator
 
 log = logging.getLogger(__name__)
@@ -96,23 +97,6 @@ def choose_corpus(cfg: DictConfig, source: Path) -> Corpus | None:
             "give data=, text=, or samples= and reference="
         )
     return corpus
-
-
-class Result(TypedDict, total=False):
-    """What was found; keys of a text are missing without one, as bleu without samples=."""
-
-    checkpoint: str
-    text: str  # its file, or its corpus and split
-    tokens: int
-    bytes: int
-    loss: float  # nats per token
-    standard_error: float | None
-    perplexity: float
-    bits_per_byte: float | None
-    floor_bits_per_byte: float | None  # the corpus entropy, where it is known
-    stride: int  # tokens, as block_size
-    block_size: int
-    bleu: float
 
 
 class Scored(NamedTuple):

@@ -24,22 +24,21 @@ LOGITS = 1 << 24  # computed at once, 64 MB
 FORWARD = 8192  # tokens in a forward, by default
 
 
-class Scores(TypedDict):
-    """Means over the scored tokens, in nats unless the name says otherwise; None where undefined."""
+class Result(TypedDict, total=False):
+    """What was found: means over the scored tokens, None where undefined; some keys belong to the command."""
 
+    checkpoint: str
+    text: str  # its file, or its corpus and split
     tokens: int
     bytes: int
-    loss: float
+    loss: float  # nats per token
     standard_error: float | None
     perplexity: float
     bits_per_byte: float | None
-
-
-class Evaluation(Scores):
-    """Scores with the windows in which they were measured, in tokens."""
-
-    stride: int
+    floor_bits_per_byte: float | None  # the corpus entropy, where it is known
+    stride: int  # tokens, as block_size
     block_size: int
+    bleu: float
 
 
 @torch.inference_mode()
@@ -110,7 +109,7 @@ def evaluate(
     counted: np.ndarray | None = None,
     stride: int | None = None,
     batch_size: int | None = None,
-) -> Evaluation:
+) -> Result:
     """Loss, perplexity and bits per byte of a text.
 
     Args:
@@ -132,7 +131,7 @@ def evaluate(
     return {**found, "stride": stride, "block_size": block_size}
 
 
-def summarize(losses: np.ndarray, tokens: np.ndarray, token_bytes: np.ndarray, *, block: int) -> Scores:
+def summarize(losses: np.ndarray, tokens: np.ndarray, token_bytes: np.ndarray, *, block: int) -> Result:
     """Means over the tokens that were scored.
 
     Args:
