@@ -57,7 +57,7 @@ def token_losses(
     stride gives more context and takes up to block_size / stride times as long.
 
     Args:
-        net: The model.
+        net: The model, in evaluation mode.
         tokens: Ids, (N,).
         stride: Tokens by which the window advances, at most block_size.
         end: The end-of-text token before each document; None takes no notice of documents.
@@ -79,26 +79,21 @@ def token_losses(
     batch_size = batch_size or max(1, FORWARD // T)
     device = net.device
     losses = np.full(len(tokens), np.nan, dtype=np.float32)
-    was_training = net.training
-    net.eval()
-    try:
-        for first in tqdm(range(0, len(windows), batch_size), unit="batch", leave=False, disable=None):
-            starts, lengths, seen = windows[first : first + batch_size].T[:, :, None]  # each (B, 1)
-            offsets = np.arange(lengths.max())
-            inputs = starts + np.minimum(offsets, lengths - 1)  # (B, T), filled up at the end
-            scored = (offsets >= seen) & (offsets < lengths)
-            targets = (starts + offsets)[scored] + 1
-            x = net.hidden(torch.from_numpy(tokens[inputs].astype(np.int64)).to(device))
-            x = x[torch.from_numpy(scored).to(device)]  # (scored, C)
-            y = torch.from_numpy(tokens[targets].astype(np.int64)).to(device)
-            rows = max(1, LOGITS // net.config.padded_vocab_size)
-            nats = [
-                F.cross_entropy(net.lm_head(part).float(), ids, reduction="none")
-                for part, ids in zip(x.split(rows), y.split(rows), strict=True)
-            ]
-            losses[targets] = torch.cat(nats).cpu().numpy()
-    finally:
-        net.train(was_training)
+    for first in tqdm(range(0, len(windows), batch_size), unit="batch", leave=False, disable=None):
+        starts, lengths, seen = windows[first : first + batch_size].T[:, :, None]  # each (B, 1)
+        offsets = np.arange(lengths.max())
+        inputs = starts + np.minimum(offsets, lengths - 1)  # (B, T), filled up at the end
+        scored = (offsets >= seen) & (offsets < lengths)
+        targets = (starts + offsets)[scored] + 1
+        x = net.hidden(torch.from_numpy(tokens[inputs].astype(np.int64)).to(device))
+        x = x[torch.from_numpy(scored).to(device)]  # (scored, C)
+        y = torch.from_numpy(tokens[targets].astype(np.int64)).to(device)
+        rows = max(1, LOGITS // net.config.padded_vocab_size)
+        nats = [
+            F.cross_entropy(net.lm_head(part).float(), ids, reduction="none")
+            for part, ids in zip(x.split(rows), y.split(rows), strict=True)
+        ]
+        losses[targets] = torch.cat(nats).cpu().numpy()
     return losses
 
 

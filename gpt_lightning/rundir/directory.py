@@ -52,40 +52,40 @@ def runs_below(root: str | Path) -> list[Path]:
     return [run.resolve() for run in runs if (run / "summary.json").is_file()]
 
 
-def newest_run(root: str | Path, *, prefer_unfinished: bool = False, with_checkpoint: bool = False) -> Path:
-    """The run below a folder that was written to last.
+def find_run(
+    name: str | Path,
+    root: str | Path = "outputs",
+    *,
+    prefer_unfinished: bool = False,
+    with_checkpoint: bool = False,
+) -> Path:
+    """The path that a name of a run or a checkpoint stands for.
 
-    With `prefer_unfinished`, any run that can go on comes before those that finished, and those that failed
-    before their first checkpoint.
+    `latest` is the run below a folder that was written to last, `NAME/latest` the one below its subfolder
+    NAME. With `prefer_unfinished`, any run that can go on comes before those that finished, and those that
+    failed before their first checkpoint.
 
     Raises:
         FileNotFoundError: If there is no run.
     """
-
-    def rank(run: Path) -> tuple[bool, float]:
-        status = read_json(run / "summary.json").get("status")
-        unfinished = status not in ("finished", "pruned") and (
-            status != "failed" or any(run.glob("checkpoints/*.ckpt"))
-        )
-        return prefer_unfinished and unfinished, (run / "summary.json").stat().st_mtime
-
-    runs = [run for run in runs_below(root) if not with_checkpoint or any(run.glob("checkpoints/*.ckpt"))]
-    if not runs:
-        kind = "run with a checkpoint" if with_checkpoint else "run"
-        raise FileNotFoundError(f"there is no {kind} below {Path(root).expanduser().resolve()}")
-    return max(runs, key=rank)
-
-
-def find_run(name: str | Path, root: str | Path = "outputs", **which: bool) -> Path:
-    """The path that a name of a run or a checkpoint stands for.
-
-    `latest` is the newest run below a folder, `NAME/latest` the newest one below its subfolder NAME; `which`
-    and errors are those of `newest_run`.
-    """
     path = Path(name).expanduser()
     if path.name != "latest" or path.exists():
         return path
-    run = newest_run(Path(root) / path.parent, **which)
+
+    def has_checkpoint(run: Path) -> bool:
+        return any(run.glob("checkpoints/*.ckpt"))
+
+    def rank(run: Path) -> tuple[bool, float]:
+        status = read_json(run / "summary.json").get("status")
+        unfinished = status not in ("finished", "pruned") and (status != "failed" or has_checkpoint(run))
+        return prefer_unfinished and unfinished, (run / "summary.json").stat().st_mtime
+
+    folder = Path(root) / path.parent
+    runs = [run for run in runs_below(folder) if not with_checkpoint or has_checkpoint(run)]
+    if not runs:
+        kind = "run with a checkpoint" if with_checkpoint else "run"
+        raise FileNotFoundError(f"there is no {kind} below {folder.expanduser().resolve()}")
+    run = max(runs, key=rank)
     log.info("%s is %s", path, run)
     return run
 

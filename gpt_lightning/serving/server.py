@@ -22,7 +22,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -46,14 +46,14 @@ class OpenAICompletion(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
-    prompt: str | list[str] = ""
+    prompt: str | list[str] | None = None
     max_new_tokens: int | None = Field(None, alias="max_tokens")
     temperature: float | None = None
     top_p: float | None = None
-    num_samples: int = Field(1, alias="n", ge=1, le=BATCH)
+    num_samples: int | None = Field(None, alias="n", ge=1, le=BATCH)
     stop: str | list[str] | None = None
     seed: int | None = None
-    stream: bool = False
+    stream: bool | None = None
     stream_options: dict[str, bool] | None = None
     user: str | None = None
     # only with the value that is implemented
@@ -64,11 +64,6 @@ class OpenAICompletion(BaseModel):
     logit_bias: None = None
     logprobs: None = None
     suffix: None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_the_default(cls, body: Any) -> Any:
-        return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
 
 
 # A field for each setting that OpenAI has not, such as top_k
@@ -85,7 +80,7 @@ else:
 
 async def chunks(engine: Engine, body: Completion, model: str) -> AsyncGenerator[dict[str, Any], None]:
     """New text as it is generated, one choice per chunk; the last chunk has the usage and no choice."""
-    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    prompts = body.prompt if isinstance(body.prompt, list) else [body.prompt or ""]
     settings = {"seed": secrets.randbelow(2**31), **DEFAULTS}
     settings |= body.model_dump(include=SETTINGS, exclude_none=True)
     head: dict[str, Any] = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion"}

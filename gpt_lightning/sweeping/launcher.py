@@ -67,9 +67,8 @@ class ProcessLauncher(Launcher):
         with self.sweep() as folder:
             self.ledger = Ledger(folder, jobs)
             self.ledger.write()
-            waiting = [job for job in self.ledger.jobs if job.status != "finished"]
-            count = len(self.ledger.jobs)
-            log.info("sweep: %d jobs, %d of them finished before", count, count - len(waiting))
+            waiting = [job for job in jobs if job.status != "finished"]
+            log.info("sweep: %d jobs, %d of them finished before", len(jobs), len(jobs) - len(waiting))
             self.run_all(waiting)
         refuse_unfinished(jobs, folder)
         return [_result(job) for job in jobs]
@@ -164,8 +163,7 @@ class ProcessLauncher(Launcher):
             text += " | best so far {:.4f} of {}".format(*min(results))
         seconds = [one.seconds for one in over if one.seconds and one.status == "finished"]
         if seconds and len(over) < total:
-            at_once = max(1, len(self.running) + 1)
-            left = statistics.median(seconds) * (total - len(over)) / at_once
+            left = statistics.median(seconds) * (total - len(over)) / (len(self.running) + 1)
             text += f" | about {left / 60:.0f} min left" if left >= 60 else f" | about {left:.0f} s left"
         return text
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import multiprocessing as mp
 import os
 import runpy
@@ -110,9 +109,7 @@ def job(
         import torch
 
         torch.set_num_threads(int(threads))
-    spec = importlib.util.find_spec(module)
-    assert spec is not None
-    sys.argv = [str(spec.origin), *arguments]
+    sys.argv = [module, *arguments]  # runpy puts the file in place of the name
     try:
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
