@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,7 @@ def _limit(axes: Any, shown: Points, train: Points, floor: float | None) -> None
 
 def smoothed(points: Points, half: int) -> Points:
     """Means over `half` neighbours on either side, over fewer near the ends, so that no end is shifted."""
-    sums = [0.0]
-    for _, value in points:
-        sums.append(sums[-1] + value)
+    sums = list(accumulate((value for _, value in points), initial=0.0))
     means = []
     for i, (step, _) in enumerate(points):
         reach = min(half, i, len(points) - 1 - i)

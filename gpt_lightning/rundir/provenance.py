@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 PACKAGES = ("gpt-lightning", "torch", "lightning", "hydra-core", "omegaconf", "tiktoken", "numpy")
@@ -14,10 +15,8 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that determine what a run computes."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 

@@ -24,34 +24,20 @@ ENDED = {124: "time limit"} | {128 + getattr(signal, name): name for name in SIG
 
 @dataclass
 class Job:
-    """One run of a sweep.
+    """One run of a sweep."""
 
-    Attributes:
-        name: What it overrides; also the name of its directory.
-        overrides: Its command line.
-        number: Of the trial, in a search.
-        status: How it stands.
-        attempts: How often it was started.
-        pid: Of the process that runs it.
-        seconds: Of its last attempt.
-        exit_code: Of its last attempt; negative for a signal that killed it.
-        error: The last line of an attempt that failed.
-        result: Best validation loss, in nats per token.
-        command: That it runs.
-    """
-
-    name: str
-    overrides: list[str]
-    number: int | None = None
+    name: str  # what it overrides; also the name of its directory
+    overrides: list[str]  # its command line
+    number: int | None = None  # of the trial, in a search
     status: Literal["waiting", "running", "finished", "interrupted", "failed", "pruned"] = "waiting"
-    attempts: int = 0
-    pid: int | None = None
-    started: str | None = None  # local time
+    attempts: int = 0  # how often it was started
+    pid: int | None = None  # of the process that runs it
+    started: str | None = None  # local time of the last attempt, as the next three
     seconds: float | None = None
-    exit_code: int | None = None
-    error: str | None = None
-    result: float | None = None
-    command: str = "train"
+    exit_code: int | None = None  # negative for a signal that killed it
+    error: str | None = None  # the last line of an attempt that failed
+    result: float | None = None  # best validation loss, in nats per token
+    command: str = "train"  # that it runs
 
     def begin(self) -> None:
         self.status, self.attempts = "running", self.attempts + 1

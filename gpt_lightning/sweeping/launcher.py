@@ -24,7 +24,7 @@ from gpt_lightning.config.command_line import as_given, flags_of, key_of, verbat
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.recorded import is_harmless
 from gpt_lightning.data.signals import ENDING
-from gpt_lightning.rundir.directory import HYDRA, locked
+from gpt_lightning.rundir.directory import HYDRA, is_locked, locked
 from gpt_lightning.rundir.report import overview, read_results
 from gpt_lightning.sweeping.jobs import Job, Ledger, jobs_of
 from gpt_lightning.sweeping.process import PRELOADED, Pool
@@ -206,12 +206,8 @@ def refuse_unfinished(jobs: Sequence[Job], folder: Path) -> None:
 def wait_for_lock(folder: Path, seconds: float = 60) -> None:
     """Wait for the job of a sweep that was killed, which writes a checkpoint before it ends."""
     end = time.monotonic() + seconds
-    while folder.exists() and time.monotonic() < end:
-        try:
-            with locked(folder):
-                return
-        except ValueError:
-            time.sleep(0.1)
+    while is_locked(folder) and time.monotonic() < end:
+        time.sleep(0.1)
 
 
 def shares(at_once: int) -> list[dict[str, str]]:

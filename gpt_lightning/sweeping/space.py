@@ -15,17 +15,11 @@ from gpt_lightning.config.errors import ConfigError
 
 @dataclass(frozen=True)
 class Dimension:
-    """What a search varies.
+    """What a search varies."""
 
-    Attributes:
-        keys: The keys of its overrides; several ones take the elements of a list.
-        kind: float, int or categorical.
-        arguments: Of Optuna's suggest_KIND: low and high, which are included, log and step; or choices.
-    """
-
-    keys: tuple[str, ...]
-    kind: str
-    arguments: dict[str, Any]
+    keys: tuple[str, ...]  # of its overrides; several ones take the elements of a list
+    kind: str  # float, int or categorical
+    arguments: dict[str, Any]  # of Optuna's suggest_KIND: low and high (included), log, step; or choices
 
     @property
     def name(self) -> str:
