@@ -80,7 +80,7 @@ def test_fast_model_updates_the_page_as_often_as_a_browser_can(checkpoint: Path)
 
     async def lengths() -> list[int]:
         answers = chat.respond(engine(load(checkpoint, "cpu"), 1000), "x", [], 1000, 1.0)
-        return [len(chat.text_of(history[-1]["content"])) async for history in answers]
+        return [len(chat.without_html(history[-1]["content"])) async for history in answers]
 
     started = time.monotonic()
     seen = asyncio.run(lengths())
