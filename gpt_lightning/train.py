@@ -54,9 +54,10 @@ def provenance(cfg: DictConfig, prepared: Prepared) -> RunSummary:
     source = cfg.resume or cfg.repeat
     left_out = recorded_choices(Path(source)) if source else []  # nobody gave them
     texts = [text for text in as_given(HydraConfig.get().overrides.task) if text not in left_out]
+    hidden = {*OWN_KEYS, *(["paths.outputs"] if cfg.repeat else [])}  # which repeat= sets, not the user
     return {
         "name": cfg.name,
-        "overrides": [text for text in texts if key_of(text) not in OWN_KEYS],
+        "overrides": [text for text in texts if key_of(text) not in hidden],
         "seed": cfg.seed,
         "device": cfg.device.accelerator,
         "versions": versions(),
@@ -68,7 +69,7 @@ def provenance(cfg: DictConfig, prepared: Prepared) -> RunSummary:
 
 
 def starting_state(cfg: DictConfig, parts: Parts, folder: Path) -> tuple[Path | None, int, Any, Prepared]:
-    """The checkpoint that a resumed run goes on from, its step, the network that is there, and the tokens.
+    """The checkpoint that a resumed run continues from, its step, a network that is there, the tokens.
 
     The step is -1 without a checkpoint. A resumed run keeps its own tokenizer.
     """

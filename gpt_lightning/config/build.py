@@ -40,7 +40,7 @@ class Prepared:
 def prepare_data(
     cfg: DictConfig, parts: Parts, net: Any = None, encoding: tiktoken.Encoding | None = None
 ) -> Prepared:
-    """The tokens that the configuration asks for; a network and a tokenizer that are there already decide.
+    """The tokens that the configuration asks for; an existing network and tokenizer take precedence.
 
     Raises:
         ConfigError, ValueError: If the vocabulary does not fit or there is too little text.

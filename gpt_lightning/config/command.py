@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from gpt_lightning.config.command_line import check_users, readable, split_arguments
+from gpt_lightning.config.command_line import check_flags, check_users, readable, split_arguments
 from gpt_lightning.config.composed import composed
 from gpt_lightning.config.errors import ConfigError, Refusal, is_user_error, one_line
 from gpt_lightning.config.help import choices_of, config_dirs, help_text
@@ -128,6 +128,7 @@ class Command:
 
     def run(self, given: list[str]) -> None:
         """Compose and call, with errors as exceptions."""
+        check_flags(given)
         found, flags, overrides = split_arguments(given)
         if found.help:
             print(help_text(self.config_name, overrides))
@@ -208,9 +209,9 @@ def command(config_name: str, **options: Any) -> Callable[[Callable[[DictConfig]
 
 @contextmanager
 def imports() -> Iterator[None]:
-    """First imports of torch and Lightning: the garbage collector looks at none of their million objects.
+    """For the first imports of torch and Lightning: without garbage collection, as their objects stay.
 
-    They live as long as the process; a quarter of the time of a very short run, by benchmarks/RESULTS.md.
+    That is a quarter of the time of a very short run, by benchmarks/RESULTS.md.
     """
     if "torch" in sys.modules:
         yield

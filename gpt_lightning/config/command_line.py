@@ -24,19 +24,37 @@ OF_THE_SWEEP = ("hydra.sweep", "hydra.sweeper", "hydra.launcher", "hydra.mode", 
 PLACES = ("paths.outputs", "hydra.run.dir", "hydra.sweep.dir")  # keys of folders that Hydra makes
 
 
-def split_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
-    """What the flags say, the flags, and the overrides, which may stand between the flags.
-
-    The parser of Hydra takes overrides in one run only; here, any order is accepted.
-    """
+def parsed_flags(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What Hydra's flags say, and the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for names in ("--config-dir -cd", "--config-name -cn", "--config-path -cp", "--cfg -c", "--package -p"):
         parser.add_argument(*names.split())
     parser.add_argument("--experimental-rerun")
     parser.add_argument("--info", "-i", nargs="?", const="all")
-    for names in ("--help -h", "--hydra-help", "--multirun -m", "--shell-completion -sc"):
+    for names in ("--help -h", "--hydra-help", "--multirun -m", "--shell-completion -sc", "--run -r"):
         parser.add_argument(*names.split(), action="store_true")
-    found, rest = parser.parse_known_args(arguments)
+    for name in ("--version", "--resolve"):
+        parser.add_argument(name, action="store_true")
+    return parser.parse_known_args(arguments)
+
+
+def check_flags(arguments: list[str]) -> None:
+    """Refuse a setting that is written as a flag, as in `--max_steps 10`.
+
+    Raises:
+        ConfigError: Names it.
+    """
+    for text in parsed_flags(arguments)[1]:
+        if text.startswith("-"):
+            raise ConfigError(f"there is no flag {text}; settings have no dashes, as in trainer.max_steps=10")
+
+
+def split_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
+    """What the flags say, the flags, and the overrides, which may stand between the flags.
+
+    The parser of Hydra takes overrides in one run only; here, any order is accepted.
+    """
+    found, rest = parsed_flags(arguments)
     overrides = [argument for argument in rest if not argument.startswith("-")]
     flags, remaining = [], list(overrides)
     for argument in arguments:

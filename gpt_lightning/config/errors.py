@@ -63,7 +63,7 @@ SYNONYMS = {  # what other trainers call a key
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether an error is one that a user can mend, so that one line says it all."""
+    """Whether the user can correct the error, so that one line without a traceback is enough."""
     kinds: tuple[type[BaseException], ...] = (ValueError, OSError, ModuleNotFoundError)
     kinds += (OmegaConfBaseException, HydraException, YAMLError)
     lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # only if the run came that far

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOGGER_PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}  # what Lightning's loggers need
-MAX_FINETUNE_LR = 1e-3  # a learning rate above which trained weights soon lose what they knew
+MAX_FINETUNE_LR = 1e-3  # above it, fine-tuning usually destroys what the weights have learned
 NO_CALLBACKS = ("nonfinite",)  # keys of `callbacks` that are values for other callbacks
 
 

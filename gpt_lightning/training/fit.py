@@ -25,7 +25,7 @@ from gpt_lightning.training.callbacks.checkpoints import BestCheckpoint, LastChe
 from gpt_lightning.training.callbacks.incidents import Incidents
 from gpt_lightning.training.callbacks.interruption import Interrupted, Interruption
 from gpt_lightning.training.callbacks.metrics import StepMetrics
-from gpt_lightning.training.callbacks.progress import format_duration
+from gpt_lightning.training.callbacks.progress import format_duration, rounded
 from gpt_lightning.training.callbacks.ranks import Ranks
 from gpt_lightning.training.callbacks.samples import Samples
 from gpt_lightning.training.callbacks.stop import rule_reached
@@ -183,7 +183,7 @@ def closing_lines(summary: RunSummary, trainer: pl.Trainer, folder: Path) -> str
         above = f", {bits / floor - 1:.1%} above the corpus entropy of {floor:.4f}" if floor else ""
         rows |= {
             "validation loss": f"{summary['val_loss']:.4f} nats per token",
-            "perplexity": f"{summary['perplexity']:.2f}",
+            "perplexity": rounded(summary["perplexity"]),
             "bits per byte": f"{bits:.4f}{above}",
         }
         if not getattr(trainer.datamodule, "align_documents", False):  # type: ignore[attr-defined]

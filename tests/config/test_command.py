@@ -60,6 +60,16 @@ def test_refused_command_leaves_no_empty_folder(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_setting_that_is_written_as_a_flag_is_told(
+    call: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wrong in (["--max_steps", "10"], ["--lr=1e-3"], ["seed=1", "-x"]):
+        told = error_of(call, capsys, "train", *wrong)
+        assert told.startswith(f"error: there is no flag {wrong[-1] if 'seed=1' in wrong else wrong[0]}; ")
+    call("train", "--cfg", "job", "--resolve", "seed=3")
+    assert "seed: 3" in capsys.readouterr().out
+
+
 def test_full_error_shows_the_traceback(command: Callable[..., Any], tiny: list[str]) -> None:
     result = command("train", *tiny, "trainer.max_steps=0", HYDRA_FULL_ERROR="1")
     assert result.returncode == 1

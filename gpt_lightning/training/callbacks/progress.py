@@ -123,7 +123,7 @@ class Progress(Callback):
         self._losses["val"] = m["val/loss"]
         text = (
             f"step {trainer.global_step} | validation loss {m['val/loss']:.4f} | "
-            f"perplexity {m['val/perplexity']:.2f} | {m['val/bits_per_byte']:.4f} bits per byte"
+            f"perplexity {rounded(m['val/perplexity'])} | {m['val/bits_per_byte']:.4f} bits per byte"
         )
         with tqdm.external_write_mode():
             log.info(text)
@@ -139,6 +139,12 @@ class Progress(Callback):
 def can_show_bar() -> bool:
     """Whether standard error is a terminal or a notebook."""
     return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel.")
+
+
+def rounded(perplexity: float | None) -> str:
+    """Two decimals, unless the model has diverged."""
+    perplexity = perplexity or math.inf
+    return f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.1e}"
 
 
 def format_duration(seconds: float) -> str:
