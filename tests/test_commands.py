@@ -162,7 +162,7 @@ def test_commands_of_a_page_run_in_their_order(
         if not command.startswith("python -m"):
             run(folder, command)  # a console script
         else:
-            code, out = zygote.run(module, *arguments, cwd=folder)
+            code, out = zygote.run(module, *arguments, cwd=folder, spares=1)
             assert code == 0, f"{command}\n{out}"
             assert "gpt2_124m" not in command or "tokenizing" not in out  # the command before it did so
         if module.endswith("train") and not re.search("resume=| --", command):

@@ -6,6 +6,7 @@ The runs are real processes: they are killed, signalled and waited for like any 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import gc
 import importlib
@@ -13,11 +14,15 @@ import importlib.util
 import json
 import os
 import resource
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
+from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +99,7 @@ class Zygote:
         slow: dict[str, float] | None = None,
         file_limit: int | None = None,
         errors: Path | None = None,
+        spares: int = 0,
         **environment: str,
     ) -> Process:
         """Start an entry point.
@@ -104,6 +110,8 @@ class Zygote:
             slow: Functions that take some seconds more in this process, as `module:function`.
             file_limit: Bytes that a file of the process may have.
             errors: File of its standard error; with its output if not given.
+            spares: Processes with everything imported that become the first ones it starts of this package:
+                the process that forks the jobs of a sweep, or further ranks.
             environment: Added to the variables of this process.
         """
         out = self.folder / f"{self.started}.txt"
@@ -116,6 +124,7 @@ class Zygote:
             cwd=str(cwd or self.folder),
             out=str(out),
             errors=str(errors or out),
+            spares=spares,
             slow=slow or {},
             file_limit=file_limit,
         )
@@ -143,6 +152,93 @@ def _slow_down(place: str, seconds: float) -> None:
     setattr(owner, last, slowly)
 
 
+class _Spares:
+    """Processes that were forked before a command began, and become the Python processes that it starts."""
+
+    def __init__(self, count: int):
+        self.waiting = [self._fork() for _ in range(count)]
+        self.spawn, self.execute = util.spawnv_passfds, subprocess.Popen._execute_child  # type: ignore[attr-defined]
+        util.spawnv_passfds = self._forkserver
+        subprocess.Popen._execute_child = lambda *args: self._popen(*args)  # type: ignore[attr-defined]
+
+    def _fork(self) -> tuple[int, socket.socket]:
+        ours, theirs = socket.socketpair()
+        ends = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # Ctrl-C is for all of the process group
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            for _, others in getattr(self, "waiting", ()):
+                others.close()
+            _become(theirs)
+        theirs.close()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return pid, ours
+
+    def _use(self, fds: dict[int, int], env: Any, cwd: Any, **what: Any) -> int:
+        """Turn the first one into a process whose descriptors, by their numbers, are those of this one."""
+        pid, connection = self.waiting.pop(0)
+        mask = [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())]
+        what |= {"fds": list(fds), "mask": mask, "env": dict(os.environ if env is None else env)}
+        what |= {"cwd": str(cwd or Path.cwd()), "path": sys.path}
+        with connection:
+            socket.send_fds(connection, [b"."], list(fds.values()))
+            connection.sendall(json.dumps(what).encode())
+        return pid
+
+    def _forkserver(self, path: Any, args: Any, passfds: Any) -> Any:
+        if not self.waiting or "multiprocessing.forkserver" not in args[-1]:
+            return self.spawn(path, args, passfds)
+        return self._use({fd: fd for fd in (0, 1, 2, *passfds)}, None, None, code=args[-1])
+
+    def _popen(self, process: Any, args: Any, *rest: Any) -> None:
+        cwd, env, pipes, session = rest[4], rest[5], rest[9:15], rest[20]
+        own = list(args[:2]) == [sys.executable, "-m"] and args[2].startswith("gpt_lightning.")
+        if not (self.waiting and own):
+            self.execute(process, args, *rest)
+            return
+        ends = (pipes[0], pipes[3], pipes[5])
+        fds = {number: number if end == -1 else end for number, end in enumerate(ends)}
+        process.pid = self._use(fds, env, cwd, module=args[2], argv=list(args[3:]), session=session)
+        process._child_created = True
+        process._close_pipe_fds(*pipes)
+
+
+def _become(connection: socket.socket) -> None:
+    """Wait for a request in a process that was forked, and be what it asks for."""
+    _, fds, _, _ = socket.recv_fds(connection, 1, 16)
+    if not fds:  # the command has ended, or needs no more processes
+        os._exit(0)
+    with connection, connection.makefile("rb") as stream:
+        request = json.loads(stream.read())
+    held = [fcntl.fcntl(fd, fcntl.F_DUPFD, 512) for fd in fds]
+    for fd, source, number in zip(fds, held, request["fds"], strict=True):
+        if fd not in request["fds"]:
+            os.close(fd)
+        os.dup2(source, number)
+    for fd in held:
+        os.close(fd)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # which forgets those that came for the process before
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, request["mask"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    sys.path[:] = request["path"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    del sys.modules["gpt_lightning.train"]  # which an interpreter would not have imported
+    if "code" in request:
+        sys.argv = ["-c"]
+        exec(request["code"], sys.modules["__main__"].__dict__)
+    else:
+        if request["session"]:
+            os.setsid()
+        sys.argv = ["", *request["argv"]]
+        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    sys.exit()
+
+
 def _child(request: dict[str, Any]) -> None:
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore them
@@ -153,6 +249,8 @@ def _child(request: dict[str, Any]) -> None:
     for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (out, 1), (errors, 2)):
         os.dup2(source, target)
     os.environ.update(request["env"])
+    if request["spares"]:
+        _Spares(request["spares"])
     for place, seconds in request["slow"].items():
         _slow_down(place, seconds)
     if request["file_limit"]:
