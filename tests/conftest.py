@@ -139,9 +139,9 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 def command(zygote: Zygote, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run an entry point in a process of its own: `command("train", "seed=1", …)` in an empty folder."""
 
-    def run(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(name: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         errors = tmp_path / "stderr.txt"
-        process = zygote.start(name, *arguments, cwd=tmp_path, errors=errors, **variables)
+        process = zygote.start(name, *arguments, cwd=tmp_path, errors=errors, **options)
         code, out = process.wait(300), process.out.read_text()
         result = subprocess.CompletedProcess(arguments, code, out, errors.read_text())
         errors.unlink()

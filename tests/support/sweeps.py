@@ -13,6 +13,7 @@ from typing import Any
 from gpt_lightning.rundir.metrics import read_metrics
 from gpt_lightning.rundir.summary import read_ledger
 from support.runs import TINY
+from support.zygote import Process, Zygote
 
 OPTIONS = [*TINY, "logger=none", "callbacks.samples=null", "callbacks.layers=null"]
 
@@ -26,6 +27,16 @@ def start(folder: Path, *arguments: str, **options: Any) -> subprocess.Popen[str
         text=True,
         **options,
     )
+
+
+def fork(zygote: Zygote, folder: Path, *arguments: str) -> Process:
+    """The same without the seconds of imports, neither of the command nor of its jobs."""
+    return zygote.start("train", *arguments, cwd=folder, spares=1)
+
+
+def ended(process: Process, code: int) -> str:
+    assert process.wait(240) == code, process.out.read_text()
+    return process.out.read_text()
 
 
 def end(process: subprocess.Popen[str], code: int) -> str:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from support.sweeps import OPTIONS, end, ledger, reached, start, wait_for
+from support.sweeps import OPTIONS, ended, fork, ledger, reached
+from support.zygote import Zygote
 
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.resolvers import CONF
@@ -51,20 +52,20 @@ def place(study: Path, number: int) -> Path | None:
 
 @pytest.mark.slow
 def test_study_that_is_killed_twice_goes_on_with_the_same_trials(
-    options: list[str], tmp_path: Path, call: Callable[..., Any]
+    zygote: Zygote, options: list[str], tmp_path: Path, call: Callable[..., Any]
 ) -> None:
     study = tmp_path / "study"
     length = ["trainer.max_steps=60", "trainer.save_every_steps=10", "trainer.val_every_steps=20"]
     command = [*options, *length, RATES, "sweep.n_trials=3"]
     untouched: dict[Path, bytes] = {}
     for number in (0, 1):
-        process = start(tmp_path, *command)
-        wait_for(lambda n=number: (run := place(study, n)) and reached(run, 15)(), process)  # type: ignore[misc]
-        process.send_signal(signal.SIGKILL)
-        end(process, -9)
+        process = fork(zygote, tmp_path, *command)
+        process.wait_for(lambda n=number: (run := place(study, n)) and reached(run, 15)())  # type: ignore[misc]
+        process.kill(signal.SIGKILL)
+        ended(process, -9)
         for finished in range(number):
             untouched |= contents(place(study, finished) or study)
-    out = end(start(tmp_path, *command), 0)
+    out = ended(fork(zygote, tmp_path, *command), 0)
     jobs = ledger(study)
     assert [job["number"] for job in jobs.values()] == [0, 1, 2]
     assert [job["attempts"] for job in jobs.values()] == [2, 2, 1]
@@ -89,7 +90,7 @@ def test_study_that_is_killed_twice_goes_on_with_the_same_trials(
 
 @pytest.mark.slow
 def test_hopeless_trial_is_stopped_and_one_that_diverges_does_not_end_the_study(
-    options: list[str], tmp_path: Path
+    zygote: Zygote, options: list[str], tmp_path: Path
 ) -> None:
     """Each of three pairs is tried once; one learns, one does not within any time, one diverges."""
     (tmp_path / "mine" / "sweep").mkdir(parents=True)
@@ -111,13 +112,13 @@ def test_hopeless_trial_is_stopped_and_one_that_diverges_does_not_end_the_study(
         "trainer.val_every_steps=20",
     ]
     command += ["sweep.n_trials=9", "trainer.save_every_steps=20"]
-    process = start(tmp_path, *command)
-    wait_for(lambda: any(job["status"] == "running" for job in ledger(study).values()), process)
-    process.send_signal(signal.SIGTERM)  # the first job is still starting
-    assert "failed" not in end(process, 143)
+    process = fork(zygote, tmp_path, *command)
+    process.wait_for(lambda: any(job["status"] == "running" for job in ledger(study).values()))
+    process.kill(signal.SIGTERM)  # the first job is still starting
+    assert "failed" not in ended(process, 143)
     assert [job["status"] for job in ledger(study).values()] == ["interrupted"]
 
-    out = end(start(tmp_path, f"resume={study}", "--config-dir", "mine"), 0)
+    out = ended(fork(zygote, tmp_path, f"resume={study}", "--config-dir", "mine"), 0)
     (run,) = study.glob("*lr=1e-09,max_steps=1000000")
     jobs = {name.split("-", 1)[1]: job for name, job in ledger(study).items()}
     assert {name: job["status"] for name, job in jobs.items()} == {
@@ -140,7 +141,7 @@ def test_hopeless_trial_is_stopped_and_one_that_diverges_does_not_end_the_study(
     ]
 
     before = contents(run)
-    end(start(tmp_path, *command), 0)  # nothing is left to do
+    ended(fork(zygote, tmp_path, *command), 0)  # nothing is left to do
     assert contents(run) == before
     assert [job["attempts"] for job in ledger(study).values()] == [job["attempts"] for job in jobs.values()]
 

@@ -16,7 +16,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from support.comparison import hyperparameters
-from support.sweeps import OPTIONS, end, is_running, ledger, reached, start, wait_for
+from support.sweeps import OPTIONS, end, ended, fork, is_running, ledger, reached, start
+from support.zygote import Zygote
 
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.resolvers import CONF, sweep_digest
@@ -29,7 +30,7 @@ from gpt_lightning.sweeping.jobs import jobs_of, name_of
 from gpt_lightning.sweeping.launcher import refuse_unfinished, shares
 from gpt_lightning.sweeping.process import job_environment
 
-LONG = ["trainer.max_steps=200", "trainer.save_every_steps=20", "trainer.val_every_steps=100"]
+LONG = ["trainer.max_steps=120", "trainer.save_every_steps=20", "trainer.val_every_steps=60"]
 
 
 @pytest.fixture
@@ -39,22 +40,27 @@ def options(small_text: Path, tmp_path: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_killed_job_leaves_the_others_alone_and_the_same_command_resumes_it(
-    options: list[str], tmp_path: Path, call: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+    zygote: Zygote,
+    options: list[str],
+    tmp_path: Path,
+    call: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     sweep = tmp_path / "sweep"
     options = [option for option in options if option != "logger=none"]
     options += ["optimizer.lr=1e-3", "optimizer.betas=[0.9, 0.95]"]
     command = ["-m", *options, *LONG, "sweep.jobs=2"]
-    process = start(tmp_path, *command, "seed=1,2")
-    wait_for((sweep / "sweep.jsonl").exists, process)
+    process = fork(zygote, tmp_path, *command, "seed=1,2")
+    process.wait_for(reached(sweep / "seed=1", 30))
+    job = ledger(sweep)["seed=1"]["pid"]
+    os.kill(job, signal.SIGSTOP)  # so that the sweep does not end before the other one is refused
     recorded = (sweep / "multirun.yaml").read_bytes()
     with pytest.raises(SystemExit):
         call("train", *command, "seed=1,2,3")
     assert f"another process trains in {sweep}" in capsys.readouterr().err
     assert (sweep / "multirun.yaml").read_bytes() == recorded
-    wait_for(reached(sweep / "seed=1", 30), process)
-    os.kill(ledger(sweep)["seed=1"]["pid"], signal.SIGKILL)
-    out = end(process, 1)
+    os.kill(job, signal.SIGKILL)
+    out = ended(process, 1)
     assert "seed=1: failed (killed by SIGKILL)" in out
     assert "error: 1 of 2 jobs failed: seed=1;" in out
     assert [ledger(sweep)[f"seed={seed}"]["status"] for seed in (1, 2)] == ["failed", "finished"]
@@ -64,7 +70,7 @@ def test_killed_job_leaves_the_others_alone_and_the_same_command_resumes_it(
         call("train", *command, "seed=1,2", "optimizer.weight_decay=0.3")
     assert "holds another sweep: optimizer.weight_decay (was" in capsys.readouterr().err
     same = ["optimizer.lr=0.001", "optimizer.betas=[0.9,0.95]"]
-    out = end(start(tmp_path, *command, *same, "seed=1,2,3"), 0)  # extended by a value
+    out = ended(fork(zygote, tmp_path, *command, *same, "seed=1,2,3"), 0)  # extended by a value
     assert "sweep: 3 jobs, 1 of them finished before" in out
     assert "[seed=1] resuming from" in out
     assert {path: path.read_bytes() for path in untouched} == untouched
@@ -89,7 +95,7 @@ def test_killed_job_leaves_the_others_alone_and_the_same_command_resumes_it(
 
 @pytest.mark.slow
 def test_sweep_that_is_ended_leaves_no_process_and_goes_on_by_its_directory(
-    options: list[str], tmp_path: Path
+    zygote: Zygote, options: list[str], tmp_path: Path
 ) -> None:
     sweep = tmp_path / "sweep"
     (tmp_path / "mine" / "scheduler").mkdir(parents=True)
@@ -97,20 +103,20 @@ def test_sweep_that_is_ended_leaves_no_process_and_goes_on_by_its_directory(
         (CONF / "scheduler" / "cosine.yaml").read_text()
     )
     options += ["--config-dir", "mine", "scheduler=mine", "data.stride=${model.block_size}"]
-    process = start(tmp_path, "-m", *options, *LONG, "seed=1,2")
-    for number, step, jobs in ((signal.SIGTERM, 30, 1), (signal.SIGKILL, 90, 2)):
-        wait_for(reached(sweep / "seed=1", step), process)
+    process = fork(zygote, tmp_path, "-m", *options, *LONG, "seed=1,2")
+    for number, step, jobs in ((signal.SIGTERM, 30, 1), (signal.SIGKILL, 50, 2)):
+        process.wait_for(reached(sweep / "seed=1", step))
         pid = ledger(sweep)["seed=1"]["pid"]
-        process.send_signal(number)
-        end(process, 143 if number == signal.SIGTERM else -9)
+        process.kill(number)
+        ended(process, 143 if number == signal.SIGTERM else -9)
         deadline = time.monotonic() + 60
         while is_running(pid):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert json.loads((sweep / "seed=1" / "summary.json").read_text())["status"] == "interrupted"
         assert not (sweep / "seed=2").exists()
-        process = start(tmp_path, f"resume={sweep}", f"sweep.jobs={jobs}", "time_limit=1:00:00")
-    out = end(process, 0)
+        process = fork(zygote, tmp_path, f"resume={sweep}", f"sweep.jobs={jobs}", "time_limit=1:00:00")
+    out = ended(process, 0)
     assert "[seed=1] resuming from" in out
     assert out.endswith(f"\n{overview(read_results([sweep]))}\nsweep: {sweep}\n")
     assert {job["status"] for job in ledger(sweep).values()} == {"finished"}
@@ -130,7 +136,7 @@ def test_ctrl_c_while_the_first_job_starts_ends_the_sweep(options: list[str], tm
 
 @pytest.mark.slow
 def test_jobs_of_a_sweep_may_have_several_processes_and_end_by_themselves(
-    options: list[str], tmp_path: Path
+    zygote: Zygote, options: list[str], tmp_path: Path
 ) -> None:
     """One and two processes give the same losses; a wrong value ends no other job."""
     sweep = tmp_path / "sweep"
@@ -144,7 +150,7 @@ def test_jobs_of_a_sweep_may_have_several_processes_and_end_by_themselves(
         "device.devices=1,2",
         "data.batch_size=8,-1",
     ]
-    out = end(start(tmp_path, *command, "sweep.retries=1"), 1)
+    out = ended(fork(zygote, tmp_path, *command, "sweep.retries=1"), 1)
     jobs = ledger(sweep)
     assert {(job["status"], job["attempts"]) for job in jobs.values()} == {("finished", 1), ("failed", 2)}
     assert "error: 2 of 4 jobs failed" in out
@@ -166,12 +172,12 @@ def test_shards_that_a_sweep_prepares_make_the_tokens_of_one_process(
 ) -> None:
     source = ["data=text", f"data.path={small_text}", "tokenizer.vocab_size=300"]
     shards = ["shard=range(3)", "shards=3", "sweep.jobs=2", f"paths.cache={tmp_path / 'many'}"]
-    done = command("prepare", "-m", *source, *shards)
+    done = command("prepare", "-m", *source, *shards, spares=1)
     assert done.returncode == 0, done.stderr
     sweep = next((tmp_path / "outputs" / "prepare").iterdir())
     assert {job["status"] for job in ledger(sweep).values()} == {"finished"}
     assert {path.name for path in sweep.iterdir()} == {".hydra", "multirun.yaml", "sweep.jsonl"}
-    again = command("prepare", "-m", *source, "shard=1,3", *shards[1:])  # finished shards are kept
+    again = command("prepare", "-m", *source, "shard=1,3", *shards[1:], spares=1)  # finished shards are kept
     assert (again.returncode, ledger(sweep)["shard=1"]["status"]) == (1, "finished")
     assert "shard=3: failed (shard=3 must be a whole number from 0 to 2, since shards=3)" in again.stdout
     with pytest.raises(FileNotFoundError, match="there is no run in"):
