@@ -46,7 +46,8 @@ WORDS = [
     "there",
 ]
 # Files that take minutes begin first, so that no process is left with one of them at the end
-LONGEST = ("test_resume.py", "test_optuna.py", "test_processes.py", "test_devices.py", "test_sweep.py")
+LONGEST = ("test_commands.py", "test_resume.py", "test_optuna.py", "test_processes.py", "test_devices.py")
+LONGEST += ("test_sweep.py", "test_hosts.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

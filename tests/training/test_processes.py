@@ -157,7 +157,7 @@ def test_error_of_one_process_alone_ends_the_other(
 def test_process_that_lightning_started_says_that_the_first_one_was_killed(
     zygote: Zygote, options: list[str], tmp_path: Path
 ) -> None:
-    first = zygote.start("train", *options, slow={TRAINING_STEP: 0.3})
+    first = zygote.start("train", *options, slow={TRAINING_STEP: 0.3}, spares=1)
     first.wait_for(lambda: "step 2/" in first.out.read_text())
     (child,) = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
     first.kill()
