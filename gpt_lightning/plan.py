@@ -21,6 +21,7 @@ from gpt_lightning.config.build import (
 from gpt_lightning.config.command import command, imports
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.parts import Parts, build_parts, device_count, starting_point, with_length
+from gpt_lightning.config.resume import check_classes_again
 from gpt_lightning.config.rules import check, one_of, validate
 from gpt_lightning.config.setup import Finding, check_setup
 from gpt_lightning.config.start import plan_arguments
@@ -185,6 +186,7 @@ def show(plan: Plan | list[Finding]) -> None:
 @command("plan", arguments=plan_arguments, show=show)
 def main(cfg: DictConfig) -> Plan | list[Finding]:
     """Plans the run, or looks at the machine if check=true."""
+    check_classes_again(cfg)
     validate(cfg)
     check(cfg, {"check": one_of(True, False)})
     return check_setup(cfg) if cfg.check else plan_run(cfg)

@@ -23,6 +23,7 @@ from gpt_lightning.config.parts import build_loggers, build_parts, build_trainer
 from gpt_lightning.config.ranks import is_first_rank, tell_other_ranks
 from gpt_lightning.config.recorded import recorded_choices, without_fixed
 from gpt_lightning.config.resume import (
+    check_classes_again,
     check_corpus,
     check_extension,
     record_extension,
@@ -110,6 +111,7 @@ def main(cfg: DictConfig) -> Run:
     with locked(folder) if is_first_rank() else nullcontext():
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # for single runs, before Hydra wrote anything
             refuse_to_overwrite(folder)
+        check_classes_again(cfg)
         validate(cfg)
         limit = parse_duration(cfg.time_limit) if cfg.time_limit is not None else math.inf
         train(cfg, folder, started + limit)

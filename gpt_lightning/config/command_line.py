@@ -110,6 +110,14 @@ def as_of_job(override: str) -> str:
     return f"{parsed.get_key_element()}={parsed.get_value_element_as_str()}"
 
 
+def varies(override: str) -> bool:
+    """Whether an override gives a key several values, one after the other."""
+    try:
+        return OverridesParser.create().parse_override(override).is_sweep_override()
+    except HydraException:  # Hydra will say so
+        return False
+
+
 def verbatim(*keys: str) -> Callable[[list[str]], list[str]]:
     """Rewrites a command line: the values of these keys are text as it stands, not in Hydra's grammar.
 

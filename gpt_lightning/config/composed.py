@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,13 @@ def composed(arguments: Sequence[str]) -> DictConfig:
 
 
 def as_value(value: Any) -> str:
-    """A plain value in the grammar of Hydra's overrides; an interpolation stays one."""
+    """A plain value in the grammar of Hydra's overrides; an interpolation stays one, which has no escapes."""
     if isinstance(value, str):
-        return QuotedString(value, Quote.single).with_quotes()
+        quote = Quote.double if "'" in value and '"' not in value else Quote.single
+        return QuotedString(value, quote).with_quotes()
     if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{as_value(item)}" for key, item in value.items()) + "}"
+        pairs = ((re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", str(key)), item) for key, item in value.items())
+        return "{" + ",".join(f"{key}:{as_value(item)}" for key, item in pairs) + "}"
     if isinstance(value, list):
         return "[" + ",".join(map(as_value, value)) + "]"
     return "null" if value is None else str(value)

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from gpt_lightning.config.command_line import OWN_KEYS, as_given, as_of_job, key_of
+from gpt_lightning.config.command_line import OWN_KEYS, as_given, as_of_job, key_of, varies
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.data.files import atomic_write
 from gpt_lightning.rundir.directory import HYDRA
@@ -72,9 +72,15 @@ def read_yaml(path: Path) -> Any:
 
 
 def recorded_overrides(folder: Path) -> list[str]:
-    """The overrides of a run as they were given, with their interpolations; none of them is Hydra's own."""
+    """The overrides of a run as they were given, with their interpolations.
+
+    Those of somebody else may be anything: left out are flags, several values for a key, and what is Hydra's
+    own, as `group@hydra.callbacks.x=choice` is.
+    """
     texts = as_given(read_recorded(folder, "overrides.yaml"))
-    return [t for t in texts if key_of(t) not in OWN_KEYS and not re.match(r"hydra\b", key_of(t))]
+    others = re.compile(r"-|[+~]*hydra\b|[^=]*@[^=]*\bhydra\b")
+    own = [text for text in texts if key_of(text) not in OWN_KEYS and not others.match(text)]
+    return [text for text in own if not (re.search("[,(]", text) and varies(text))]
 
 
 def without_fixed(overrides: list[str], folder: Path) -> list[str]:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import fnmatch
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from gpt_lightning.config.command import imports
-from gpt_lightning.config.command_line import OWN_KEYS, key_of
+from gpt_lightning.config.command_line import OWN_KEYS, as_given, as_of_job, key_of
 from gpt_lightning.config.composed import as_value, composed
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.nodes import build, is_defined_in, targets
@@ -45,6 +49,7 @@ OLDER_VALUES: dict[tuple[str, Any], Any] = {  # of earlier releases, with what t
     ("device.micro_batch_size", "auto"): 32,
 }
 OLDER_KEYS = {"data.align_documents": False}  # that earlier releases had not, with what they did
+TARGET = "_target_"
 # Packages whose classes a run directory of somebody else may name: they run no code that comes with it.
 SAFE = (
     r"gpt_lightning\.(model|training|data\.(corpus|tales|tokenizer))|torch\.optim|"
@@ -67,7 +72,7 @@ def recorded_values(arguments: list[str], given: list[str], folder: Path, *, res
     """
     cfg = composed(arguments)
     keys = [key_of(text) for text in given if key_of(text) not in OWN_KEYS and text[:5] != "hydra"]
-    before = OLDER_KEYS | flat(read_recorded(folder, "config.yaml"))
+    before = OLDER_KEYS | recorded_config(folder)
     if resumes:
         _check_unchanged(cfg, folder, keys, before)
     values = _differing(cfg, folder, keys, before)
@@ -75,12 +80,14 @@ def recorded_values(arguments: list[str], given: list[str], folder: Path, *, res
         cfg = composed([*arguments, *values])
     if resumes and (steps := _kept_warmup(cfg, before.get("trainer.max_steps"))) is not None:
         values.append(f"scheduler.warmup_steps={steps}")
-    if cfg.trust is not True and (foreign := foreign_classes(cfg, given)):
-        raise ConfigError(
-            f"the run names classes that are not of gpt_lightning, and building them runs their code: "
-            f"{', '.join(foreign)}; name their --config-dir, or add trust=true if you trust the run"
-        )
+    check_classes(cfg, folder, given)
     return values
+
+
+def recorded_config(folder: Path) -> dict[str, Any]:
+    """The recorded values of a run by their keys; Hydra's own configuration is not the run's."""
+    values = flat(read_recorded(folder, "config.yaml"))
+    return {key: value for key, value in values.items() if key.partition(".")[0] != "hydra"}
 
 
 def _differing(cfg: DictConfig, folder: Path, keys: list[str], before: dict[str, Any]) -> list[str]:
@@ -100,10 +107,36 @@ def _differing(cfg: DictConfig, folder: Path, keys: list[str], before: dict[str,
                 if key in now:
                     continue
             else:  # the class that is no longer chosen takes other arguments; Hydra deletes no null
-                other = [one for one in now if one.startswith(node) and one not in before]
-                texts += [text for one in other for text in (f"++{one}=0", f"~{one}")]
-        texts.append(f"++{key}={as_value(value)}")
+                other = dict.fromkeys(_not_in(before, one) for one in now if one.startswith(node))
+                texts += [text for one in other if one for text in (f"++{one}=0", f"~{one}")]
+        texts.append(_override(key, value))
     return texts
+
+
+def _not_in(keys: Iterable[str], key: str) -> str | None:
+    """The largest node with a key that has none of `keys`."""
+    parts = key.split(".")
+    nodes = (".".join(parts[: i + 1]) for i in range(len(parts)))
+    return next((node for node in nodes if not any(_covered(one, [node]) for one in keys)), None)
+
+
+def _override(key: str, value: Any) -> str:
+    """Sets a recorded value.
+
+    Raises:
+        ConfigError: If Hydra would read anything else, as a key of somebody else's run could have it.
+    """
+    text = f"++{key}={as_value(value)}"
+    try:
+        read = OverridesParser.create().parse_override(text)
+        if (read.key_or_group, read.package, repr(read.value())) == (key, None, repr(value)):
+            return text
+    except HydraException:
+        pass
+    raise ConfigError(
+        f"{key}={value!r} is what the run has, and its files have not, and no override can say it; bring the "
+        "files of its configuration back as they were"
+    )
 
 
 def _kept_warmup(cfg: DictConfig, max_steps: int | None) -> int | None:
@@ -114,20 +147,42 @@ def _kept_warmup(cfg: DictConfig, max_steps: int | None) -> int | None:
     return None
 
 
-def foreign_classes(cfg: DictConfig, given: list[str]) -> list[str]:
-    """Classes that may run code of a run's author, without those that the user names.
+def check_classes(cfg: DictConfig, folder: Path, given: list[str]) -> None:
+    """Refuse classes that may run code of a run's author, without those that the user names.
 
     Args:
         cfg: The configuration of the run, with what is given now on top.
+        folder: The run directory.
         given: The overrides that are given now; in those that name the run, its author chose the text.
+
+    Raises:
+        ConfigError: Lists them, unless trust=true was given.
     """
-    folders = [Path(str(place).removeprefix("file://")) for place in cfg.hydra.searchpath]
-    files = [file.read_text("utf-8", "ignore") for folder in folders for file in folder.rglob("*.yaml")]
-    chosen = [text for text in given if key_of(text) not in OWN_KEYS]
-    known = set(re.findall(r"_target_\W+([\w.]+)", "\n".join([*files, *chosen])))
+    if cfg.trust is True:
+        return
+    sources = HydraConfig.get().runtime.config_sources
+    named = [source for source in sources if source.provider.endswith("command-line")]  # searchpath, too
+    files = [f.read_text("utf-8", "ignore") for source in named for f in Path(source.path).rglob("*.yaml")]
+    values = [f"++{key}={as_value(value)}" for key, value in recorded_config(folder).items()]
+    theirs = {as_of_job(text) for text in [*recorded_overrides(folder), *values] if TARGET in text}
+    chosen = [text for text in given if TARGET in text and key_of(text) not in OWN_KEYS]
+    chosen = [text for text in chosen if as_of_job(text) not in theirs]
+    known = set(re.findall(rf"{TARGET}\W+([\w.]+)", "\n".join([*files, *chosen])))
     ours = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     with imports():
-        return sorted(t for t in targets(ours) if not is_defined_in(t, SAFE) and t not in known)
+        foreign = sorted(t for t in targets(ours) if not is_defined_in(t, SAFE) and t not in known)
+    if foreign:
+        raise ConfigError(
+            f"the run names classes that are not of gpt_lightning, and building them runs their code: "
+            f"{', '.join(foreign)}; name their --config-dir, or add trust=true if you trust the run"
+        )
+
+
+def check_classes_again(cfg: DictConfig) -> None:
+    """`check_classes` in the job: interpolations may have other values there than before Hydra began."""
+    if source := cfg.resume or cfg.repeat:
+        check_classes(cfg, Path(source), as_given(HydraConfig.get().overrides.task))
+        OmegaConf.resolve(cfg.logger)  # which is built when torch has set variables of the environment
 
 
 def _covered(key: str, overridden: list[str]) -> bool:

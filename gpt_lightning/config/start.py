@@ -193,7 +193,9 @@ def _with_recorded(flags: list[str], given: list[str], key: str, folder: Path) -
     dirs = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     if trust and found.config_dir is None:
         flags = [*flags, *(f"--config-dir={path}" for path in dirs if Path(path).is_dir())]
-    if found.config_name is None and (trust or (CONF / f"{hydra.job.config_name}.yaml").is_file()):
+    if found.config_name is None and (
+        trust or hydra.job.config_name in [file.stem for file in CONF.glob("*.yaml")]
+    ):
         flags = [*flags, f"--config-name={hydra.job.config_name}"]
     settings: Any = OmegaConf.to_container(hydra.overrides.hydra, resolve=False)
     search = [text for text in settings if key_of(text) == "hydra.searchpath" and key_of(text) not in now]
@@ -201,6 +203,8 @@ def _with_recorded(flags: list[str], given: list[str], key: str, folder: Path) -
     if not search:  # otherwise a choice may be anywhere
         places = [CONF, *map(Path, dirs if trust else [found.config_dir] if found.config_dir else [])]
         recorded = [text for text in recorded if _choice_exists(text, places)]
+    if found.config_dir and Path(found.config_dir).is_dir():  # the user's own, and not one that is there
+        flags = [*flags, f"--config-dir={Path(found.config_dir).absolute()}"]
     go_to(hydra.runtime.cwd)
     given = [text for text in given if key_of(text) != key]
     arguments = [*flags, *search, *recorded, *given, *verbatim(key)([f"{key}={folder}"])]
@@ -208,10 +212,12 @@ def _with_recorded(flags: list[str], given: list[str], key: str, folder: Path) -
 
 
 def _choice_exists(override: str, places: list[Path]) -> bool:
-    """Whether a choice of a group is still there; if not, the recorded values stand for it."""
+    """Whether a choice of a group is still there, and in it; if not, the recorded values stand for it."""
     group, choice = key_of(override), override.partition("=")[2]
-    is_group = any((place / group).is_dir() for place in places)
-    return not is_group or choice == "null" or any((p / group / f"{choice}.yaml").is_file() for p in places)
+    if choice == "null" or not any((place / group).is_dir() for place in places):
+        return True
+    inside = not choice.startswith("/") and ".." not in Path(choice).parts
+    return inside and any((place / group / f"{choice}.yaml").is_file() for place in places)
 
 
 def _begun_by_this_job(arguments: list[str]) -> str | None:

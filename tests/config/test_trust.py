@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,88 @@ def test_modules_beside_the_recorded_working_directory_are_not_imported(run: Pat
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "proof").exists()
     assert len(list(here.glob("out/**/summary.json"))) == 1
+
+
+BAD = {"_target_": "planted.made"}
+PROOF = "open('proof', 'w').close()\n\ndef made(**_):\n    pass\n"
+ELSEWHERE = (
+    "../" * 12 + "proc/self/cwd/run/planted"
+)  # a file below the folder of the configuration, for Hydra
+KNOWN = {"run": "torch.optim.SGD"}
+LATER = "${oc.select:known.${hydra:runtime.output_dir},planted.made}"  # the run directory has another name
+
+
+def overrides_first(run: Path, *texts: str) -> None:
+    """Overrides before those that the run has, with all that it would take by default."""
+    path = run / ".hydra" / "overrides.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            [
+                *texts,
+                "model=rotary_tiny",
+                "optimizer=muon",
+                "scheduler=cosine",
+                *yaml.safe_load(path.read_text()),
+            ]
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("texts", "values"),
+    [
+        ([], {"hydra": {"callbacks": {"x": BAD}}}),
+        ([], {"hydra.callbacks.x": BAD}),
+        ([], {"known": KNOWN, "own": {"_target_": LATER}}),
+        ([], {"trust=true,x": 1, "own": BAD}),
+        ([], {"x@hydra.callbacks.x": BAD}),
+        (["--config-dir=run/planted"], {"own": BAD}),
+        (["--experimental-rerun=run/planted.pickle"], {}),
+        ([f"experiment={ELSEWHERE}"], {}),
+        ([f"+data@hydra.callbacks.x={ELSEWHERE}_class"], {}),
+        (["+data@_global_.hydra.callbacks=text"], {}),
+        (["+callbacks.own={_target_: planted.made},null"], {}),
+        ([f'+callbacks.own={{_target_: "{LATER}", is: "_target_: planted.made"}}'], {"known": KNOWN}),
+    ],
+)  # fmt: skip
+def test_run_directory_tells_hydra_nothing(
+    run: Path, texts: list[str], values: dict[str, Any], call: Callable[..., Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "planted", raising=False)
+    (tmp_path / "planted.py").write_text(PROOF)
+    (run / "planted").mkdir()
+    for name in ("planted/own", "planted_class"):
+        (run / f"{name}.yaml").write_text(yaml.safe_dump(BAD))
+    hooked = {"hydra": {"callbacks": {"x": BAD}}}
+    (run / "planted.yaml").write_text(f"# @package _global_\n{yaml.safe_dump(hooked)}")
+    (run / "planted.pickle").write_bytes(b"cplanted\nmade\n.")
+    overrides_first(run, *texts)
+    config = run / ".hydra" / "config.yaml"
+    content = yaml.safe_load(config.read_text())
+    content["callbacks"].update({key: value for key, value in values.items() if key == "own"})
+    config.write_text(yaml.safe_dump(content | {key: value for key, value in values.items() if key != "own"}))
+    edit(run / ".hydra" / "hydra.yaml", "hydra.runtime.cwd", str(tmp_path))
+    with suppress(SystemExit):
+        in_sweep = ["-m", "repeat=run", "seed=1", "hydra/launcher=basic"]
+        call("train", *(in_sweep if any("own=" in text for text in texts) else ["resume=run"]))
+    assert not (tmp_path / "proof").exists()
+
+
+def test_folder_of_the_users_choices_is_below_the_current_directory(
+    run: Path, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """And not below the one that the run directory names as that of the first start."""
+    (planted := run / "mine" / "callbacks").mkdir(parents=True)
+    (planted / "own.yaml").write_text(yaml.safe_dump({"own": BAD}))
+    edit(run / ".hydra" / "hydra.yaml", "hydra.runtime.cwd", str(run))
+    edit(run / ".hydra" / "config.yaml", "callbacks.own", BAD)
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        call("train", "resume=run", "--config-dir", "mine")
+    assert "runs their code: planted.made; name their --config-dir" in capsys.readouterr().err
