@@ -109,6 +109,10 @@ def _differing(cfg: DictConfig, folder: Path, keys: list[str], before: dict[str,
             else:  # the class that is no longer chosen takes other arguments; Hydra deletes no null
                 other = dict.fromkeys(_not_in(before, one) for one in now if one.startswith(node))
                 texts += [text for one in other if one for text in (f"++{one}=0", f"~{one}")]
+        if key not in now:  # Hydra merges neither keys into a list, nor a list into keys
+            others = [one for one in now if _covered(key, [one])]
+            others += [key] * (isinstance(value, list) and any(_covered(one, [key]) for one in now))
+            texts += [f"++{one}=0" for one in others if f"++{one}=0" not in texts]
         texts.append(_override(key, value))
     return texts
 

@@ -201,7 +201,7 @@ def _with_recorded(flags: list[str], given: list[str], key: str, folder: Path) -
     search = [text for text in settings if key_of(text) == "hydra.searchpath" and key_of(text) not in now]
     search = search if trust else []
     if not search:  # otherwise a choice may be anywhere
-        places = [CONF, *map(Path, dirs if trust else [found.config_dir] if found.config_dir else [])]
+        places = [CONF, *map(Path, [found.config_dir] if found.config_dir else dirs if trust else [])]
         recorded = [text for text in recorded if _choice_exists(text, places)]
     if found.config_dir and Path(found.config_dir).is_dir():  # the user's own, and not one that is there
         flags = [*flags, f"--config-dir={Path(found.config_dir).absolute()}"]

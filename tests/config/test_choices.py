@@ -21,7 +21,7 @@ import gpt_lightning
 from gpt_lightning.config.errors import ConfigError
 from gpt_lightning.config.recorded import flat
 from gpt_lightning.config.resolvers import CONF
-from gpt_lightning.config.resume import check_extension
+from gpt_lightning.config.resume import check_extension, recorded_values
 from gpt_lightning.config.start import plan_arguments, start_arguments
 from gpt_lightning.rundir.checkpoint import read_checkpoint
 
@@ -125,6 +125,47 @@ def test_gpt2_small_on_a_mac_fits_into_sixteen_gigabytes(
 def weights(tmp_path: Path) -> Path:
     """A model with two layers of 16."""
     return save_checkpoint(tmp_path / "begin.ckpt", random_net())
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"_target_": "a.A", "k": 1}, {"_target_": "b.B", "k": 2, "more": {"a": 1, "b": {"c": None}}}),
+        ({"_target_": "a.A", "more": {"a": 1}}, {"_target_": "b.B", "more": {"a": 1, "b": 2}}),
+        ({"x": 1}, [1, 2]),
+        ([1, {"a=b": {"c,d": "e", "f g": []}}], {"x": 1}),
+        ({"x": {"y": 1}}, None),
+        ({"x": 1}, "${seed}"),
+        ("${oc.env:'HOME'}", 1),
+        ("it's \"\\${seed}\\", "null"),
+        (None, {"_target_": "b.B"}),
+    ],
+)
+def test_recorded_values_stand_for_those_that_have_changed_since(
+    before: Any, after: Any, tmp_path: Path
+) -> None:
+    place = tmp_path / "mine" / "callbacks" / "own.yaml"
+    place.parent.mkdir(parents=True)
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    OmegaConf.save({"own": before}, place)
+    recorded = composed("callbacks=own", config_dir=tmp_path / "mine")
+    OmegaConf.save(recorded, tmp_path / "run" / ".hydra" / "config.yaml")
+    OmegaConf.save({"hydra": {"runtime": {"choices": {}}}}, tmp_path / "run" / ".hydra" / "hydra.yaml")
+    OmegaConf.save({"own": after}, place)
+    start = ["callbacks=own", "trust=true"]
+    given = [f"--config-dir={tmp_path / 'mine'}", *start]
+    values = recorded_values(given, [], tmp_path / "run", resumes=False)
+    assert flat(composed(*start, *values, config_dir=tmp_path / "mine")) == flat(recorded) | {"trust": True}
+
+
+def test_recorded_key_that_no_override_can_have_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".hydra").mkdir()
+    OmegaConf.save({"data": {"trust=true,x": 1}}, tmp_path / ".hydra" / "config.yaml")
+    OmegaConf.save({"hydra": {"runtime": {}}}, tmp_path / ".hydra" / "hydra.yaml")
+    with pytest.raises(
+        ConfigError, match=r"^data\.trust=true,x=1 is what the run has, and its files have not"
+    ):
+        recorded_values([], [], tmp_path, resumes=False)
 
 
 FINETUNE = [option for option in TINY if not option.startswith("model.")]
