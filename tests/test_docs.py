@@ -135,8 +135,8 @@ def test_configuration_reference_has_every_key_with_its_comment(hooks: Any) -> N
         "### trainer=default",
         "| `trainer.max_steps` | `1000` | of the run; null: max\\_epochs decides |",
         "| `model.n_layer` | `12` | blocks |",
-        "| `callbacks.progress` | `gpt_lightning.training.callbacks.progress.Progress` | a bar in a terminal, "
-        "lines elsewhere |",
+        "| `callbacks.progress` | `gpt_lightning.training.callbacks.progress.Progress` | a bar in a "
+        "terminal, lines elsewhere |",
         "| `callbacks.last.keep` | `${trainer.keep_last}` | as `trainer.keep_last` |",
         "| `callbacks.samples.path` | `${paths.run}/samples.md` | The file; sections are appended. |",
         "| `model.n_layer` | `48` | blocks |",
