@@ -115,7 +115,7 @@ def download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=files))
     except (OSError, ValueError) as error:  # no network, no such model, not a valid name
         raise OSError(
-            f"{name!r} is not a folder and the Hugging Face hub did not provide it "
+            f"init_from=hf:{name}: it is no folder, and the Hugging Face hub did not provide it "
             f"({type(error).__name__}); check the name and the network, or give a local folder"
         ) from error
 

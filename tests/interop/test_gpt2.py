@@ -215,7 +215,7 @@ except OSError as error:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout.startswith(
-        "'no-one-here/no-such-model' is not a folder and the Hugging Face hub did not"
+        "init_from=hf:no-one-here/no-such-model: it is no folder, and the Hugging Face hub did not"
     )
     assert "give a local folder" in done.stdout
     assert done.stdout.count("\n") == 1
