@@ -510,16 +510,6 @@ def test_wrong_value_is_refused_before_anything_is_read(override: str, line: str
     assert re.search(line, said), said
 
 
-@pytest.mark.parametrize("argument", ["--steps=3", "-x"])
-def test_unknown_flag_ends_as_hydra_has_it(
-    argument: str, call: Callable[..., Any], capfd: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        call("train", argument)
-    assert stop.value.code == 2
-    assert f"error: unrecognized arguments: {argument}" in capfd.readouterr().err
-
-
 MISSING: list[tuple[str, str, str]] = [
     # package that is not installed, command, arguments; the line says what to install
     ("wandb", "train", "logger=wandb data.path=nowhere.txt"),  # found before the data is looked at
