@@ -171,8 +171,8 @@ TINYSTORIES: Published = {
 GPT2_124M: Published = {
     **shape(12, 12, 768, 1024), **batches(12, 40), "tokenizer": "GPT2", "scheduler": "cosine",
     "peak_rate": 6e-4, "last_rate": 6e-5, "scheduler.warmup_steps": 2000, "trainer.max_steps": 600_000,
-    "model.dropout": 0.0, "model.bias": False, "optimizer.weight_decay": 0.1, "trainer.clip_norm": 1.0,
-    "data.val_fraction": 5e-4,
+    "model.dropout": 0.0, "model.bias": False, "model.exact_gelu": True, "optimizer.weight_decay": 0.1,
+    "trainer.clip_norm": 1.0, "data.val_fraction": 5e-4,
 }  # fmt: skip
 FINETUNE: Published = {
     **batches(1, 32), "tokenizer": "GPT2", "scheduler": "constant", "init_from": "hf:gpt2-xl",
@@ -180,7 +180,7 @@ FINETUNE: Published = {
 }  # fmt: skip
 CHARACTERS: Published = {
     "tokenizer": "Char", "scheduler": "cosine", "peak_rate": 1e-3, "last_rate": 1e-4,
-    "scheduler.warmup_steps": 100,
+    "scheduler.warmup_steps": 100, "model.bias": False, "model.exact_gelu": True,
 }  # fmt: skip
 PUBLISHED: list[tuple[str, Published]] = [
     ("shakespeare_target_loss device=cuda", {**TARGET_LOSS, **shape(8, 8, 512, 512), **batches(8, 4)}),

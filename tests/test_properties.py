@@ -335,6 +335,7 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
         "qkv_bias": draw(st.none() | st.booleans()),
         "tie_weights": draw(st.booleans()),
         "vocab_multiple": draw(st.integers(1, 70)),
+        "exact_gelu": draw(st.booleans()),
     }
 
 

@@ -17,11 +17,12 @@ from gpt_lightning.data.files import json_object, reading, write_json
 from gpt_lightning.model.gpt import GPT, CausalLM, GPTConfig
 from gpt_lightning.model.weights import build_with_weights
 
+EXACT_GELU = "gelu"  # in config.json
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # Settings of config.json that change the computation, with the values that GPT implements; the first one is
 # the default.
 COMPUTATION: dict[str, tuple[object, ...]] = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", EXACT_GELU),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -76,6 +77,7 @@ def save_gpt2(net: GPT, folder: str | Path, *, end_of_text: int | None = None) -
         "tie_word_embeddings": config.tie_weights,
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
         **{key: values[0] for key, values in COMPUTATION.items()},
+        **({"activation_function": EXACT_GELU} if config.exact_gelu else {}),
         "initializer_range": 0.02,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
@@ -128,17 +130,23 @@ def _read_config(folder: Path) -> GPTConfig:
         source = json_object(path)
         if source.get("model_type") != "gpt2":
             raise ValueError(f"model_type={source.get('model_type')!r} is not 'gpt2'")
-        for key, values in COMPUTATION.items():
-            if source.get(key, values[0]) not in values:
-                raise ValueError(f"{key}={source[key]!r} is not supported, only {values[0]!r}")
+        check_computation(source, COMPUTATION)
         return GPTConfig(
             **{key: source[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")},
             block_size=source.get("n_positions", 1024),
             n_inner=source.get("n_inner") or 4 * source["n_embd"],
             tie_weights=source.get("tie_word_embeddings", True),
             dropout=source.get("resid_pdrop", 0.1),
+            exact_gelu=source.get("activation_function") == EXACT_GELU,
             vocab_multiple=1,
         )
+
+
+def check_computation(source: dict[str, Any], known: dict[str, tuple[object, ...]]) -> None:
+    """Refuse a config.json with settings that the network does not implement; known has the default first."""
+    for key, values in known.items():
+        if source.get(key, values[0]) not in values:
+            raise ValueError(f"{key}={source[key]!r} is not supported, only {' or '.join(map(repr, values))}")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

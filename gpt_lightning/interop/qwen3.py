@@ -8,28 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from gpt_lightning.data.files import json_object, reading, write_json
-from gpt_lightning.interop.gpt2 import read_weights, write_safetensors
+from gpt_lightning.interop.gpt2 import EXACT_GELU, check_computation, read_weights, write_safetensors
 from gpt_lightning.model.gpt import CausalLM
 from gpt_lightning.model.qwen3 import EPS, Qwen3Config, Rotary, RotaryConfig, StarCoder2Config
 from gpt_lightning.model.weights import build_with_weights
 
 # Classes of `transformers` by model_type
 KINDS = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "starcoder2": "Starcoder2ForCausalLM"}
-# Settings of config.json that change the computation, with the value that is implemented, of gated networks
-GATED: dict[str, object] = {
-    "hidden_act": "silu",
-    "rms_norm_eps": EPS,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "rope_scaling": None,
+# Settings of config.json that change the computation, with the values that are implemented, the default first
+GATED: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("silu",),
+    "rms_norm_eps": (EPS,),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+    "rope_scaling": (None,),
 }
-STARCODER2: dict[str, object] = {
-    "hidden_act": "gelu_pytorch_tanh",
-    "norm_epsilon": 1e-5,
-    "use_bias": True,
-    "sliding_window": None,
-    "rope_scaling": None,
+STARCODER2: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("gelu_pytorch_tanh", EXACT_GELU),
+    "norm_epsilon": (1e-5,),
+    "use_bias": (True,),
+    "sliding_window": (None,),
+    "rope_scaling": (None,),
 }
 
 
@@ -55,10 +55,13 @@ def save_rotary(net: Rotary, folder: Path, *, end_of_text: int | None = None) ->
     """
     config = net.config
     kind = ("qwen3" if config.qk_norm else "llama") if config.gated else "starcoder2"
+    own = {key: values[0] for key, values in (GATED if config.gated else STARCODER2).items()}
     if config.gated:
-        own: dict[str, object] = {"head_dim": config.head_width, **GATED}
+        own["head_dim"] = config.head_width
     else:
-        own = {"residual_dropout": config.dropout, "embedding_dropout": config.dropout, **STARCODER2}
+        own |= dict.fromkeys(("residual_dropout", "embedding_dropout"), config.dropout)
+    if config.exact_gelu:
+        own["hidden_act"] = EXACT_GELU
     weights = {name: parameter.detach().float().cpu() for name, parameter in net.named_parameters()}
     for name in {"model.embed_tokens.weight", "lm_head.weight"} & weights.keys():
         weights[name] = weights[name][: config.vocab_size].contiguous()
@@ -93,10 +96,10 @@ def _read_config(path: Path) -> RotaryConfig:
         if rope.get("rope_type", "default") != "default":
             raise ValueError(f"rope_type={rope['rope_type']!r} is not supported, only 'default'")
         kind = source["model_type"]
-        for key, value in (STARCODER2 if kind == "starcoder2" else GATED).items():
-            if source.get(key, value) != value:
-                raise ValueError(f"{key}={source[key]!r} is not supported, only {value!r}")
-        build: Callable[..., RotaryConfig] = StarCoder2Config
+        check_computation(source, STARCODER2 if kind == "starcoder2" else GATED)
+        build: Callable[..., RotaryConfig] = partial(
+            StarCoder2Config, exact_gelu=source.get("hidden_act") == EXACT_GELU
+        )
         if kind != "starcoder2":
             build = partial(Qwen3Config, head_dim=source.get("head_dim"), qk_norm=kind == "qwen3")
         return build(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -47,6 +47,7 @@ class ModelConfig:
     dropout: float = 0.0
     tie_weights: bool = True
     vocab_multiple: int = 64
+    exact_gelu: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -94,10 +95,12 @@ class GPTConfig(ModelConfig):
     Args:
         bias: Whether linear layers and LayerNorms have a bias, as in GPT-2.
         qkv_bias: The same for the query, key and value projection alone; None follows `bias`.
+        exact_gelu: Whether GELU is exact, as nanoGPT's, or GPT-2's approximation by tanh, slower on a CPU.
     """
 
     bias: bool = True
     qkv_bias: bool | None = None
+    exact_gelu: bool = False  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,16 +175,17 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Position-wise feed-forward layer with the tanh approximation of GELU, as in GPT-2."""
+    """Position-wise feed-forward layer with GELU."""
 
     def __init__(self, config: ModelConfig, bias: bool):
         super().__init__()
         self.dropout = config.dropout
+        self.approximate = "none" if config.exact_gelu else "tanh"
         self.c_fc = nn.Linear(config.n_embd, config.inner_width, bias=bias)
         self.c_proj = nn.Linear(config.inner_width, config.n_embd, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
         return F.dropout(x, self.dropout, self.training)
 
 

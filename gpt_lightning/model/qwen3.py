@@ -88,7 +88,13 @@ class Qwen3Config(RotaryConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class StarCoder2Config(RotaryConfig):
-    """The configuration of a StarCoder2; n_head divides n_embd, and n_inner is 4 * n_embd unless given."""
+    """The configuration of a StarCoder2; n_head divides n_embd, and n_inner is 4 * n_embd unless given.
+
+    Args:
+        exact_gelu: Whether GELU is exact, or approximated by tanh, which is slower on a CPU.
+    """
+
+    exact_gelu: bool = False  # type: ignore[misc]
 
 
 class RMSNorm(nn.RMSNorm):

@@ -40,9 +40,9 @@ def ours(seed=0, **values):
 
 @pytest.mark.parametrize("vocab_multiple", [1, 64])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("n_inner", [None, 40])
-def test_loaded_logits_and_loss_equal_transformers(tmp_path, tied, n_inner, vocab_multiple):
-    reference = theirs(tie_word_embeddings=tied, n_inner=n_inner)
+@pytest.mark.parametrize("options", [{}, {"n_inner": 40}, {"activation_function": "gelu"}], ids=str)
+def test_loaded_logits_and_loss_equal_transformers(tmp_path, tied, options, vocab_multiple):
+    reference = theirs(tie_word_embeddings=tied, **options)
     reference.save_pretrained(tmp_path)
     net = load_gpt2(tmp_path, vocab_multiple=vocab_multiple).eval()
     idx = torch.randint(0, 61, (3, 16))
@@ -82,10 +82,10 @@ def test_saved_model_gives_equal_logits_in_transformers(tmp_path, values):
 
 
 def test_round_trip_keeps_every_weight(tmp_path):
-    net = ours(tie_weights=False, dropout=0.25)
+    net = ours(tie_weights=False, dropout=0.25, exact_gelu=True)
     save_gpt2(net, tmp_path)
     back = load_gpt2(tmp_path)
-    assert back.config.dropout == 0.25
+    assert (back.config.dropout, back.config.exact_gelu) == (0.25, True)
     for name, weight in net.state_dict().items():
         rows = 61 if name.endswith(("wte.weight", "lm_head.weight")) else None  # the rest is padding
         assert torch.equal(back.state_dict()[name][:rows], weight[:rows]), name
@@ -135,7 +135,7 @@ def test_export_casts_to_float32(tmp_path):
     ("change", "message"),
     [
         ({"model_type": "llama"}, "model_type='llama' is not 'gpt2'"),
-        ({"activation_function": "relu"}, "activation_function='relu' is not supported, only 'gelu_new'"),
+        ({"activation_function": "relu"}, "activation_function='relu' is not supported, only 'gelu_new' or"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06 is not supported"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True is not"),
         ({"n_layer": 3}, "has no weight 'transformer.h.2.ln_1.weight'"),

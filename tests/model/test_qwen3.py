@@ -50,11 +50,17 @@ def theirs(kind: str, **options: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("kind", ["Qwen3", "Llama", "Starcoder2"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("Qwen3", {}), ("Llama", {}), ("Starcoder2", {}), ("Starcoder2", {"hidden_act": "gelu"})],
+    ids=["Qwen3", "Llama", "Starcoder2", "Starcoder2 with exact GELU"],
+)
 @pytest.mark.parametrize("tied", [True, False])
-def test_folder_of_transformers_gives_the_same_logits(kind: str, tied: bool, tmp_path: Path) -> None:
+def test_folder_of_transformers_gives_the_same_logits(
+    kind: str, options: dict[str, str], tied: bool, tmp_path: Path
+) -> None:
     rope = {"rope_type": "default", "rope_theta": 500.0}
-    model = theirs(kind, tie_word_embeddings=tied, rope_parameters=rope)
+    model = theirs(kind, tie_word_embeddings=tied, rope_parameters=rope, **options)
     model.save_pretrained(tmp_path)
     net, tokenizer, _ = read_folder(tmp_path)
     assert tokenizer is None
