@@ -161,7 +161,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # (B, H, T, D); one copy in the backward pass
         mask = None
         if cache is not None:
             keys, values = cache.update(self.layer, qkv[:, :, 1:])

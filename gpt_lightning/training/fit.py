@@ -31,6 +31,7 @@ from gpt_lightning.training.callbacks.samples import Samples
 from gpt_lightning.training.callbacks.stop import rule_reached
 from gpt_lightning.training.intervals import save_interval
 from gpt_lightning.training.loggers import log_hyperparameters, silent_tensorboard_thread
+from gpt_lightning.training.memory import keep_freed_memory
 from gpt_lightning.training.module import LanguageModel
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def fit(
         interruption.listen(trainer)
     status: Status = "failed"
     try:
-        with ranks:
+        with ranks, keep_freed_memory(trainer.strategy.root_device.type):
             status = _train(module, data, trainer, checkpoint)
     except Interrupted:
         status = "pruned" if pruned_by(folder) else "interrupted"

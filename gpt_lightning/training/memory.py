@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 GIB = 2**30
 # Bytes per token, layer and unit of width that the backward pass needs, with 32 and with 16 bits: of GPT-2
 # after Korthikanti et al. (2022), section 4.1, without the attention matrix, which flash attention does not
@@ -66,6 +72,31 @@ def memory_estimate(
         "logits": logits,
     }
     return needs | ({"allocator": slack * (activations + logits)} if cpu else {})
+
+
+@contextmanager
+def keep_freed_memory(device: str) -> Iterator[None]:
+    """Context in which this process keeps the memory that is freed, if the device is a CPU.
+
+    Each step needs the same memory again, and the system takes longer to give it back, filled with zeros,
+    than some of the operations that use it. Afterwards what is free is returned. Only glibc can do this.
+
+    Source: mallopt(3).
+    """
+    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" and device == "cpu" else None
+    if not hasattr(libc, "malloc_trim"):
+        yield
+        return
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # of malloc.h
+    libc.mallopt(trim_threshold, -1)  # the heap never shrinks
+    libc.mallopt(mmap_max, 0)  # and large blocks are on it
+    try:
+        yield
+    finally:
+        libc.mallopt(trim_threshold, 64 << 20)  # the largest values that glibc takes by itself
+        libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(mmap_max, 1 << 16)
+        libc.malloc_trim(0)
 
 
 def out_of_memory(

@@ -12,6 +12,7 @@ import torch
 
 from gpt_lightning.model.gpt import CausalLM
 from gpt_lightning.model.weights import NETWORKS
+from gpt_lightning.training.memory import keep_freed_memory
 from gpt_lightning.training.optimizers import OptimizerFactory, by_role, parameter_groups
 
 BUDGET = 8e10  # FLOPs of a step that is measured
@@ -47,7 +48,7 @@ def measure_speed(
     """
     if type(config) not in NETWORKS:
         return None
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), keep_freed_memory("cpu"):  # as a run
         deep = min(DEEP, config.n_layer)
         nets = [NETWORKS[type(config)](replace(config, n_layer=layers)) for layers in sorted({1, deep})]
         found = _least(

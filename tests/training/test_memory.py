@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 import re
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +18,9 @@ from omegaconf import OmegaConf
 from gpt_lightning.model.gpt import GPT, GPTConfig
 from gpt_lightning.model.qwen3 import Qwen3, Qwen3Config, StarCoder2, StarCoder2Config
 from gpt_lightning.plan import device_count, preview
-from gpt_lightning.training.memory import memory_estimate, out_of_memory
+from gpt_lightning.training.memory import keep_freed_memory, memory_estimate, out_of_memory
+
+MIB = 2**20
 
 
 @pytest.mark.parametrize(
@@ -115,6 +120,29 @@ def test_preview_draws_a_schedule_beyond_its_bounds() -> None:
     assert line == "█▅▁▁  2.0e-03 → 2.0e-03 → -1.0e-03"
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory")
+def test_freed_memory_is_kept_while_training_and_returned_afterwards() -> None:
+    def new_pages() -> int:
+        """Pages that the system gives to fill 160 MiB, in blocks that are freed at once."""
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            torch.ones(10 * MIB)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def held() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    pages = 160 * MIB // resource.getpagesize()
+    with keep_freed_memory("cuda"):
+        assert new_pages() >= pages
+    before = held()
+    with keep_freed_memory("cpu"):
+        new_pages()
+        assert new_pages() < pages / 100
+        assert held() > before + 30 * MIB
+    assert held() < before + 10 * MIB
+
+
 def test_estimate_of_shards_and_of_recomputed_blocks() -> None:
     shape = {"parameters": 1000, "trained": 1000, "tokens": 10, "n_embd": 8, "n_layer": 3, "vocab_size": 5}
     whole = memory_estimate(**shape, precision="32-true")  # type: ignore[arg-type]
@@ -151,6 +179,7 @@ PEAK = """
 import torch
 from pathlib import Path
 from gpt_lightning.model.{module} import {build}
+from gpt_lightning.training.memory import keep_freed_memory
 def train(**sizes):
     net = {build}(**sizes)
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
@@ -166,7 +195,8 @@ idx = torch.zeros(1, 8, dtype=torch.long)
 train(vocab_size=64, block_size=8, n_layer=1, n_head=1, n_embd=16)
 before = peak()
 idx = torch.randint(257, (8, 256))
-parameters = train(vocab_size=257, block_size=256, n_layer=6, n_head=6, n_embd=384)
+with keep_freed_memory("cpu"):
+    parameters = train(vocab_size=257, block_size=256, n_layer=6, n_head=6, n_embd=384)
 print(parameters, peak() - before)
 """
 
