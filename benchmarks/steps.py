@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from gpt_lightning.model import gpt
 from gpt_lightning.training.memory import keep_freed_memory
-from gpt_lightning.training.precision import choose_precision, multiplies_bfloat16
+from gpt_lightning.training.precision import choose_precision, has_amx, multiplies_bfloat16
 
 SHAPES = {  # layers, heads, width, block, vocabulary, windows
     "4/4/128": (4, 4, 128, 64, 65, 12),
@@ -95,7 +95,8 @@ def measure(variant: str, shape: tuple[int, ...], steps: int, nanogpt: str | Non
     n_layer, _, n_embd, block_size, vocab_size, batch_size = shape
     net, loss_of = network(variant, shape, nanogpt)
     parameters = sum(p.numel() for p in net.parameters())
-    precision = choose_precision("cpu", parameters, has_bfloat16=multiplies_bfloat16("cpu"))
+    has_bfloat16 = multiplies_bfloat16("cpu")
+    precision = choose_precision("cpu", parameters, has_bfloat16=has_bfloat16, amx=has_amx())
     if variant == "Muon":
         optimizer: Any = muon(parameter_groups(net, by_role=True), lr=1e-3)
     else:

@@ -137,7 +137,7 @@ def accelerator_of(cfg: DictConfig) -> str:
 def precision_of(cfg: DictConfig, net: nn.Module, checkpoint: Path | None = None) -> str:
     """The precision that device.precision=auto stands for; a resumed run keeps that of its checkpoint."""
     from gpt_lightning.rundir.checkpoint import read_checkpoint
-    from gpt_lightning.training.precision import choose_precision, multiplies_bfloat16
+    from gpt_lightning.training.precision import choose_precision, has_amx, multiplies_bfloat16
 
     if cfg.device.precision != "auto":
         return str(cfg.device.precision)
@@ -147,7 +147,8 @@ def precision_of(cfg: DictConfig, net: nn.Module, checkpoint: Path | None = None
             return str(recorded)
     accelerator = accelerator_of(cfg)
     parameters = sum(p.numel() for p in net.parameters())
-    return choose_precision(accelerator, parameters, has_bfloat16=multiplies_bfloat16(accelerator))
+    has_bfloat16 = multiplies_bfloat16(accelerator)
+    return choose_precision(accelerator, parameters, has_bfloat16=has_bfloat16, amx=has_amx())
 
 
 def build_data(cfg: DictConfig, prepared: Prepared) -> TextDataModule:

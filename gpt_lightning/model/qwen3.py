@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt_lightning.model.gpt import MLP, CausalLM, Head, KVCache, ModelConfig
+from gpt_lightning.model.gpt import MLP, CausalLM, Head, KVCache, ModelConfig, attention
 
 EPS = 1e-6  # added to the mean square, as in Qwen3
 
@@ -161,12 +161,8 @@ class Attention(nn.Module):
                 (keys, values), mask = stored, cache.mask
         if self.n_kv_head < self.n_head:  # each head of keys and values serves a group of queries
             keys, values = (t.repeat_interleave(self.n_head // self.n_kv_head, 1) for t in (keys, values))
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            *(keys, values, mask),
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=cache is None or T > 1,
-        )
+        dropout, q = self.dropout if self.training else 0.0, q.transpose(1, 2)
+        y = attention(q, keys, values, mask, dropout_p=dropout, is_causal=cache is None or T > 1)
         return F.dropout(self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), self.dropout, self.training)
 
 

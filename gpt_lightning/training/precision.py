@@ -8,12 +8,13 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 
 from gpt_lightning.inference.cpu_kernels import cpu_features
 
-WORTHWHILE = 3_000_000  # parameters from which bfloat16 makes a CPU's steps faster, by benchmarks/RESULTS.md
+# Parameters from which bfloat16 makes a CPU's steps faster, without and with AMX, by benchmarks/RESULTS.md
+WORTHWHILE = {False: 3_000_000, True: 400_000}
 
 
-def choose_precision(accelerator: str, parameters: int, *, has_bfloat16: bool) -> str:
+def choose_precision(accelerator: str, parameters: int, *, has_bfloat16: bool, amx: bool = False) -> str:
     """The precision for so many parameters on cpu, cuda or mps; GPUs gain at any size."""
-    large = accelerator == "cuda" or (accelerator == "cpu" and parameters >= WORTHWHILE)
+    large = accelerator == "cuda" or (accelerator == "cpu" and parameters >= WORTHWHILE[amx])
     return "bf16-mixed" if has_bfloat16 and large else "32-true"
 
 
@@ -26,7 +27,7 @@ def multiplies_bfloat16(accelerator: str) -> bool:
 
 
 def has_amx() -> bool:
-    """Whether the CPU has matrix units for bfloat16; without them, only large models gain by it."""
+    """Whether the CPU has matrix units for bfloat16."""
     return bool(cpu_features().get("amx_bf16"))
 
 

@@ -17,21 +17,23 @@ from gpt_lightning.training.precision import choose_precision, multiplies_bfloat
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "parameters", "has_bfloat16", "chosen"),
+    ("accelerator", "parameters", "has_bfloat16", "amx", "chosen"),
     [
-        ("cpu", 10_700_000, True, "bf16-mixed"),
-        ("cpu", 10_700_000, False, "32-true"),
-        ("cpu", 800_000, True, "32-true"),
-        ("cuda", 800_000, True, "bf16-mixed"),
-        ("cuda", 10_700_000, False, "32-true"),
-        ("mps", 10_700_000, False, "32-true"),
+        ("cpu", 10_700_000, True, False, "bf16-mixed"),
+        ("cpu", 10_700_000, False, False, "32-true"),
+        ("cpu", 800_000, True, False, "32-true"),
+        ("cpu", 800_000, True, True, "bf16-mixed"),
+        ("cpu", 200_000, True, True, "32-true"),
+        ("cuda", 200_000, True, False, "bf16-mixed"),
+        ("cuda", 10_700_000, False, False, "32-true"),
+        ("mps", 10_700_000, False, False, "32-true"),
     ],
     ids=str,
 )
 def test_precision_follows_the_device_and_the_size(
-    accelerator: str, parameters: int, has_bfloat16: bool, chosen: str
+    accelerator: str, parameters: int, has_bfloat16: bool, amx: bool, chosen: str
 ) -> None:
-    assert choose_precision(accelerator, parameters, has_bfloat16=has_bfloat16) == chosen
+    assert choose_precision(accelerator, parameters, has_bfloat16=has_bfloat16, amx=amx) == chosen
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have other names for it")
@@ -55,7 +57,7 @@ def test_chosen_precision_trains_is_recorded_and_kept_by_a_resumed_run(
 ) -> None:
     options = [*tiny, "logger=none", "callbacks.samples=null", "scheduler=constant"]
     folders = {"32-true": tmp_path / "exact", "bf16-mixed": tmp_path / "mixed"}
-    monkeypatch.setattr(precision, "WORTHWHILE", 1)
+    monkeypatch.setattr(precision, "WORTHWHILE", {False: 1, True: 1})
     for chosen, folder in folders.items():
         monkeypatch.setattr(precision, "multiplies_bfloat16", lambda _, yes=chosen == "bf16-mixed": yes)
         call("train", *options, f"hydra.run.dir={folder}")
