@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.files import write_json
 from gpt_lightning.data.windows import split_batch
+from gpt_lightning.model.gpt import CausalLM
 from gpt_lightning.rundir.curves import plot_curves
 from gpt_lightning.rundir.metrics import read_metrics
 from gpt_lightning.rundir.summary import PRUNED, RunSummary, Status, pruned_by, read_summary
@@ -90,8 +91,9 @@ def fit(
         last.after_save, last.interruption = lambda: record("interrupted"), interruption
         interruption.listen(trainer)
     status: Status = "failed"
+    kept = keep_freed_memory(trainer.strategy.root_device.type, large=isinstance(module.net, CausalLM))
     try:
-        with ranks, keep_freed_memory(trainer.strategy.root_device.type):
+        with ranks, kept:
             status = _train(module, data, trainer, checkpoint)
     except Interrupted:
         status = "pruned" if pruned_by(folder) else "interrupted"

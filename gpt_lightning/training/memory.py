@@ -75,11 +75,16 @@ def memory_estimate(
 
 
 @contextmanager
-def keep_freed_memory(device: str) -> Iterator[None]:
+def keep_freed_memory(device: str, *, large: bool) -> Iterator[None]:
     """Context in which this process keeps the memory that is freed, if the device is a CPU.
 
     Each step needs the same memory again, and the system takes longer to give it back, filled with zeros,
     than some of the operations that use it. Afterwards what is free is returned. Only glibc can do this.
+
+    Args:
+        device: Type of the device.
+        large: Whether blocks above 32 MiB are kept as well; if these have many sizes, as logits and their
+            gradients that are computed at once, they leave gaps, and the process needs more memory.
 
     Source: mallopt(3).
     """
@@ -89,13 +94,14 @@ def keep_freed_memory(device: str) -> Iterator[None]:
         return
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # of malloc.h
     libc.mallopt(trim_threshold, -1)  # the heap never shrinks
-    libc.mallopt(mmap_max, 0)  # and large blocks are on it
+    libc.mallopt(mmap_threshold, 32 << 20)  # smaller blocks are on it; glibc allows no more
+    if large:
+        libc.mallopt(mmap_max, 0)  # all are
     try:
         yield
     finally:
-        libc.mallopt(trim_threshold, 64 << 20)  # the largest values that glibc takes by itself
-        libc.mallopt(mmap_threshold, 32 << 20)
-        libc.mallopt(mmap_max, 1 << 16)
+        libc.mallopt(trim_threshold, 64 << 20)  # the largest value that glibc takes by itself
+        libc.mallopt(mmap_max, 1 << 16)  # its default
         libc.malloc_trim(0)
 
 

@@ -48,7 +48,7 @@ def measure_speed(
     """
     if type(config) not in NETWORKS:
         return None
-    with torch.random.fork_rng(devices=[]), keep_freed_memory("cpu"):  # as a run
+    with torch.random.fork_rng(devices=[]), keep_freed_memory("cpu", large=True):  # as a run
         deep = min(DEEP, config.n_layer)
         nets = [NETWORKS[type(config)](replace(config, n_layer=layers)) for layers in sorted({1, deep})]
         found = _least(

@@ -122,24 +122,28 @@ def test_preview_draws_a_schedule_beyond_its_bounds() -> None:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory")
 def test_freed_memory_is_kept_while_training_and_returned_afterwards() -> None:
-    def new_pages() -> int:
-        """Pages that the system gives to fill 160 MiB, in blocks that are freed at once."""
+    def new_memory(size: int) -> int:
+        """MiB that the system gives to fill four blocks of so many MiB, which are freed at once."""
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(4):
-            torch.ones(10 * MIB)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+            torch.ones(size * MIB // 4)
+        pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        return pages * resource.getpagesize() // MIB
 
     def held() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
-    pages = 160 * MIB // resource.getpagesize()
-    with keep_freed_memory("cuda"):
-        assert new_pages() >= pages
+    with keep_freed_memory("cuda", large=True):
+        assert new_memory(100) >= 400
+    with keep_freed_memory("cpu", large=False):
+        new_memory(30)
+        assert new_memory(30) < 2
+        assert new_memory(100) >= 400
     before = held()
-    with keep_freed_memory("cpu"):
-        new_pages()
-        assert new_pages() < pages / 100
-        assert held() > before + 30 * MIB
+    with keep_freed_memory("cpu", large=True):
+        new_memory(100)
+        assert new_memory(100) < 2
+        assert held() > before + 90 * MIB
     assert held() < before + 10 * MIB
 
 
@@ -195,7 +199,7 @@ idx = torch.zeros(1, 8, dtype=torch.long)
 train(vocab_size=64, block_size=8, n_layer=1, n_head=1, n_embd=16)
 before = peak()
 idx = torch.randint(257, (8, 256))
-with keep_freed_memory("cpu"):
+with keep_freed_memory("cpu", large=True):
     parameters = train(vocab_size=257, block_size=256, n_layer=6, n_head=6, n_embd=384)
 print(parameters, peak() - before)
 """
