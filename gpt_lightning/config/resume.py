@@ -48,7 +48,8 @@ ELASTIC = (  # what may differ, too: it changes the weights by rounding alone
 OLDER_VALUES: dict[tuple[str, Any], Any] = {  # of earlier releases, with what they stood for
     ("device.micro_batch_size", "auto"): 32,
 }
-OLDER_KEYS = {"data.align_documents": False}  # that earlier releases had not, with what they did
+# Keys that earlier releases had not, with what they did
+OLDER_KEYS = {"data.align_documents": False, "model.exact_gelu": False}
 TARGET = "_target_"
 # Packages whose classes a run directory of somebody else may name: they run no code that comes with it.
 SAFE = (
@@ -72,7 +73,8 @@ def recorded_values(arguments: list[str], given: list[str], folder: Path, *, res
     """
     cfg = composed(arguments)
     keys = [key_of(text) for text in given if key_of(text) not in OWN_KEYS and text[:5] != "hydra"]
-    before = OLDER_KEYS | recorded_config(folder)
+    older = {key: value for key, value in OLDER_KEYS.items() if key in flat(cfg)}
+    before = older | recorded_config(folder)
     if resumes:
         _check_unchanged(cfg, folder, keys, before)
     values = _differing(cfg, folder, keys, before)

@@ -46,14 +46,19 @@ def test_run_of_an_older_release_is_resumed_with_its_own_values(
 
 
 def test_key_that_the_older_release_had_not_means_what_it_did(older: Path, call: Callable[..., Any]) -> None:
-    (older / "mine" / "data").mkdir(parents=True)
-    (older / "mine" / "data" / "stories.yaml").write_text("defaults: [text, _self_]\nalign_documents: true\n")
-    for name, text in (("overrides", "data=text"), ("hydra", "data: text")):
-        path = older / ".hydra" / f"{name}.yaml"
-        path.write_text(path.read_text().replace(text, text.replace("text", "stories")))
+    for group, choice, key in (("data", "text", "align_documents"), ("model", "tiny", "exact_gelu")):
+        (older / "mine" / group).mkdir(parents=True)
+        text = f"defaults: [{choice}, _self_]\n{key}: true\n"
+        (older / "mine" / group / "stories.yaml").write_text(text)
+    overrides, hydra = (older / ".hydra" / name for name in ("overrides.yaml", "hydra.yaml"))
+    overrides.write_text("- model=stories\n" + overrides.read_text().replace("data=text", "data=stories"))
+    choices = (
+        hydra.read_text().replace("data: text", "data: stories").replace("model: tiny", "model: stories")
+    )
+    hydra.write_text(choices)
     call("train", f"resume={older}", "--config-dir", str(older / "mine"))
-    data = read_checkpoint(older / "checkpoints" / "last.ckpt")["hyper_parameters"]["data"]
-    assert data["align_documents"] is False
+    recorded = read_checkpoint(older / "checkpoints" / "last.ckpt")["hyper_parameters"]
+    assert (recorded["data"]["align_documents"], recorded["model"]["exact_gelu"]) == (False, False)
 
 
 def test_what_would_change_a_run_of_an_older_release_is_refused(
