@@ -73,8 +73,11 @@ def recorded_values(arguments: list[str], given: list[str], folder: Path, *, res
     """
     cfg = composed(arguments)
     keys = [key_of(text) for text in given if key_of(text) not in OWN_KEYS and text[:5] != "hydra"]
-    older = {key: value for key, value in OLDER_KEYS.items() if key in flat(cfg)}
-    before = older | recorded_config(folder)
+    before, now = recorded_config(folder), flat(cfg)
+    for key, value in OLDER_KEYS.items():
+        target = f"{key.partition('.')[0]}.{TARGET}"
+        if key in now and now.get(target) == before.get(target):
+            before.setdefault(key, value)
     if resumes:
         _check_unchanged(cfg, folder, keys, before)
     values = _differing(cfg, folder, keys, before)
